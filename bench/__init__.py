@@ -1,0 +1,1 @@
+"""The throughput suite and the experiments behind it."""

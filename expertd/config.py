@@ -1,0 +1,58 @@
+"""Settings as frozen values, checked once, at the edge; nothing below reads flags or the environment."""
+
+from dataclasses import dataclass, field
+
+from expertd.errors import ConfigError
+
+MAX_RANKS = 4
+SPLITS = ("auto", "solo", "experts", "tokens")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What a group of ranks on one host needs to run one checkpoint.
+
+    `checkpoint` is a local folder that `expertd.checkpoint` has checked. `shares` are the ranks'
+    fractions of a split (empty: equal); they need not add up to 1. `cpus[r]` pins rank r to those
+    processors (empty: not pinned).
+    """
+
+    checkpoint: str
+    num_ranks: int = 1
+    split: str = "auto"
+    shares: tuple[float, ...] = ()
+    prefill_chunk: int = 512
+    slot_bytes: int = 1 << 20
+    exchange_timeout_s: float = 60.0
+    cpus: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_ranks <= MAX_RANKS:
+            raise ConfigError(
+                f"--ranks {self.num_ranks}: expertd runs 1 to {MAX_RANKS} ranks. Choose one of these."
+            )
+        if self.split not in SPLITS:
+            raise ConfigError(f"--split {self.split}: unknown split. Choose one of {', '.join(SPLITS)}.")
+        if self.shares and (len(self.shares) != self.num_ranks or min(self.shares) < 0 or sum(self.shares) <= 0):
+            raise ConfigError(
+                f"--shares {','.join(map(str, self.shares))}: wanted {self.num_ranks} numbers >= 0, one per rank, "
+                "not all zero."
+            )
+        if self.prefill_chunk < 1:
+            raise ConfigError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1 token.")
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The shares scaled to a sum of 1, equal when none were given."""
+        shares = self.shares or (1.0,) * self.num_ranks
+        return tuple(s / sum(shares) for s in shares)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Where the HTTP server listens, and under which model id it answers."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    model_id: str = "demo"
+    group: GroupConfig = field(default_factory=lambda: GroupConfig(checkpoint=""))

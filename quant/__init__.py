@@ -1,0 +1,1 @@
+"""Making checkpoints smaller; imports expertd, never the reverse."""

@@ -1,0 +1,37 @@
+"""The two things pyproject.toml cannot say: how to compile the transport, and the MLX primitive.
+
+The primitive is built against the installed mlx wheel, whose headers and library it uses, and is tied to
+that exact release; there is no fallback. A missing compiler or mlx wheel therefore fails the installation here.
+"""
+
+import sys
+from pathlib import Path
+
+import mlx
+import nanobind
+from setuptools import Extension, setup
+
+MLX = Path(next(iter(mlx.__path__)))
+NANOBIND = Path(nanobind.__file__).parent
+ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+
+exchange = Extension(
+    "expertd.native._exchange",
+    sources=["native/exchange.cpp", "native/nanobind_all.cpp"],
+    language="c++",
+    include_dirs=[
+        str(MLX / "include"),
+        nanobind.include_dir(),
+        str(NANOBIND / "src"),
+        str(NANOBIND / "ext/robin_map/include"),
+    ],
+    libraries=["mlx"],
+    library_dirs=[str(MLX / "lib")],
+    # In a wheel the module lies in site-packages/expertd/native, in an editable install anywhere; there
+    # the library is found because mlx.core, which loads it, is imported first.
+    extra_link_args=[f"-Wl,-rpath,{ORIGIN}/../../mlx/lib"],
+    define_macros=[("NB_DOMAIN", "mlx"), ("NDEBUG", None)],
+    extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-fno-strict-aliasing"],
+)
+
+setup(cffi_modules=["native/build.py:ffibuilder"], ext_modules=[exchange])

@@ -1,0 +1,1 @@
+"""Hosts, processors and links as plain values."""
