@@ -1,0 +1,1 @@
+"""How ranks reach each other: the shared-memory mailbox."""

@@ -1,0 +1,124 @@
+"""The mailbox: how ranks of one host swap bytes. The C header native/mailbox.h is the contract.
+
+The supervisor creates the memory and hands the descriptor to its ranks; a rank opens it. This is also the
+one place where C's codes become exceptions.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from expertd.errors import (
+    ClusterError,
+    ExpertdError,
+    LinkDown,
+    LinkTimeout,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from expertd.native._transport import ffi, lib
+
+# A rank beats every 20 ms; half a second of silence is death (design, section 3).
+PULSE_TIMEOUT_S = 0.5
+
+_ERRORS: dict[int, type[ExpertdError]] = {
+    lib.XD_TIMEOUT: LinkTimeout,
+    lib.XD_PEER_DEAD: LinkDown,
+    lib.XD_POISONED: LinkDown,
+    lib.XD_MISMATCH: RemoteProtocolError,
+    lib.XD_DIVERGED: RemoteProtocolError,
+    lib.XD_TOO_LARGE: LocalProtocolError,
+}
+
+
+def create(num_ranks: int, slot_bytes: int) -> int:
+    """Create the shared memory for a group and give its descriptor; the caller owns and closes it.
+
+    It has no name, so nothing is left behind whoever dies. Raises ClusterError when there is no memory.
+    """
+    err = ffi.new("char[200]")
+    fd: int = lib.xd_mailbox_create(num_ranks, slot_bytes, err, len(err))
+    if fd < 0:
+        raise ClusterError(_text(err))
+    return fd
+
+
+def poison(fd: int) -> None:
+    """End the epoch: every rank inside an exchange returns at once, every later one fails."""
+    if lib.xd_mailbox_poison(fd) != 0:
+        raise LocalProtocolError(f"descriptor {fd} is not a mailbox")
+
+
+class Mailbox:
+    """One rank's handle. `function` and `address` are what an exchange in an MLX graph calls."""
+
+    def __init__(
+        self,
+        fd: int,
+        rank: int,
+        num_ranks: int,
+        step_timeout_s: float = 60.0,
+        pulse_timeout_s: float = PULSE_TIMEOUT_S,
+        lifeline_fd: int = -1,
+    ) -> None:
+        err = ffi.new("char[200]")
+        box = lib.xd_mailbox_open(fd, rank, lifeline_fd, step_timeout_s, pulse_timeout_s, err, len(err))
+        if box == ffi.NULL:
+            raise ClusterError(_text(err))
+        self._box, self.rank, self.num_ranks = box, rank, num_ranks
+        self._frame = ffi.new("char[]", lib.xd_mailbox_slot_bytes(box))
+        self.function = int(ffi.cast("uintptr_t", ffi.addressof(lib, "xd_mailbox_exchange")))
+        self.address = int(ffi.cast("uintptr_t", box))
+
+    def exchange(self, mine: bytes, sizes: Sequence[int], tag: int = 1, digest: int = 0) -> bytes:
+        """Swap bytes with all ranks outside any graph; `sizes` are every rank's, in bytes."""
+        out = ffi.new("char[]", max(1, sum(sizes)))
+        self._check(lib.xd_mailbox_exchange(self._box, tag, digest, mine, ffi.new("size_t[]", list(sizes)), out))
+        return bytes(ffi.buffer(out, sum(sizes)))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Rank 0: start a step by giving `frame`, at most a slot, to every rank."""
+        self._check(lib.xd_mailbox_send_frame(self._box, frame, len(frame)))
+
+    def wait_frame(self, idle_s: float) -> bytes | None:
+        """Ranks above 0: wait for the next frame, at most idle_s; None means that none came."""
+        size = lib.xd_mailbox_wait_frame(self._box, idle_s, self._frame)
+        if size == lib.XD_TIMEOUT:
+            return None
+        if size < 0:
+            self._check(size)
+        return bytes(ffi.buffer(self._frame, size))
+
+    def check(self) -> None:
+        """Raise the first failure of this epoch, if there was one; to be asked after every evaluation."""
+        err = ffi.new("char[200]")
+        code = lib.xd_mailbox_failure(self._box, err, len(err))
+        if code:
+            raise _ERRORS[code](_text(err))
+
+    def statistics(self) -> dict[str, float]:
+        """Exchanges done and seconds waited in them, since opening."""
+        count, waited = ffi.new("uint64_t *"), ffi.new("double *")
+        lib.xd_mailbox_stats(self._box, count, waited)
+        return {"num_exchanges": count[0], "waited_s": waited[0]}
+
+    def close(self) -> None:
+        """Release the handle; may be called twice. No exchange may be in flight."""
+        box, self._box = self._box, ffi.NULL
+        lib.xd_mailbox_close(box)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _check(self, code: int) -> None:
+        if code == lib.XD_OK:
+            return
+        self.check()
+        raise LocalProtocolError(f"the mailbox gave code {code} without a reason")
+
+
+def _text(err: object) -> str:
+    return str(ffi.string(err).decode(errors="replace"))

@@ -1,0 +1,39 @@
+"""The exchange as an operation of the MLX graph: the Python face of native/exchange.cpp."""
+
+from importlib.metadata import version
+from typing import Protocol
+
+import mlx.core as mx
+
+from expertd.errors import ConfigError
+from expertd.native import _exchange
+
+MLX_VERSION = version("mlx")
+
+if MLX_VERSION != _exchange.built_for_mlx:
+    raise ConfigError(
+        f"expertd was compiled for mlx {_exchange.built_for_mlx} but mlx {MLX_VERSION} is installed. "
+        "Run `pip install --force-reinstall --no-deps expertd`."
+    )
+
+
+class Link(Protocol):
+    """What the graph needs of a link: who we are, and a C function with its context, as integers.
+
+    The function is `int (*)(void *address, uint32_t tag, uint64_t digest, const void *mine,
+    const size_t *sizes, void *all)`, as xd_mailbox_exchange in native/mailbox.h.
+    """
+
+    rank: int
+    num_ranks: int
+    function: int
+    address: int
+
+
+def exchange(link: Link, rows: mx.array, num_rows: list[int], tag: int, ids: mx.array | None = None) -> mx.array:
+    """Swap rows with every rank: [num_rows[rank], width] -> [sum(num_rows), width], in rank order.
+
+    `tag` numbers the exchanges of a step; `ids` (uint32), when given, must be the same on every rank.
+    """
+    result: mx.array = _exchange.exchange(rows, num_rows, link.rank, link.function, link.address, tag, ids)
+    return result

@@ -1,0 +1,55 @@
+"""A loaded model as the engine sees it: tokens and a cache in, logits out, under the split of the step."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from expertd.errors import ConfigError
+from expertd.model.adapter import StepState, divide, load
+from expertd.model.exchange import Link
+from expertd.split.cut import StepSplit
+
+Cache = list[Any]
+
+
+class Model:
+    """One rank's copy of the whole model. `link` None means that it never meets another rank."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], link: Link | None = None) -> None:
+        start = time.monotonic()
+        self._state = StepState(link)
+        self._model = load(folder, config)
+        self.splits = divide(self._model, self._state)
+        self.load_s = time.monotonic() - start
+
+    def require(self, split: str) -> None:
+        """Raise ConfigError when the family cannot do a split."""
+        if split not in ("auto", *self.splits):
+            raise ConfigError(
+                f"--split {split}: this model's family supports {', '.join(self.splits)}. Choose one of these or `auto`."
+            )
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one sequence, of the kinds that the family's layers need."""
+        cache: Cache = make_prompt_cache(self._model)
+        return cache
+
+    def forward(self, tokens: list[int], cache: Cache, split: StepSplit) -> mx.array:
+        """Build the graph of one step: logits [num_tokens, vocab] for tokens appended to the cache's."""
+        self._state.begin(split)
+        logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
+        return logits
+
+    def prefill(self, tokens: list[int], cache: Cache, split: StepSplit) -> None:
+        """Append tokens to the cache; the logits are never computed."""
+        self.forward(tokens, cache, split)
+        mx.eval([layer.state for layer in cache])
+
+    def decode(self, token: int, cache: Cache, split: StepSplit) -> mx.array:
+        """Append one token; gives the evaluated float32 logits [vocab] of the position after it."""
+        logits = self.forward([token], cache, split)[0].astype(mx.float32)
+        mx.eval(logits)
+        return logits

@@ -1,0 +1,1 @@
+"""Which part of a step each rank computes: pure arithmetic."""
