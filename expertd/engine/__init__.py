@@ -1,0 +1,1 @@
+"""The engine: a queue of requests, one step loop, events back. `messages` imports no MLX."""

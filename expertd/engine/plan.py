@@ -1,0 +1,37 @@
+"""A step's plan: what rank 0 decided, as a value and as the frame that the other ranks replay."""
+
+from dataclasses import asdict, dataclass
+
+import msgpack
+
+from expertd.errors import RemoteProtocolError
+from expertd.split.cut import StepSplit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Append `tokens` to sequence `sequence_id`, under `split`; `decode` asks for the logits after them.
+
+    `is_new` starts the sequence's cache; `released` names sequences whose caches are no longer needed.
+    """
+
+    sequence_id: int
+    is_new: bool
+    tokens: list[int]
+    decode: bool
+    split: StepSplit
+    released: list[int]
+
+    def encode(self) -> bytes:
+        frame: bytes = msgpack.packb(asdict(self))
+        return frame
+
+    @classmethod
+    def decode_frame(cls, frame: bytes) -> "Plan":
+        """Raises RemoteProtocolError when the bytes are no plan."""
+        try:
+            values = msgpack.unpackb(frame)
+            split = values.pop("split")
+            return cls(**values, split=StepSplit(split["name"], tuple(split["fractions"])))
+        except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
+            raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e

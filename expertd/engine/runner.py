@@ -1,0 +1,44 @@
+"""Carries out plans, the same way on every rank: owns the model's caches and decides nothing."""
+
+import mlx.core as mx
+
+from expertd.engine.plan import Plan
+from expertd.link.mailbox import Mailbox
+from expertd.model.model import Cache, Model
+
+# Between two looks at signals and the supervisor, a rank without work waits this long for a frame.
+IDLE_S = 0.5
+
+
+class Runner:
+    def __init__(self, model: Model, mailbox: Mailbox) -> None:
+        self._model, self._mailbox = model, mailbox
+        self._caches: dict[int, Cache] = {}
+
+    def lead(self, plan: Plan) -> mx.array | None:
+        """Rank 0: give the plan to the others and carry it out; float32 logits [vocab] of a decode step.
+
+        Raises TransportError when a rank failed; nothing of that step may be used.
+        """
+        if self._mailbox.num_ranks > 1:
+            self._mailbox.send_frame(plan.encode())
+        return self._execute(plan)
+
+    def follow(self) -> None:
+        """Other ranks: carry out one plan, if one comes within IDLE_S."""
+        frame = self._mailbox.wait_frame(IDLE_S)
+        if frame is not None:
+            self._execute(Plan.decode_frame(frame))
+
+    def _execute(self, plan: Plan) -> mx.array | None:
+        for sequence_id in plan.released:
+            self._caches.pop(sequence_id, None)
+        if plan.is_new:
+            self._caches[plan.sequence_id] = self._model.new_cache()
+        cache, logits = self._caches[plan.sequence_id], None
+        if plan.decode:
+            logits = self._model.decode(plan.tokens[0], cache, plan.split)
+        else:
+            self._model.prefill(plan.tokens, cache, plan.split)
+        self._mailbox.check()
+        return logits

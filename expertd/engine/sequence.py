@@ -1,0 +1,87 @@
+"""One request on its way through the engine; it owns all values derived from it."""
+
+import time
+from dataclasses import dataclass, field
+
+from expertd.engine.messages import Done, Submit
+from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
+from expertd.errors import ConfigError
+
+
+def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> list[int]:
+    """The request's token ids. Raises ConfigError when they are none or more than the context holds."""
+    if submit.messages is not None:
+        ids = tokenizer.encode_chat(submit.messages)
+    else:
+        ids = tokenizer.encode(submit.prompt or "")
+    if not ids:
+        raise ConfigError("the prompt is empty: wanted at least one token. Write something.")
+    if len(ids) >= context_length:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens, but this model's context holds {context_length}, "
+            f"the answer included. Shorten it to at most {context_length - 1} tokens."
+        )
+    return ids
+
+
+@dataclass
+class Sequence:
+    sequence_id: int
+    submit: Submit
+    prompt: list[int]
+    end_ids: set[int]
+    max_tokens: int
+    seed: int
+    detokenizer: Detokenizer
+    stops: StopStrings
+    num_computed: int = 0  # tokens in the cache, the same on every rank
+    generated: list[int] = field(default_factory=list)
+    cancelled: bool = False
+    finish_reason: str | None = None
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.generated
+
+    @property
+    def num_left(self) -> int:
+        """Tokens known but not yet in the cache; the last of them is the next decode step's."""
+        return len(self.prompt) + len(self.generated) - self.num_computed
+
+    def append(self, token_id: int) -> str:
+        """Take a sampled token; gives the text that became final and sets `finish_reason` at the end."""
+        if not self.generated:
+            self.first_token_at = time.monotonic()
+        self.generated.append(token_id)
+        if token_id in self.end_ids and not self.submit.ignore_end:
+            self.finish_reason = "stop"
+            return self._flush("")
+        text = self.stops.add(self.detokenizer.add(token_id))
+        if self.stops.found:
+            self.finish_reason = "stop"
+        elif len(self.generated) >= self.max_tokens:
+            self.finish_reason = "length"
+            text = self._flush(text)
+        return text
+
+    def _flush(self, text: str) -> str:
+        text += self.stops.add(self.detokenizer.finish())
+        return text if self.stops.found else text + self.stops.finish()
+
+    def done(self, split: str, num_ranks: int) -> Done:
+        """The closing message, with the speeds of this request."""
+        now = time.monotonic()
+        first = self.first_token_at or now
+        later = max(0, len(self.generated) - 1)
+        return Done(
+            request_id=self.submit.request_id,
+            finish_reason="cancelled" if self.cancelled else self.finish_reason or "stop",
+            prompt_tokens=len(self.prompt),
+            completion_tokens=len(self.generated),
+            prefill_tokens_per_s=len(self.prompt) / max(first - self.started_at, 1e-9),
+            decode_tokens_per_s=later / max(now - first, 1e-9) if later else 0.0,
+            split=split,
+            ranks=num_ranks,
+        )

@@ -1,0 +1,105 @@
+"""Between text and token ids: the checkpoint's tokenizer, streaming detokenization, stop strings."""
+
+from pathlib import Path
+from typing import Any
+
+from expertd.errors import CheckpointError, ConfigError
+
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """The checkpoint's own tokenizer (transformers; never its remote code) and the ids that end a text."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except Exception as e:
+            reason = " ".join(str(e).split())[:200]
+            raise CheckpointError(f"checkpoint {folder}: its tokenizer cannot be read: {reason}.") from e
+        ends = config.get("eos_token_id")
+        ids = ends if isinstance(ends, list) else [ends]
+        self.end_ids = {i for i in [*ids, self._inner.eos_token_id] if isinstance(i, int)}
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._inner.encode(text)
+        return ids
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Apply the chat template. Raises ConfigError when there is none or it refuses the messages."""
+        if not self._inner.chat_template:
+            raise ConfigError("this checkpoint has no chat template. Use /v1/completions, or `expertd run` without --chat.")
+        try:
+            text: str = self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as e:
+            raise ConfigError(f"messages: the checkpoint's chat template refuses them: {' '.join(str(e).split())}") from e
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+class Detokenizer:
+    """Gives a text piece by piece as token ids come; a UTF-8 character is never torn.
+
+    A token's text can depend on the tokens before it (leading spaces), so each piece is the difference
+    between two decodings of a short tail: [start:] with the new ids and without them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._end = 0  # ids[:end] have been given out; ids[start:end] are their context
+
+    def add(self, token_id: int) -> str:
+        """Give the text that became final, often empty."""
+        self._ids.append(token_id)
+        text = self._new_text()
+        if text.endswith(REPLACEMENT):  # the bytes so far end inside a character
+            return ""
+        self._start, self._end = self._end, len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        """Give what is still held back: an incomplete character, as the replacement character."""
+        text = self._new_text()
+        self._start = self._end = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._end])
+        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string, and cuts at the first whole one."""
+
+    def __init__(self, stops: list[str]) -> None:
+        self._stops = [s for s in stops if s]
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """Give the text that can no longer be part of a stop string; sets `found` when one is complete."""
+        text = self._held + text
+        at = min((i for i in (text.find(s) for s in self._stops) if i >= 0), default=-1)
+        if at >= 0:
+            self.found, self._held = True, ""
+            return text[:at]
+        keep = max((self._overlap(text, s) for s in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Give what was held back; the text ends here."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
