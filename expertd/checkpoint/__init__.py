@@ -1,0 +1,1 @@
+"""Finding, checking and normalising checkpoints; imports no MLX."""
