@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API, on starlette; imports no MLX."""

@@ -1,0 +1,200 @@
+"""The endpoints: a request in, events from the cluster out, in OpenAI's words."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from expertd.cluster.supervisor import Cluster
+from expertd.config import ServerConfig
+from expertd.engine.messages import Done, Started, Submit, Token
+from expertd.errors import ClusterError, ExpertdError
+from expertd.server.errors import ApiError, as_api_error, error_body, error_response
+from expertd.server.schema import ChatRequest, CompletionRequest, parse_request
+from expertd.server.stream import EventStream, read_body, while_connected
+from expertd.server.wire import ChatFormat, CompletionFormat, Format, encode_event
+
+Events = AsyncGenerator[Started | Token | Done, None]
+
+# nginx's number for "the client left"; nobody reads it.
+CLIENT_LEFT = 499
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Service:
+    """What the endpoints serve. `cluster` is None while its ranks load."""
+
+    config: ServerConfig
+    cluster: Cluster | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    started: float = field(default_factory=time.monotonic)
+
+    def alive(self) -> Cluster:
+        """Give the cluster. Raises ClusterError while it loads and after its end."""
+        if self.cluster is None:
+            raise ClusterError("the model is still loading. Try again later.")
+        if self.cluster.failure:
+            raise ClusterError(self.cluster.failure)
+        return self.cluster
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError (404) unless `name` is the model that is served."""
+        if name != self.config.model_id:
+            message = f"model: {name!r} is not served here. Use {self.config.model_id!r}."
+            raise ApiError(404, message, "model", "model_not_found")
+
+
+def make_app(service: Service) -> Starlette:
+    """Build the ASGI app over a service, whose cluster may come later."""
+
+    def route(path: str, method: str, endpoint: Callable[[Service, Request], Awaitable[Response]]) -> Route:
+        async def handle(request: Request) -> Response:
+            return await _answer_errors(endpoint(service, request))
+
+        return Route(path, handle, methods=[method])
+
+    routes = [
+        route("/v1/chat/completions", "POST", chat),
+        route("/v1/completions", "POST", complete),
+        route("/v1/models", "GET", list_models),
+        route("/v1/models/{model:path}", "GET", show_model),
+        route("/health", "GET", health),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
+
+
+async def _answer_errors(answer: Awaitable[Response]) -> Response:
+    try:
+        return await answer
+    except ApiError as e:
+        return error_response(e)
+    except ExpertdError as e:
+        return error_response(as_api_error(e))
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_LEFT)
+    except Exception as e:
+        return error_response(_our_bug(e))
+
+
+def _our_bug(error: Exception) -> ApiError:
+    _log.error(
+        "bug of expertd: %s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG)
+    )
+    return ApiError(500, f"{type(error).__name__}: {error}. This is a bug of expertd.")
+
+
+def _no_such_endpoint(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}. Try POST /v1/chat/completions."
+    return error_response(ApiError(error.status_code, message))
+
+
+async def chat(service: Service, request: Request) -> Response:
+    """POST /v1/chat/completions."""
+    wanted = parse_request(ChatRequest, await read_body(request))
+    shape = ChatFormat(service.config.model_id, wanted.include_usage)
+    service.check_model(wanted.model)
+    return await _respond(service, request, shape, wanted.to_submit(shape.request_id), wanted.stream)
+
+
+async def complete(service: Service, request: Request) -> Response:
+    """POST /v1/completions."""
+    wanted = parse_request(CompletionRequest, await read_body(request))
+    shape = CompletionFormat(service.config.model_id, wanted.include_usage)
+    service.check_model(wanted.model)
+    return await _respond(service, request, shape, wanted.to_submit(shape.request_id), wanted.stream)
+
+
+async def _respond(
+    service: Service, request: Request, shape: Format, submit: Submit, stream: bool
+) -> Response:
+    events = service.alive().generate(submit)
+    if stream:
+        pieces = _stream(events, shape)
+        # Awaited here, the first event decides on the status; a later failure is an event of the stream.
+        first = await while_connected(request.receive, _next(pieces))
+        return EventStream(first, pieces)
+    text, done = await while_connected(request.receive, _collect(events))
+    return JSONResponse(shape.answer(text, done))
+
+
+async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(pieces)
+
+
+async def _collect(events: Events) -> tuple[str, Done]:
+    pieces: list[str] = []
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Token):
+                pieces.append(event.text)
+            if isinstance(event, Done):
+                return "".join(pieces), _check_done(event)
+    raise ClusterError("the answer has no end. This is a bug of expertd.")
+
+
+async def _stream(events: Events, shape: Format) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        await anext(events)
+        yield shape.opening()
+        try:
+            async for event in events:
+                if isinstance(event, Token) and event.text:
+                    yield shape.text(event.text)
+                elif isinstance(event, Done):
+                    yield shape.closing(_check_done(event))
+        except ExpertdError as e:
+            yield encode_event(error_body(as_api_error(e)))
+        except Exception as e:
+            yield encode_event(error_body(_our_bug(e)))
+
+
+def _check_done(done: Done) -> Done:
+    if done.finish_reason == "cancelled":
+        raise ClusterError("the request was cancelled. Send it again.")
+    return done
+
+
+def _model(service: Service) -> dict[str, Any]:
+    model_id, created = service.config.model_id, service.created
+    return {"id": model_id, "object": "model", "created": created, "owned_by": "expertd"}
+
+
+async def list_models(service: Service, request: Request) -> Response:
+    """GET /v1/models."""
+    return JSONResponse({"object": "list", "data": [_model(service)]})
+
+
+async def show_model(service: Service, request: Request) -> Response:
+    """GET /v1/models/{model}."""
+    service.check_model(request.path_params["model"])
+    return JSONResponse(_model(service))
+
+
+async def health(service: Service, request: Request) -> Response:
+    """GET /health: 200 while requests can be answered, 503 before and after."""
+    group = service.config.group
+    ready = service.cluster.ready if service.cluster else None
+    failure = service.cluster.failure if service.cluster else None
+    status = "failed" if failure else "ok" if ready else "loading"
+    body = {
+        "status": status,
+        "model": service.config.model_id,
+        "ranks": group.num_ranks,
+        "split": group.split,
+        "context_length": ready.context_length if ready else None,
+        "uptime_s": round(time.monotonic() - service.started, 3),
+    }
+    return JSONResponse(
+        {**body, "reason": failure} if failure else body, status_code=200 if status == "ok" else 503
+    )

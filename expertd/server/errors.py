@@ -1,0 +1,38 @@
+"""Errors as OpenAI clients expect them: a status, and one JSON object that says what to change."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from expertd.errors import ConfigError, ExpertdError
+
+
+class ApiError(Exception):
+    """An answer to a wrong request; `param` names the field as the client wrote it."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def as_api_error(error: ExpertdError) -> ApiError:
+    """Give the HTTP face of one of our errors: 400 where the request is wrong, 503 where we are."""
+    return ApiError(400 if isinstance(error, ConfigError) else 503, str(error))
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """The JSON object that carries an error, in a response or in an event of a stream."""
+    message, param = _sendable(error.message), _sendable(error.param) if error.param else None
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
+
+
+def _sendable(text: str) -> str:
+    # A name from the client's JSON may hold half of a surrogate pair, which UTF-8 cannot carry.
+    return text.encode(errors="replace").decode()
+
+
+def error_response(error: ApiError) -> Response:
+    """The response that carries an error."""
+    headers = {"retry-after": "1"} if error.status == 503 else None
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)

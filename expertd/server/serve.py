@@ -1,0 +1,102 @@
+"""From a ServerConfig to a running server: take the port, start the ranks, serve, end everything in time."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import uvicorn
+
+from expertd.cluster.supervisor import Cluster
+from expertd.config import ServerConfig
+from expertd.errors import ClusterError, ConfigError
+from expertd.server.app import Service, make_app
+
+# Streams get their last event as soon as the cluster ends; this is for clients that do not read it.
+DRAIN_TIMEOUT_S = 1
+BACKLOG = 128
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the command line, which must also end the ranks."""
+        yield
+
+
+def take_port(config: ServerConfig) -> socket.socket:
+    """Listen on the configured address; port 0 takes any. Raises ConfigError when it cannot be had."""
+    where = f"--host {config.host} --port {config.port}"
+    if not 0 <= config.port <= 65535:
+        raise ConfigError(f"{where}: cannot listen there: wanted a port of 0 (any) to 65535.")
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Listening at once is what makes a second server on the port fail here, not after loading.
+        return socket.create_server(found[0][4][:2], family=found[0][0], backlog=BACKLOG)
+    except (OSError, OverflowError, UnicodeError) as e:
+        if isinstance(e, OSError) and e.errno == errno.EADDRINUSE:
+            raise ConfigError(f"{where}: the port is in use. Choose another, for example --port 0.") from e
+        raise ConfigError(f"{where}: cannot listen there: {e}. Choose another address.") from e
+
+
+async def serve(config: ServerConfig, listener: socket.socket, announce: Callable[[Cluster], None]) -> None:
+    """Serve until cancelled; `announce` is called once, when requests can be answered.
+
+    Answers 503 while the ranks load. Raises what `Cluster.open` raises, and ClusterError when the group
+    dies. Everything that was started has ended when this returns or raises.
+    """
+    service = Service(config)
+    async with _running_server(service, listener) as (server, served):
+        try:
+            async with Cluster.open(config.group) as cluster:
+                service.cluster = cluster
+                announce(cluster)
+                try:
+                    await _wait_any_end(cluster, served)
+                finally:
+                    # Now, not when the ranks have ended: both take up to a second, side by side.
+                    server.should_exit = True
+        finally:
+            server.should_exit = True
+
+
+async def _wait_any_end(cluster: Cluster, served: asyncio.Task[None]) -> None:
+    failed = asyncio.create_task(cluster.wait_failed())
+    try:
+        await asyncio.wait({failed, served}, return_when=asyncio.FIRST_COMPLETED)
+        raise ClusterError(
+            failed.result() if failed.done() else "the HTTP server ended. Start expertd again."
+        )
+    finally:
+        failed.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _running_server(
+    service: Service, listener: socket.socket
+) -> AsyncIterator[tuple[_Server, asyncio.Task[None]]]:
+    # uvicorn reports what clients do wrong, and each failure again with a traceback; ours are said once.
+    logging.getLogger("uvicorn").addHandler(logging.NullHandler())
+    logging.getLogger("uvicorn").propagate = False
+    config = uvicorn.Config(
+        make_app(service),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
+    )
+    server = _Server(config)
+    served = asyncio.create_task(server.serve([listener]))
+    try:
+        yield server, served
+    finally:
+        server.should_exit = True
+        await asyncio.wait({served}, timeout=2 * DRAIN_TIMEOUT_S)
+        served.cancel()
+        await asyncio.gather(served, return_exceptions=True)
+        listener.close()

@@ -1,0 +1,84 @@
+"""HTTP details that starlette leaves to us: limits, deadlines, and clients that go away."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from expertd.server.errors import ApiError
+
+MAX_BODY_BYTES = 16 << 20
+BODY_TIMEOUT_S = 60.0
+# A client that takes none of its answer for this long is gone in all but name.
+SEND_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a request's body. Raises ApiError: 413 over MAX_BODY_BYTES, 408 after BODY_TIMEOUT_S seconds."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(
+                        413, f"The body exceeds {MAX_BODY_BYTES >> 20} MiB. Send a shorter prompt."
+                    )
+    except TimeoutError as e:
+        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s. Send it again.") from e
+    return bytes(body)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end, or cancel it when the client leaves. Raises ClientDisconnect then."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_wait_disconnect(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _wait_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events from a generator, which is closed whatever happens to the connection."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._first = first
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            # Nobody is left to be told; closing the events cancels the request.
+            with suppress(ClientDisconnect, TimeoutError, OSError):
+                await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await _send_body(send, self._first, True)
+        async for event in self._events:
+            await _send_body(send, event, True)
+        await _send_body(send, b"", False)
+
+
+async def _send_body(send: Send, body: bytes, more: bool) -> None:
+    async with asyncio.timeout(SEND_TIMEOUT_S):
+        await send({"type": "http.response.body", "body": body, "more_body": more})
