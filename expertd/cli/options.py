@@ -1,0 +1,87 @@
+"""Options that several commands share, and the way from MODEL to a checked checkpoint."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from expertd.config import MAX_RANKS, SPLITS, GroupConfig
+from expertd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from expertd.checkpoint.inspect import CheckpointInfo
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def group_options(command: F) -> F:
+    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin."""
+    options = (
+        click.option("--ranks", default=1, show_default=True, help=f"Processes, 1 to {MAX_RANKS}."),
+        click.option(
+            "--split",
+            type=click.Choice(SPLITS),
+            default="auto",
+            show_default=True,
+            help="Who computes what.",
+        ),
+        click.option("--shares", metavar="A,B", help="Each rank's share, such as 2,1 [default: equal]."),
+        click.option("--pin", is_flag=True, help="Give each rank one processor of its own (Linux)."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def find_model(name: str) -> "CheckpointInfo":
+    """Find and check the checkpoint that MODEL names. Raises CheckpointError before anything is started."""
+    from expertd.checkpoint.inspect import check_checkpoint
+    from expertd.checkpoint.locate import find_checkpoint
+
+    return check_checkpoint(find_checkpoint(name))
+
+
+def make_group(
+    checkpoint: Path, ranks: int, split: str, shares: str | None, pin: bool, **more: Any
+) -> GroupConfig:
+    """Check the flags. Raises ConfigError that names the flag."""
+    group = GroupConfig(str(checkpoint), ranks, split, parse_shares(shares), **more)
+    return GroupConfig(**{**vars(group), "cpus": allowed_cpus(ranks)}) if pin else group
+
+
+def parse_shares(text: str | None) -> tuple[float, ...]:
+    """Read "2,1". Raises ConfigError."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise ConfigError(f"--shares {text}: wanted numbers with commas between, such as 2,1.") from e
+
+
+def parse_ranks(text: str) -> list[int]:
+    """Read "1,2". Raises ConfigError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise ConfigError(f"--ranks {text}: wanted whole numbers with commas between, such as 1,2.") from e
+
+
+def parse_splits(text: str) -> list[str]:
+    """Read "experts,tokens". Raises ConfigError that names the unknown split."""
+    splits = text.split(",")
+    for split in splits:
+        if split not in SPLITS:
+            raise ConfigError(f"--split {split}: unknown split. Choose from {', '.join(SPLITS)}.")
+    return splits
+
+
+def allowed_cpus(num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Give rank r the r-th processor that this process may use. Raises ConfigError when there are too few."""
+    if sys.platform == "darwin":
+        raise ConfigError("--pin: macOS has no pinning of processes. Leave --pin out.")
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < num_ranks:
+        raise ConfigError(f"--pin: {num_ranks} ranks but {len(cpus)} processors. Leave --pin out.")
+    return tuple((cpu,) for cpu in cpus[:num_ranks])

@@ -1,0 +1,134 @@
+"""`expertd run`: one prompt, one answer."""
+
+import json
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from expertd.cli.options import find_model, group_options, make_group
+from expertd.config import GroupConfig
+from expertd.errors import ClusterError, ConfigError, ExpertdError
+
+if TYPE_CHECKING:
+    from expertd.engine.messages import Done, Submit
+
+# What a shell reports for a program that a broken pipe ended.
+BROKEN_PIPE = 141
+
+
+@click.command("run", epilog="Example: expertd run demo 'Once upon a time' --ranks 2 --split experts")
+@click.argument("model")
+@click.argument("prompt")
+@group_options
+@click.option("--max-tokens", type=click.IntRange(min=1), default=200, show_default=True, help="At most.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: greedy.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens per step.")
+@click.option("--logits", type=click.Path(dir_okay=False, path_type=Path), help="Write the logits there.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
+    """Let MODEL continue PROMPT and print its text as it comes.
+
+    MODEL is `demo`, a folder or a hub id. PROMPT is raw text (- reads standard input). The figures of
+    the run go to standard error.
+    """
+    submit_options = {k: options.pop(k) for k in ("max_tokens", "temperature", "top_p", "seed", "stop")}
+    chat, logits = options.pop("chat"), options.pop("logits")
+    submit = _make_submit(_read_prompt(prompt), chat, logits, submit_options)
+    # Flags first: they are wrong in no time, while a hub id may take an hour to download.
+    make_group(Path(), **options)
+    group = make_group(find_model(model).folder, **options)
+    sys.exit(_answer(group, submit, as_json))
+
+
+def _read_prompt(prompt: str) -> str:
+    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ConfigError("PROMPT: not valid UTF-8. Convert it, for example with iconv.") from e
+    return text
+
+
+def _make_submit(text: str, chat: bool, logits: Path | None, options: dict[str, Any]) -> "Submit":
+    from expertd.engine.messages import Submit
+
+    if logits and not logits.absolute().parent.is_dir():
+        raise ConfigError(f"--logits {logits}: no folder {logits.absolute().parent}. Create it first.")
+    source: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    logits_file = str(logits.absolute()) if logits else None
+    stop = list(options.pop("stop"))
+    return Submit("run", stop=stop, logits_file=logits_file, **source, **options)
+
+
+def _answer(group: GroupConfig, submit: "Submit", as_json: bool) -> int:
+    from expertd.cli.signals import run_until_signal
+
+    try:
+        run_until_signal(_generate(group, submit, as_json))
+    except BrokenPipeError:
+        return BROKEN_PIPE
+    return 0
+
+
+async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None:
+    from contextlib import AsyncExitStack
+
+    from expertd.cli.output import progress, write_out
+    from expertd.cluster.supervisor import Cluster
+    from expertd.engine.messages import Done, Token
+
+    token_ids: list[int] = []
+    pieces: list[str] = []
+    done: Done | None = None
+    async with AsyncExitStack() as stack:
+        with progress(f"loading {group.num_ranks} rank(s)"):
+            cluster = await stack.enter_async_context(Cluster.open(group))
+        events = await stack.enter_async_context(aclosing(cluster.generate(submit)))
+        try:
+            async for event in events:
+                if isinstance(event, Token):
+                    token_ids += event.token_ids
+                    pieces.append(event.text)
+                    await write_out("" if as_json else event.text)
+                elif isinstance(event, Done):
+                    done = event
+        except ExpertdError:
+            # The reason must not be glued to the text so far.
+            await write_out("\n" if pieces and not as_json else "")
+            raise
+        if done is None:
+            raise ClusterError("the answer has no end. This is a bug of expertd.")
+        text = "".join(pieces)
+        await write_out(_as_json(token_ids, text, done) if as_json else "" if text.endswith("\n") else "\n")
+    print(_figures(done), file=sys.stderr)
+
+
+def _as_json(token_ids: list[int], text: str, done: "Done") -> str:
+    values = {
+        "token_ids": token_ids,
+        "text": text,
+        "prompt_tokens": done.prompt_tokens,
+        "prefill_tokens_per_s": done.prefill_tokens_per_s,
+        "decode_tokens_per_s": done.decode_tokens_per_s,
+        "split": done.split,
+        "ranks": done.ranks,
+        "finish_reason": done.finish_reason,
+    }
+    return json.dumps(values) + "\n"
+
+
+def _figures(done: "Done") -> str:
+    return (
+        f"prompt: {done.prompt_tokens} tokens at {done.prefill_tokens_per_s:.1f}/s; "
+        f"answer: {done.completion_tokens} tokens at {done.decode_tokens_per_s:.1f}/s; "
+        f"split {done.split} on {done.ranks} rank(s); ended by {done.finish_reason}"
+    )

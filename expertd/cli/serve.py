@@ -1,0 +1,91 @@
+"""`expertd serve`: the OpenAI-compatible HTTP server."""
+
+import ipaddress
+import json
+import logging
+import shlex
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from expertd.cli.options import find_model, group_options, make_group
+from expertd.config import ServerConfig
+
+if TYPE_CHECKING:
+    import socket
+
+    from expertd.cluster.supervisor import Cluster
+
+
+@click.command("serve", epilog="Example: expertd serve demo --ranks 2 --port 8080")
+@click.argument("model")
+@group_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
+def serve_command(model: str, host: str, port: int, **options: Any) -> None:
+    """Serve MODEL over an OpenAI-compatible HTTP API until Ctrl-C or SIGTERM.
+
+    MODEL is `demo`, a folder or a hub id. Prints the URL and a curl command once it can answer.
+    """
+    from expertd.server.serve import take_port
+
+    make_group(Path(), **options)
+    info = find_model(model)
+    group = make_group(info.folder, **options)
+    config = ServerConfig(host, port, model_id(model, info.folder), group)
+    logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
+    with take_port(config) as listener:
+        _warn_if_public(host)
+        _serve(config, listener)
+
+
+def model_id(name: str, folder: Path) -> str:
+    """The id that clients use: MODEL as typed for `demo` and hub ids, the folder's name for a folder."""
+    return folder.name if Path(name).expanduser().is_dir() and name != "demo" else name
+
+
+def _serve(config: ServerConfig, listener: "socket.socket") -> None:
+    from expertd.cli.output import progress
+    from expertd.cli.signals import TERMINATED, run_until_signal
+    from expertd.server.serve import serve as serve_http
+
+    async def work() -> None:
+        with ExitStack() as loading:
+            loading.enter_context(progress(f"loading {config.group.num_ranks} rank(s)"))
+
+            def announce(cluster: "Cluster") -> None:
+                loading.close()
+                click.echo(greeting(config, listener.getsockname()[1]))
+
+            await serve_http(config, listener, announce)
+
+    try:
+        run_until_signal(work())
+    except SystemExit as e:
+        # For a server SIGTERM is the regular end; service managers read any other code as a failure.
+        if e.code != TERMINATED:
+            raise
+
+
+def _warn_if_public(host: str) -> None:
+    try:
+        private = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        private = False
+    if not private:
+        message = f"--host {host}: whoever reaches it can use the model; there is no password"
+        print("expertd:", message, file=sys.stderr)
+
+
+def greeting(config: ServerConfig, port: int) -> str:
+    """What to print when the server can answer: its URL, and a command that can be pasted into a shell."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    message = {"role": "user", "content": "Tell me a story."}
+    body = {"model": config.model_id, "stream": True, "messages": [message]}
+    data = shlex.quote(json.dumps(body))
+    curl = f"curl -N {url}/chat/completions -H 'content-type: application/json' -d {data}"
+    return f"serving {config.model_id} at {url}\ntry: {curl}"

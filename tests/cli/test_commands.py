@@ -1,0 +1,191 @@
+"""Commands in processes of their own, as a user starts them: exit codes, and one line per error."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx
+import psutil
+import pytest
+from stub_group import children, gone, group_of, received, until_now
+
+Expertd = Callable[..., SimpleNamespace]
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def test_run_streams_text_and_gives_figures_on_stderr(expertd: Expertd, tmp_path: Path) -> None:
+    got = expertd("run", tmp_path, "one two three", "--max-tokens", 2)
+    assert (got.code, got.out) == (0, "one two \n")
+    assert got.err == (
+        "prompt: 3 tokens at 100.0/s; answer: 2 tokens at 10.0/s; split auto on 1 rank(s); ended by length\n"
+    )
+
+
+def test_run_json_is_one_object(expertd: Expertd, tmp_path: Path) -> None:
+    got = expertd("run", tmp_path, "a b", "--json", "--ranks", 2, "--split", "experts")
+    assert got.code == 0 and got.out.count("\n") == 1
+    assert json.loads(got.out) == {
+        "token_ids": [1, 2],
+        "text": "a b ",
+        "prompt_tokens": 2,
+        "prefill_tokens_per_s": 100.0,
+        "decode_tokens_per_s": 10.0,
+        "split": "experts",
+        "ranks": 2,
+        "finish_reason": "stop",
+    }
+
+
+def test_run_options_reach_the_rank(expertd: Expertd, tmp_path: Path) -> None:
+    flags = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--stop", "x", "--stop", "y", "--chat"]
+    assert (
+        expertd("run", tmp_path, "-", *flags, "--logits", tmp_path / "l", stdin=subprocess.DEVNULL).code == 0
+    )
+    submit = received(tmp_path)[0]
+    assert (submit["temperature"], submit["top_p"], submit["seed"]) == (0.5, 0.9, 7)
+    assert submit["stop"] == ["x", "y"] and submit["logits_file"] == str(tmp_path / "l")
+    assert submit["prompt"] is None and submit["messages"] == [{"role": "user", "content": ""}]
+
+
+def test_wrong_flags_exit_2_before_any_rank(expertd: Expertd, tmp_path: Path) -> None:
+    for args, lines in ((["--ranks", 9], 1), (["--nope"], 4)):
+        got = expertd("run", tmp_path, "x", *args)
+        assert (got.code, got.out) == (2, "") and got.err.count("\n") <= lines
+    assert not list(tmp_path.glob("rank*.log"))
+
+
+def test_errors_of_the_group_are_one_line(expertd: Expertd, tmp_path: Path) -> None:
+    got = expertd("run", tmp_path, "@reject:too_long")
+    assert (got.code, got.out, got.err) == (2, "", "expertd: prompt: too_long\n")
+    got = expertd("run", tmp_path, "@raise:SIGKILL x")
+    assert got.code == 1 and got.err.startswith("expertd: rank 0 died: killed by SIGKILL; ")
+    assert got.err.count("\n") == 1
+    got = expertd("run", tmp_path, "so fail")
+    assert (got.out, got.err) == ("so \n", "expertd: the step failed\n")
+    group_of(tmp_path, r0="fatal")
+    got = expertd("run", tmp_path, "x")
+    assert (got.code, got.err) == (2, "expertd: model-1.safetensors: damaged. Get it again.\n")
+
+
+def test_unknown_model_is_one_line(expertd: Expertd) -> None:
+    got = expertd("run", "./no such", "x")
+    assert got.code == 2 and got.err.startswith("expertd: './no such': ") and got.err.count("\n") == 1
+
+
+def test_a_bug_is_one_line_unless_asked() -> None:
+    code = "from expertd.cli import main, run\nrun.find_model = lambda name: 1 / 0\nmain()"
+    for debug, lines in (("0", 1), ("1", 5)):
+        command = [sys.executable, "-c", code, "run", "x", "y"]
+        env = {**os.environ, "EXPERTD_DEBUG": debug}
+        got = subprocess.run(command, capture_output=True, text=True, timeout=10, env=env)
+        assert got.returncode == 1 and got.stderr.count("\n") >= lines
+        last = got.stderr.splitlines()[-1]
+        assert last.startswith("expertd: ZeroDivisionError: division by zero; this is a bug of expertd; ")
+        assert ("Traceback" in got.stderr) == (debug == "1")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_run(start: Start, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    process = start("run", tmp_path, "@slow:0.01 @repeat:4000 x", "--max-tokens", 4000, "--ranks", 2)
+    assert process.stdout and process.stdout.read(2) == "x "
+    began = time.monotonic()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == code and time.monotonic() - began < 2
+    assert "Traceback" not in err and not children()
+
+
+def test_signal_ends_run_though_nobody_reads_its_output(start: Start, tmp_path: Path) -> None:
+    process = start("run", tmp_path, "@repeat:4000 " + "x" * 200, "--max-tokens", 4000)
+    until_now(lambda: received(tmp_path), 5)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=2) == 130
+
+
+def test_broken_pipe_is_quiet(start: Start, tmp_path: Path) -> None:
+    process = start("run", tmp_path, "@slow:0.01 @repeat:500 x", "--max-tokens", 500)
+    assert process.stdout and process.stderr and process.stdout.read(2) == "x "
+    process.stdout.close()
+    assert process.wait(timeout=5) == 141 and process.stderr.read() == ""
+
+
+def test_terminal_ctrl_c_twice_forces(start: Start, tmp_path: Path) -> None:
+    group_of(tmp_path, r0="deaf")
+    process = start("run", tmp_path, "@slow:0.01 @repeat:500 x")
+    assert process.stdout and process.stdout.read(2) == "x "
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert time.monotonic() - began < 1 and not children()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_serve_says_where_answers_and_stops(
+    start: Start, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
+    assert process.stdout
+    first, curl = process.stdout.readline(), process.stdout.readline()
+    name, url = first.split()[1], first.split()[3]
+    assert name == tmp_path.name and url.startswith("http://127.0.0.1:") and url.endswith("/v1")
+    assert curl.startswith(f"try: curl -N {url}/chat/completions ")
+    answer = subprocess.run(
+        curl.removeprefix("try: "), shell=True, capture_output=True, text=True, timeout=10
+    )
+    assert '"content":"story. "' in answer.stdout and answer.stdout.endswith("data: [DONE]\n\n")
+    asked = {"model": name, "prompt": "@slow:0.01 @repeat:4000 x", "max_tokens": 4000, "stream": True}
+    with httpx.stream("POST", f"{url}/completions", json=asked) as stream:
+        next(stream.iter_lines())
+        began = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=5)
+        assert time.monotonic() - began < 2
+    assert process.returncode == code and err.strip() == "" and not children()
+
+
+def test_ctrl_c_while_the_ranks_load(start: Start, tmp_path: Path) -> None:
+    group_of(tmp_path, r1="mute")
+    process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
+    until_now(lambda: len(psutil.Process(process.pid).children()) == 2, 10)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=2)[0] == "" and process.returncode == 130 and not children()
+
+
+def test_serve_ends_with_one_line_when_a_rank_dies(start: Start, tmp_path: Path) -> None:
+    process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
+    assert process.stdout
+    process.stdout.readline()
+    psutil.Process(process.pid).children()[1].kill()
+    _, err = process.communicate(timeout=3)
+    assert process.returncode == 1 and err.startswith("expertd: rank 1 died: killed by SIGKILL; ")
+    assert err.count("\n") == 1 and not children()
+
+
+def test_killed_server_leaves_no_rank(start: Start, tmp_path: Path) -> None:
+    process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
+    assert process.stdout
+    process.stdout.readline()
+    ranks = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait(timeout=2)
+    assert len(ranks) == 2
+    until_now(lambda: all(gone(rank) for rank in ranks))
+
+
+def test_port_in_use_exits_2_before_any_rank(expertd: Expertd, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        got = expertd("serve", tmp_path, "--port", port)
+    assert (got.code, got.out) == (2, "")
+    assert got.err.startswith(f"expertd: --host 127.0.0.1 --port {port}: the port is in use. ")
+    assert got.err.count("\n") == 1 and not list(tmp_path.glob("rank*.log"))

@@ -1,0 +1,134 @@
+"""What needs no rank: help, version, the way to the lazy modules."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from click.testing import CliRunner
+
+import expertd
+from expertd.cli import bench, cli, options, quantize, serve
+from expertd.config import GroupConfig, ServerConfig
+from expertd.errors import ConfigError
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "quantize", "bench"])
+def test_each_help_has_an_example(command: str) -> None:
+    result = CliRunner().invoke(cli, [command, "--help"])
+    assert result.exit_code == 0 and f"Example: expertd {command} " in " ".join(result.output.split())
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(cli, ["--version"])
+    assert result.output == f"expertd {expertd.__version__}\n"
+
+
+def test_the_command_line_starts_quickly_and_imports_nothing_heavy() -> None:
+    heavy = ("mlx", "numpy", "uvicorn", "pydantic", "asyncio", "tqdm")
+    code = f"import sys, expertd.cli; print([m for m in {heavy} if m in sys.modules])"
+    began = time.monotonic()
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
+    assert got.stdout == "[]\n" and time.monotonic() - began < 2
+
+
+def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
+    code = (
+        "import sys, expertd.cli.output, expertd.cli.signals, expertd.server.serve\n"
+        "import expertd.checkpoint.inspect, expertd.checkpoint.locate\n"
+        "assert 'mlx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--ranks", "9"], "--ranks 9: expertd runs 1 to 4 ranks"),
+        (["--ranks", "2", "--shares", "1,x"], "--shares 1,x: wanted numbers"),
+        (["--ranks", "2", "--shares", "1,2,3"], "wanted 2 numbers"),
+        (["--prefill-chunk", "0"], "--prefill-chunk 0"),
+        (["--logits", "/no/such/folder/l"], "--logits /no/such/folder/l: no folder /no/such/folder"),
+        (["--split", "heads"], "'heads' is not one of"),
+        (["--temperature", "9"], "9.0 is not in the range"),
+        (["--nope"], "No such option"),
+        (["--stop"], "requires an argument"),
+    ],
+)
+def test_wrong_flags_are_named(args: list[str], words: str) -> None:
+    result = CliRunner().invoke(cli, ["run", "/no/such/model", "x", *args])
+    said = result.output if result.exit_code == 2 else f"{result.exception}"
+    assert words in said and isinstance(result.exception, ConfigError | SystemExit)
+
+
+def test_quantize_calls_the_converter_and_says_what_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def convert(src: Path, dst: Path, experts: int, trunk: int, group: int, progress: object) -> None:
+        calls.append((src, dst, experts, trunk, group))
+        assert callable(progress)
+        progress(5, 10, "layer.0")
+        dst.mkdir()
+
+    fake = ModuleType("expertd.quant.convert")
+    monkeypatch.setattr(fake, "quantize_checkpoint", convert, raising=False)
+    monkeypatch.setitem(sys.modules, "expertd.quant.convert", fake)
+    sizes = {"src": 16_200_000_000, str(tmp_path / "d st"): 5_400_000_000}
+    monkeypatch.setattr(
+        quantize,
+        "find_model",
+        lambda name: SimpleNamespace(folder=Path(name), total_bytes=sizes[name]),
+    )
+    result = CliRunner().invoke(cli, ["quantize", "src", str(tmp_path / "d st"), "--experts-bits", "3"])
+    assert result.exit_code == 0, result.output
+    assert calls == [(Path("src"), tmp_path / "d st", 3, 4, 64)]
+    assert "16.2 GB -> 5.4 GB (3.0 times smaller)" in result.output
+    assert f"next: expertd run '{tmp_path}/d st' " in result.output
+    (tmp_path / "d st" / "file").touch()
+    again = CliRunner().invoke(cli, ["quantize", "src", str(tmp_path / "d st")])
+    assert isinstance(again.exception, ConfigError) and len(calls) == 1
+
+
+def test_bench_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    fake = ModuleType("expertd.bench.throughput")
+    monkeypatch.setattr(fake, "run", lambda *args: calls.append(args), raising=False)
+    monkeypatch.setitem(sys.modules, "expertd.bench.throughput", fake)
+    monkeypatch.setattr(bench, "find_model", lambda name: SimpleNamespace(folder=Path(name)))
+    flags = ["--ranks", "1,2", "--split", "experts", "--tokens", "9"]
+    result = CliRunner().invoke(cli, ["bench", "decode", "demo", *flags])
+    assert result.exit_code == 0, result.output
+    assert calls == [("decode", Path("demo"), [1, 2], ["experts"], 9, 5, None)]
+    for wrong in (["--ranks", "x"], ["--ranks", "9"], ["--split", "nope"], ["--json", "/no/such/f"]):
+        result = CliRunner().invoke(cli, ["bench", "decode", "demo", *wrong])
+        assert isinstance(result.exception, ConfigError) and wrong[1].split("/f")[0] in str(result.exception)
+
+
+def test_pin_gives_each_rank_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {5, 3, 9}, raising=False)
+    group = options.make_group(Path("m"), 2, "auto", "2,1", True)
+    assert group.cpus == ((3,), (5,)) and group.shares == (2.0, 1.0)
+    with pytest.raises(ConfigError, match="4 ranks but 3 processors"):
+        options.allowed_cpus(4)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigError, match="macOS has no pinning"):
+        options.allowed_cpus(1)
+
+
+def test_model_id(tmp_path: Path) -> None:
+    assert serve.model_id("demo", tmp_path) == "demo"
+    assert serve.model_id("org/name", tmp_path) == "org/name"
+    assert serve.model_id(str(tmp_path), tmp_path) == tmp_path.name
+
+
+def test_greeting_quotes_and_names_a_reachable_host() -> None:
+    config = ServerConfig("0.0.0.0", 0, "it's", GroupConfig(""))
+    assert "http://127.0.0.1:99/v1" in serve.greeting(config, 99) and "it'\"'\"'s" in serve.greeting(
+        config, 99
+    )
+    assert "http://[::1]:99/v1" in serve.greeting(ServerConfig("::1"), 99)
