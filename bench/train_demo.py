@@ -83,9 +83,7 @@ class Attention(nn.Module):
 
         q = rotate(rms_norm(heads(self.q_proj), self.q_norm, s.rms_norm_eps))
         k = rotate(rms_norm(heads(self.k_proj), self.k_norm, s.rms_norm_eps))
-        y = F.scaled_dot_product_attention(
-            q, k, heads(self.v_proj), is_causal=True, enable_gqa=True
-        )
+        y = F.scaled_dot_product_attention(q, k, heads(self.v_proj), is_causal=True, enable_gqa=True)
         return F.linear(y.transpose(1, 2).reshape(b, t, -1), self.o_proj)
 
 
@@ -193,6 +191,35 @@ def make_tokenizer(text: Path, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train([str(text)], trainer)
     return tokenizer
+
+
+# The model has read stories and no dialogues: it goes on from what the user wrote. A system prompt would only
+# confuse it and is left out.
+CHAT_TEMPLATE = """\
+{%- for message in messages if message.role != "system" -%}
+{{- "" if loop.first else "\\n\\n" }}{{ message.content -}}
+{%- endfor -%}
+"""
+
+
+def save_tokenizer(tokenizer: Tokenizer, out: Path, context_length: int) -> None:
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def calibration_sample(text: str, num_bytes: int = 390_000) -> str:
+    """An equal run of paragraphs from the middle of every book of the training text."""
+    books = text.split("\n\n\n")
+    share = num_bytes // len(books)
+    runs = [book[len(book) // 2 :][:share] for book in books]
+    return "\n\n\n".join(run[run.find("\n\n") + 2 : run.rfind("\n\n")] for run in runs) + "\n"
 
 
 def encode(tokenizer: Tokenizer, text: str) -> Tensor:
@@ -324,7 +351,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     shape = Shape()
     tokenizer = make_tokenizer(args.train, shape.vocab_size)
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    save_tokenizer(tokenizer, args.out, shape.max_position_embeddings)
+    (args.out / "calibration.txt").write_text(calibration_sample(args.train.read_text()))
+    (args.out / "valid.txt").write_text(args.valid.read_text())
     tokens, valid = (encode(tokenizer, p.read_text()) for p in (args.train, args.valid))
     print(f"{len(tokens)} training tokens, {len(valid)} held out", flush=True)
     model = Model(shape)

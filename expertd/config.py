@@ -33,7 +33,9 @@ class GroupConfig:
             )
         if self.split not in SPLITS:
             raise ConfigError(f"--split {self.split}: unknown split. Choose one of {', '.join(SPLITS)}.")
-        if self.shares and (len(self.shares) != self.num_ranks or min(self.shares) < 0 or sum(self.shares) <= 0):
+        if self.shares and (
+            len(self.shares) != self.num_ranks or min(self.shares) < 0 or sum(self.shares) <= 0
+        ):
             raise ConfigError(
                 f"--shares {','.join(map(str, self.shares))}: wanted {self.num_ranks} numbers >= 0, one per rank, "
                 "not all zero."

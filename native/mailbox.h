@@ -59,6 +59,7 @@ int64_t xd_mailbox_wait_frame(xd_mailbox *box, double idle_s, void *frame);
 /* The first failure as one line for people ("" if none), and its code. */
 int xd_mailbox_failure(xd_mailbox *box, char *err, size_t errlen);
 
-/* Bytes of a slot; counters since opening: exchanges done, seconds spent waiting in them. */
+/* Ranks of the group; bytes of a slot; counters since opening: exchanges done, seconds spent waiting in them. */
+int xd_mailbox_num_ranks(xd_mailbox *box);
 size_t xd_mailbox_slot_bytes(xd_mailbox *box);
 void xd_mailbox_stats(xd_mailbox *box, uint64_t *num_exchanges, double *waited_s);

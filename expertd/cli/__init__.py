@@ -39,9 +39,11 @@ def main() -> NoReturn:
         _fail(str(e), e.exit_code)
     except click.Abort:
         sys.exit(INTERRUPTED)
+    except click.UsageError as e:
+        command = e.ctx.command_path if e.ctx else "expertd"
+        _fail(f"{e.format_message()} Run `{command} --help`.", e.exit_code)
     except click.ClickException as e:
-        e.show()
-        sys.exit(e.exit_code)
+        _fail(e.format_message(), e.exit_code)
     except Exception as e:
         if os.environ.get("EXPERTD_DEBUG") == "1":
             traceback.print_exc()

@@ -33,5 +33,5 @@ class Plan:
             values = msgpack.unpackb(frame)
             split = values.pop("split")
             return cls(**values, split=StepSplit(split["name"], tuple(split["fractions"])))
-        except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e

@@ -12,10 +12,13 @@ class Tokenizer:
     """The checkpoint's own tokenizer (transformers; never its remote code) and the ids that end a text."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, logging
 
+        logging.set_verbosity_error()  # it warns of long prompts, which we refuse ourselves
         try:
-            self._inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            self._inner = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
         except Exception as e:
             reason = " ".join(str(e).split())[:200]
             raise CheckpointError(f"checkpoint {folder}: its tokenizer cannot be read: {reason}.") from e
@@ -30,11 +33,15 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Apply the chat template. Raises ConfigError when there is none or it refuses the messages."""
         if not self._inner.chat_template:
-            raise ConfigError("this checkpoint has no chat template. Use /v1/completions, or `expertd run` without --chat.")
+            raise ConfigError(
+                "this checkpoint has no chat template. Use /v1/completions, or `expertd run` without --chat."
+            )
         try:
             text: str = self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as e:
-            raise ConfigError(f"messages: the checkpoint's chat template refuses them: {' '.join(str(e).split())}") from e
+            raise ConfigError(
+                f"messages: the checkpoint's chat template refuses them: {' '.join(str(e).split())}"
+            ) from e
         ids: list[int] = self._inner.encode(text, add_special_tokens=False)
         return ids
 
@@ -86,10 +93,10 @@ class StopStrings:
     def add(self, text: str) -> str:
         """Give the text that can no longer be part of a stop string; sets `found` when one is complete."""
         text = self._held + text
-        at = min((i for i in (text.find(s) for s in self._stops) if i >= 0), default=-1)
-        if at >= 0:
+        found = [(i + len(s), i) for s in self._stops if (i := text.find(s)) >= 0]
+        if found:  # the first to be complete wins: the answer then depends on no token's boundaries
             self.found, self._held = True, ""
-            return text[:at]
+            return text[: min(found)[1]]
         keep = max((self._overlap(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -66,41 +66,57 @@ class Mailbox:
         if box == ffi.NULL:
             raise ClusterError(_text(err))
         self._box, self.rank, self.num_ranks = box, rank, num_ranks
+        if (made_for := lib.xd_mailbox_num_ranks(box)) != num_ranks:  # C trusts our lists to have this length
+            self.close()
+            raise ClusterError(f"mailbox: rank {rank} found room for {made_for} ranks, wanted {num_ranks}")
         self._frame = ffi.new("char[]", lib.xd_mailbox_slot_bytes(box))
         self.function = int(ffi.cast("uintptr_t", ffi.addressof(lib, "xd_mailbox_exchange")))
         self.address = int(ffi.cast("uintptr_t", box))
 
     def exchange(self, mine: bytes, sizes: Sequence[int], tag: int = 1, digest: int = 0) -> bytes:
         """Swap bytes with all ranks outside any graph; `sizes` are every rank's, in bytes."""
+        if len(sizes) != self.num_ranks or len(mine) != sizes[self.rank]:
+            raise LocalProtocolError(
+                f"rank {self.rank}, exchange {tag}: {len(mine)} bytes and sizes {list(sizes)}, "
+                f"wanted one size for each of {self.num_ranks} ranks and this rank's bytes"
+            )
         out = ffi.new("char[]", max(1, sum(sizes)))
-        self._check(lib.xd_mailbox_exchange(self._box, tag, digest, mine, ffi.new("size_t[]", list(sizes)), out))
+        self._check(
+            lib.xd_mailbox_exchange(self._open, tag, digest, mine, ffi.new("size_t[]", list(sizes)), out)
+        )
         return bytes(ffi.buffer(out, sum(sizes)))
 
     def send_frame(self, frame: bytes) -> None:
         """Rank 0: start a step by giving `frame`, at most a slot, to every rank."""
-        self._check(lib.xd_mailbox_send_frame(self._box, frame, len(frame)))
+        self._check(lib.xd_mailbox_send_frame(self._open, frame, len(frame)))
 
     def wait_frame(self, idle_s: float) -> bytes | None:
         """Ranks above 0: wait for the next frame, at most idle_s; None means that none came."""
-        size = lib.xd_mailbox_wait_frame(self._box, idle_s, self._frame)
+        size = lib.xd_mailbox_wait_frame(self._open, idle_s, self._frame)
         if size == lib.XD_TIMEOUT:
+            self.check()  # the frame came, but one of its other readers did not
             return None
-        if size < 0:
-            self._check(size)
+        self._check(min(size, lib.XD_OK))
         return bytes(ffi.buffer(self._frame, size))
 
     def check(self) -> None:
         """Raise the first failure of this epoch, if there was one; to be asked after every evaluation."""
         err = ffi.new("char[200]")
-        code = lib.xd_mailbox_failure(self._box, err, len(err))
+        code = lib.xd_mailbox_failure(self._open, err, len(err))
         if code:
             raise _ERRORS[code](_text(err))
 
     def statistics(self) -> dict[str, float]:
         """Exchanges done and seconds waited in them, since opening."""
         count, waited = ffi.new("uint64_t *"), ffi.new("double *")
-        lib.xd_mailbox_stats(self._box, count, waited)
+        lib.xd_mailbox_stats(self._open, count, waited)
         return {"num_exchanges": count[0], "waited_s": waited[0]}
+
+    @property
+    def _open(self) -> object:
+        if self._box == ffi.NULL:
+            raise LocalProtocolError(f"rank {self.rank}: the mailbox is closed")
+        return self._box
 
     def close(self) -> None:
         """Release the handle; may be called twice. No exchange may be in flight."""
@@ -110,7 +126,9 @@ class Mailbox:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def _check(self, code: int) -> None:

@@ -157,11 +157,12 @@ def _takes_hidden_states_alone(block: nn.Module) -> bool:
 def divide(model: nn.Module, step: StepState) -> list[str]:
     """Make every MoE block of an mlx-lm model follow `step`; give the splits that the family supports."""
     kinds = {SwitchGLU: _SplitGLU, SwitchMLP: _SplitMLP}
-    blocks = []
+    blocks: list[nn.Module] = []
     for _, parent in model.named_modules():
         for child in _children(parent):
             if type(child) in kinds:
-                blocks.append(parent)
+                if all(parent is not block for block in blocks):  # modules are dicts: `in` compares arrays
+                    blocks.append(parent)
                 _become(child, kinds[type(child)])
                 child._step = step
     if not blocks:

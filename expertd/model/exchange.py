@@ -5,12 +5,12 @@ from typing import Protocol
 
 import mlx.core as mx
 
+import expertd.native._exchange as _exchange
 from expertd.errors import ConfigError
-from expertd.native import _exchange
 
 MLX_VERSION = version("mlx")
 
-if MLX_VERSION != _exchange.built_for_mlx:
+if _exchange.built_for_mlx != MLX_VERSION:
     raise ConfigError(
         f"expertd was compiled for mlx {_exchange.built_for_mlx} but mlx {MLX_VERSION} is installed. "
         "Run `pip install --force-reinstall --no-deps expertd`."
@@ -30,10 +30,15 @@ class Link(Protocol):
     address: int
 
 
-def exchange(link: Link, rows: mx.array, num_rows: list[int], tag: int, ids: mx.array | None = None) -> mx.array:
+def exchange(
+    link: Link, rows: mx.array, num_rows: list[int], tag: int, ids: mx.array | None = None
+) -> mx.array:
     """Swap rows with every rank: [num_rows[rank], width] -> [sum(num_rows), width], in rank order.
 
     `tag` numbers the exchanges of a step; `ids` (uint32), when given, must be the same on every rank.
+    Raises ValueError when the shapes do not fit each other.
     """
+    if len(num_rows) != link.num_ranks or min(num_rows) < 0:  # C takes one size per rank from this list
+        raise ValueError(f"exchange: num_rows is {num_rows}, wanted {link.num_ranks} counts")
     result: mx.array = _exchange.exchange(rows, num_rows, link.rank, link.function, link.address, tag, ids)
     return result

@@ -29,7 +29,8 @@ class Model:
         """Raise ConfigError when the family cannot do a split."""
         if split not in ("auto", *self.splits):
             raise ConfigError(
-                f"--split {split}: this model's family supports {', '.join(self.splits)}. Choose one of these or `auto`."
+                f"--split {split}: this model's family supports {', '.join(self.splits)}. "
+                "Choose one of these or `auto`."
             )
 
     def new_cache(self) -> Cache:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ def cut(count: int, fractions: Sequence[float]) -> list[int]:
         total += fraction
         bounds.append(int(count * total + 0.5))
     bounds[-1] = count
-    return [max(0, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [max(0, b - a) for a, b in pairwise(bounds)]
 
 
 def choose(wanted: str, num_tokens: int, supported: Sequence[str], fractions: tuple[float, ...]) -> StepSplit:

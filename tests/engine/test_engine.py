@@ -1,0 +1,353 @@
+"""The engine without a model: what it plans, in which order, and what it tells of each request."""
+
+import queue
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import pytest
+
+from expertd.config import GroupConfig
+from expertd.engine import engine as engine_module
+from expertd.engine.engine import Engine
+from expertd.engine.messages import Cancel, Done, Failed, Message, Rejected, Started, Submit, Token
+from expertd.engine.plan import Plan
+from expertd.engine.runner import Runner
+from expertd.engine.text import Tokenizer
+from expertd.errors import ConfigError, LinkDown
+
+END = 256
+VOCAB = 257
+CONTEXT = 64
+
+
+class ByteTokenizer:
+    """One token per byte, and the end."""
+
+    end_ids = frozenset({END})
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        if not messages:
+            raise ConfigError("messages: none")
+        return [i for m in messages for i in self.encode(f"{m['role']}:{m['content']}\n")]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i != END).decode(errors="replace")
+
+
+class ScriptedRunner:
+    """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.caches: dict[int, list[int]] = {}
+        self.scripts: dict[str, list[int]] = {}
+        self.before_step: Callable[[Plan], None] = lambda plan: None
+
+    def lead(self, plan: Plan) -> mx.array | None:
+        self.before_step(plan)
+        self.plans.append(plan)
+        for sequence_id in plan.released:
+            del self.caches[sequence_id]
+        assert plan.is_new == (plan.sequence_id not in self.caches)
+        tokens = self.caches.setdefault(plan.sequence_id, [])
+        tokens += plan.tokens
+        assert plan.tokens and len(plan.tokens) <= (1 if plan.decode else CONTEXT)
+        return self._logits(tokens) if plan.decode else None
+
+    def _logits(self, tokens: list[int]) -> mx.array:
+        text = bytes(t for t in tokens if t != END)
+        prompt = next((p for p in self.scripts if text.startswith(p.encode())), None)
+        if prompt is None:
+            return mx.zeros(VOCAB)
+        chosen = self.scripts[prompt][len(tokens) - len(prompt.encode())]
+        return mx.where(mx.arange(VOCAB) == chosen, 5.0, 0.0)
+
+
+class Bench:
+    """An engine with everything around it, and its events by request."""
+
+    def __init__(self, **group: Any) -> None:
+        self.runner = ScriptedRunner()
+        self.events: list[Message] = []
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.engine = Engine(
+            group=GroupConfig(checkpoint="", **group),
+            runner=cast(Runner, self.runner),
+            tokenizer=cast(Tokenizer, ByteTokenizer()),
+            context_length=CONTEXT,
+            splits=["solo", "experts", "tokens"],
+            inbox=self.inbox,
+            send=self.events.append,
+        )
+
+    def ask(self, request_id: str, prompt: str, reply: str | list[int] | None = None, **options: Any) -> None:
+        if reply is not None:
+            self.runner.scripts[prompt] = [*reply.encode(), END] if isinstance(reply, str) else reply
+        self.inbox.put(Submit(request_id, prompt=prompt, **options))
+
+    def finish(self, max_steps: int = 300) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(max_steps):
+            num_plans, num_events = len(self.runner.plans), len(self.events)
+            self.engine.step()
+            if (len(self.runner.plans), len(self.events)) == (num_plans, num_events):
+                return
+        raise AssertionError("the engine does not come to an end")
+
+    def of(self, request_id: str) -> list[Any]:
+        return [e for e in self.events if cast(Any, e).request_id == request_id]
+
+    def text(self, request_id: str) -> str:
+        return "".join(e.text for e in self.of(request_id) if isinstance(e, Token))
+
+    def ids(self, request_id: str) -> list[int]:
+        return [i for e in self.of(request_id) if isinstance(e, Token) for i in e.token_ids]
+
+    def done(self, request_id: str) -> Done:
+        assert isinstance(self.of(request_id)[-1], Done)
+        return cast(Done, self.of(request_id)[-1])
+
+
+@pytest.fixture(autouse=True)
+def _short_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_S", 0.005)
+
+
+def shape(plan: Plan) -> tuple[int, int, bool, bool, str]:
+    return plan.sequence_id, len(plan.tokens), plan.is_new, plan.decode, plan.split.name
+
+
+def test_chunks_of_prefill_then_decode() -> None:
+    bench = Bench(num_ranks=2, prefill_chunk=4)
+    bench.ask("r", "ten tokens", "ok")
+    bench.finish()
+    assert [shape(p) for p in bench.runner.plans] == [
+        (1, 4, True, False, "tokens"),
+        (1, 4, False, False, "tokens"),
+        (1, 1, False, False, "experts"),
+        (1, 1, False, True, "experts"),
+        (1, 1, False, True, "experts"),
+        (1, 1, False, True, "experts"),
+    ]
+    assert bytes(t for p in bench.runner.plans for t in p.tokens) == b"ten tokensok"
+    assert [type(e) for e in bench.events] == [Started, Token, Token, Token, Done]
+    assert bench.events[0] == Started("r", 10)
+    assert bench.text("r") == "ok"
+    assert bench.ids("r") == [*b"ok", END]
+    done = bench.done("r")
+    assert (done.finish_reason, done.prompt_tokens, done.completion_tokens) == ("stop", 10, 3)
+    assert (done.split, done.ranks) == ("experts", 2)
+    assert done.prefill_tokens_per_s > 0 < done.decode_tokens_per_s
+
+
+def test_prompt_of_one_token_needs_no_prefill() -> None:
+    bench = Bench()
+    bench.ask("r", "x", "y")
+    bench.finish()
+    assert [shape(p) for p in bench.runner.plans] == [(1, 1, True, True, "solo"), (1, 1, False, True, "solo")]
+
+
+def test_one_after_another_and_caches_are_released() -> None:
+    bench = Bench()
+    for name in ("a", "b", "c"):
+        bench.ask(name, f"prompt {name}", name * 2)
+    bench.finish()
+    assert [p.sequence_id for p in bench.runner.plans] == sorted(p.sequence_id for p in bench.runner.plans)
+    assert [bench.text(name) for name in "abc"] == ["aa", "bb", "cc"]
+    released = {p.sequence_id: p.released for p in bench.runner.plans if p.is_new}
+    assert released == {1: [], 2: [1], 3: [2]}
+    assert not any(p.released for p in bench.runner.plans if not p.is_new)
+    assert list(bench.runner.caches) == [3]
+
+
+@pytest.mark.parametrize("max_tokens, expected", [(1, 1), (3, 3), (None, CONTEXT - 6), (1000, CONTEXT - 6)])
+def test_max_tokens_and_the_end_of_the_context(max_tokens: int | None, expected: int) -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", "y" * CONTEXT, max_tokens=max_tokens)
+    bench.finish()
+    assert bench.text("r") == "y" * expected
+    assert bench.done("r").finish_reason == "length"
+    assert len(bench.runner.caches[1]) == 6 + expected - 1
+
+
+def test_prompt_too_long_is_rejected_in_one_line() -> None:
+    bench = Bench()
+    bench.ask("long", "x" * CONTEXT)
+    bench.ask("empty", "")
+    bench.ask("fits", "x" * (CONTEXT - 1), "y")
+    bench.inbox.put(Submit("chat", messages=[]))
+    bench.finish()
+    (rejected,), (empty,), (chat,) = bench.of("long"), bench.of("empty"), bench.of("chat")
+    assert isinstance(rejected, Rejected)
+    assert rejected.message.startswith("the prompt has 64 tokens, but this model's context holds 64")
+    assert "at most 63 tokens" in rejected.message
+    assert "\n" not in rejected.message
+    assert isinstance(empty, Rejected)
+    assert "prompt is empty" in empty.message
+    assert chat == Rejected("chat", "messages: none")
+    assert bench.text("fits") == "y"
+    assert bench.done("fits").finish_reason == "length"
+
+
+def test_chat_messages_go_through_the_template() -> None:
+    bench = Bench()
+    bench.runner.scripts["user:hi\n"] = [*b"yo", END]
+    bench.inbox.put(Submit("r", messages=[{"role": "user", "content": "hi"}]))
+    bench.finish()
+    assert bench.text("r") == "yo"
+
+
+@pytest.mark.parametrize(
+    "reply, stop, text, num_tokens",
+    [
+        ("one two three", [" t"], "one", 5),
+        ("one two three", ["three", "two"], "one ", 7),
+        ("one two", ["two!", "x"], "one two", 8),
+        ("one", ["o"], "", 1),
+    ],
+)
+def test_stop_strings(reply: str, stop: list[str], text: str, num_tokens: int) -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", reply, stop=stop)
+    bench.finish()
+    assert bench.text("r") == text
+    assert bench.done("r").finish_reason == "stop"
+    assert bench.done("r").completion_tokens == num_tokens
+
+
+def test_held_back_text_comes_at_the_end() -> None:
+    """A stop string's beginning, and a character's first bytes, when max_tokens ends the text inside them."""
+    bench = Bench()
+    bench.ask("stop", "prompt", "abST", stop=["STOP"], max_tokens=4)
+    bench.ask("torn", "second", "a中", max_tokens=3)
+    bench.finish()
+    assert bench.text("stop") == "abST"
+    assert bench.text("torn") == "a\ufffd"
+
+
+def test_end_id_and_ignore_end() -> None:
+    bench = Bench()
+    reply = [*b"ab", END, *b"cd", END]
+    bench.ask("stops", "first", reply)
+    bench.ask("ignores", "again", reply, ignore_end=True, max_tokens=5)
+    bench.finish()
+    assert (bench.text("stops"), bench.done("stops").finish_reason) == ("ab", "stop")
+    assert bench.ids("stops") == [*b"ab", END]
+    assert (bench.text("ignores"), bench.done("ignores").finish_reason) == ("abcd", "length")
+    assert bench.ids("ignores") == [*b"ab", END, *b"cd"]
+
+
+def test_cancel_before_it_began() -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", "reply")
+    bench.inbox.put(Cancel("r"))
+    bench.inbox.put(Cancel("nobody"))
+    bench.finish()
+    assert bench.runner.plans == []
+    assert (bench.done("r").finish_reason, bench.done("r").completion_tokens) == ("cancelled", 0)
+    bench.ask("next", "other", "x")
+    bench.finish()
+    assert bench.text("next") == "x"
+    assert bench.runner.plans[0].released == []  # it never had a cache
+
+
+@pytest.mark.parametrize("prefilling", [True, False])
+def test_cancel_while_running(prefilling: bool) -> None:
+    bench = Bench(prefill_chunk=4)
+    bench.ask("r", "ten tokens", "a long reply")
+    bench.ask("next", "other", "x")
+    for _ in range(2 if prefilling else 5):
+        bench.engine.step()
+    num_plans = len(bench.runner.plans)
+    bench.inbox.put(Cancel("r"))
+    bench.finish()
+    assert {p.sequence_id for p in bench.runner.plans[num_plans:]} == {2}
+    assert bench.runner.plans[num_plans].released == [1]
+    assert bench.done("r").finish_reason == "cancelled"
+    assert bench.done("r").completion_tokens == (0 if prefilling else 2)
+    assert bench.text("next") == "x"
+
+
+def test_cancel_while_another_runs() -> None:
+    bench = Bench()
+    bench.ask("first", "prompt", "reply")
+    bench.ask("second", "other", "x")
+    bench.engine.step()
+    bench.inbox.put(Cancel("second"))
+    bench.finish()
+    assert bench.text("first") == "reply"
+    assert bench.done("second").finish_reason == "cancelled"
+    assert {p.sequence_id for p in bench.runner.plans} == {1}
+
+
+def test_seed_is_reproducible_whatever_else_runs() -> None:
+    bench = Bench()
+    options = {"temperature": 1.0, "max_tokens": 8, "ignore_end": True}
+    bench.ask("one", "prompt", seed=1, **options)
+    bench.ask("other", "prompt", seed=2, **options)
+    bench.ask("noise", "noise", **options)
+    bench.finish()
+    bench.ask("again", "prompt", seed=1, **options)
+    bench.ask("noise again", "noise", **options)
+    bench.finish()
+    assert len(set(bench.ids("one"))) > 1
+    assert bench.ids("one") == bench.ids("again") != bench.ids("other")
+    assert bench.ids("noise") != bench.ids("noise again")
+
+
+def test_logits_file(tmp_path: Path) -> None:
+    bench = Bench()
+    file = tmp_path / "logits.safetensors"
+    bench.ask("plain", "first", "ab")
+    bench.ask("kept", "second", "xyz", logits_file=str(file))
+    bench.ask("lost", "third", "q", logits_file=str(tmp_path / "no folder" / "x.safetensors"))
+    bench.ask("after", "fourth", "ok", logits_file=str(tmp_path / "after.safetensors"))
+    bench.finish()
+    assert mx.load(str(tmp_path / "after.safetensors"))["logits"].shape == (3, VOCAB)
+    logits = cast(dict[str, mx.array], mx.load(str(file)))["logits"]
+    assert logits.shape == (4, VOCAB)
+    assert mx.argmax(logits, axis=1).tolist() == [*b"xyz", END]
+    failed = bench.of("lost")[-1]
+    assert isinstance(failed, Failed)
+    assert str(tmp_path / "no folder") in failed.message
+    assert bench.text("after") == "ok"
+
+
+def test_idle_step_returns_and_takes_nothing() -> None:
+    bench = Bench()
+    bench.engine.step()
+    assert (bench.events, bench.runner.plans) == ([], [])
+
+
+def test_broken_group_ends_the_step_without_a_token() -> None:
+    bench = Bench()
+
+    def break_down(plan: Plan) -> None:
+        raise LinkDown("rank 0, exchange 1 with rank 1: it is dead")
+
+    bench.ask("r", "x", "y")
+    bench.runner.before_step = break_down
+    with pytest.raises(LinkDown):
+        bench.engine.step()
+    assert [type(e) for e in bench.events] == [Started]
+
+
+def test_splits_follow_the_configuration() -> None:
+    for wanted, prefill, decode in (
+        ("auto", "tokens", "experts"),
+        ("tokens", "tokens", "tokens"),
+        ("solo",) * 3,
+    ):
+        bench = Bench(num_ranks=2, split=wanted, shares=(3, 1))
+        bench.ask("r", "prompt", "ok")
+        bench.finish()
+        assert {p.split.name for p in bench.runner.plans if len(p.tokens) > 1} == {prefill}
+        assert {p.split.name for p in bench.runner.plans if p.decode} == {decode}
+        assert {p.split.fractions for p in bench.runner.plans} == {(0.75, 0.25)}
+        assert bench.done("r") == replace(bench.done("r"), split=decode, ranks=2)

@@ -1,0 +1,75 @@
+"""Plans as frames: they come back as they were, and damage is nothing but an error."""
+
+import random
+
+import msgpack
+import pytest
+
+from expertd.engine.plan import Plan
+from expertd.errors import RemoteProtocolError
+from expertd.split.cut import StepSplit
+
+PLANS = [
+    Plan(1, True, [1, 2, 3], False, StepSplit("tokens", (0.5, 0.5)), []),
+    Plan(2**40, False, [2**31], True, StepSplit("experts", (0.1, 0.2, 0.7)), [1, 2]),
+    Plan(3, True, list(range(512)), False, StepSplit("solo", (1.0,)), []),
+    Plan(4, False, [0], True, StepSplit("experts", (1 / 3, 1 / 3, 1 / 3)), []),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_round_trip(plan: Plan) -> None:
+    again = Plan.decode_frame(plan.encode())
+    assert again == plan
+    assert type(again.split.fractions) is tuple
+
+
+def test_frame_of_a_whole_prefill_chunk_fits_a_slot() -> None:
+    """GroupConfig's defaults: 512 tokens of at most five bytes each, 1 MiB."""
+    assert len(Plan(1, True, [2**31] * 512, False, StepSplit("tokens", (0.25,) * 4), []).encode()) < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\xc1", b"\xc0", b"\x90", b"\x80", b"\x05", b"\xa3abc", PLANS[0].encode()[:-1]]
+)
+def test_garbage_is_refused(frame: bytes) -> None:
+    with pytest.raises(RemoteProtocolError, match="rank 0 sent no plan"):
+        Plan.decode_frame(frame)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"split": None},
+        {"split": []},
+        {"split": {"name": "solo"}},
+        {"more": 1},
+        {"split": {"name": 1, "fractions": 2}},
+    ],
+)
+def test_other_fields_are_refused(change: dict[str, object]) -> None:
+    values = msgpack.unpackb(PLANS[0].encode()) | change
+    with pytest.raises(RemoteProtocolError):
+        Plan.decode_frame(msgpack.packb(values))
+
+
+def test_missing_fields_are_refused() -> None:
+    for name in ("sequence_id", "is_new", "tokens", "decode", "split", "released"):
+        values = msgpack.unpackb(PLANS[0].encode())
+        del values[name]
+        with pytest.raises(RemoteProtocolError):
+            Plan.decode_frame(msgpack.packb(values))
+
+
+def test_mutated_frames_parse_or_are_refused() -> None:
+    rng = random.Random(5)
+    num_refused = 0
+    for _ in range(3000):
+        data = bytearray(rng.choice(PLANS[:2]).encode())
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            Plan.decode_frame(bytes(data))
+        except RemoteProtocolError:
+            num_refused += 1
+    assert num_refused > 500

@@ -1,0 +1,62 @@
+"""What each rank does for test_exact.py: the same forward passes under every split, as digests of the logits."""
+
+import hashlib
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from expertd.checkpoint.config import normalise_config, read_config
+from expertd.link.mailbox import Mailbox
+from expertd.model.model import Model
+from expertd.split.cut import StepSplit
+
+PROMPT = [
+    (7 * i * i + 3 * i + 11) % 250 for i in range(37)
+]  # 37 x top-k is beyond SwitchGLU's sort threshold
+CHUNKS = {"one chunk": [37], "several": [20, 1, 13, 3]}
+SHARES: dict[int, list[tuple[float, ...]]] = {
+    1: [(1.0,)],
+    2: [(0.5, 0.5), (0.7, 0.3), (0.0, 1.0)],
+    3: [(1 / 3, 1 / 3, 1 / 3), (0.6, 0.1, 0.3)],
+    4: [(0.25, 0.25, 0.25, 0.25)],
+}
+NUM_DECODED = 6
+
+
+def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
+    """Digests by checkpoint and by "split shares chunks"; solo is computed beside the splits."""
+    return {folder: _all_splits(mailbox, Path(folder)) for folder in checkpoints}
+
+
+def _all_splits(mailbox: Mailbox, folder: Path) -> dict[str, str]:
+    link = mailbox if mailbox.num_ranks > 1 else None
+    model = Model(folder, normalise_config(read_config(folder)), link)
+    digests = {}
+    for name in model.splits if link else ["solo"]:
+        for fractions in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
+            for label, chunks in CHUNKS.items():
+                digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
+                digests[f"{name} {fractions} {label}"] = digest
+    return digests
+
+
+def _digest(model: Model, mailbox: Mailbox, split: StepSplit, chunks: list[int]) -> str:
+    """Logits of a prompt in chunks and of greedy decoding after it, all their bits."""
+    cache: list[Any] = model.new_cache()
+    sha, logits = hashlib.sha256(), None
+    for start, size in zip(accumulate([0, *chunks[:-1]]), chunks, strict=True):
+        logits = model.forward(PROMPT[start : start + size], cache, split).astype(mx.float32)
+        mx.eval(logits)
+        sha.update(np.array(logits).tobytes())
+    assert logits is not None
+    token = int(mx.argmax(logits[-1]).item())
+    for _ in range(NUM_DECODED):
+        row = model.decode(token, cache, split)
+        sha.update(np.array(row).tobytes())
+        token = int(mx.argmax(row).item())
+    mailbox.check()
+    assert np.isfinite(np.array(row)).all()
+    return sha.hexdigest()

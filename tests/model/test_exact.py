@@ -1,0 +1,46 @@
+"""Promise 1: splitting never changes a bit, for every family, share, chunking and number of ranks."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import make_tiny
+
+FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "minimax", "qwen3_next")
+JOBS = Path(__file__).with_name("exact_jobs.py")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Each family in float32 and bfloat16 and quantized to 2-bit experts, and the demo model both ways."""
+    from expertd.checkpoint.locate import find_checkpoint
+    from expertd.quant.convert import quantize_checkpoint
+
+    root, made = tmp_path_factory.mktemp("tiny"), []
+    for family in FAMILIES:
+        full = make_tiny(root / f"{family}-f32", family)
+        half = make_tiny(root / f"{family}-bf16", family, dtype="bfloat16")
+        quantize_checkpoint(half, root / f"{family}-2bit", group_size=32)
+        made += [full, half, root / f"{family}-2bit"]
+    demo = find_checkpoint("demo")
+    quantize_checkpoint(demo, root / "demo-2bit")
+    return [str(folder) for folder in [*made, demo, root / "demo-2bit"]]
+
+
+@pytest.fixture(scope="module")
+def solo(checkpoints: list[str]) -> dict[str, dict[str, str]]:
+    return run_ranks(JOBS, "run", 1, {"checkpoints": checkpoints})[0]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_split_gives_the_bits_of_one_rank(
+    checkpoints: list[str], solo: dict[str, dict[str, str]], num_ranks: int
+) -> None:
+    ranks = run_ranks(JOBS, "run", num_ranks, {"checkpoints": checkpoints})
+    assert all(rank == ranks[0] for rank in ranks)
+    for folder, digests in ranks[0].items():
+        assert {d.split(" ")[0] for d in digests} == {"solo", "experts", "tokens"}
+        for case, digest in digests.items():
+            chunks = "one chunk" if case.endswith("one chunk") else "several"
+            assert digest == solo[folder][f"solo (1.0,) {chunks}"], f"{Path(folder).name}: {case}"

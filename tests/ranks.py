@@ -1,0 +1,69 @@
+"""Run a job on several rank processes that share a mailbox, as the supervisor would start them.
+
+run_ranks("tests/jobs.py", "job", num_ranks=2, args={...}) -> what each rank's job(mailbox, **args) gave (JSON)
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from expertd.link import mailbox
+
+
+def run_ranks(
+    file: Path, job: str, num_ranks: int, args: dict[str, Any], timeout_s: float = 120
+) -> list[Any]:
+    """Start the job on every rank and wait for all; a rank that fails fails the test, with its stderr."""
+    fd = mailbox.create(num_ranks, args.pop("slot_bytes", 1 << 16))
+    try:
+        ranks = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    __file__,
+                    str(file),
+                    job,
+                    str(fd),
+                    str(rank),
+                    str(num_ranks),
+                    json.dumps(args),
+                ],
+                pass_fds=[fd],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(num_ranks)
+        ]
+    finally:
+        os.close(fd)
+    results = []
+    try:
+        for rank, process in enumerate(ranks):
+            out, err = process.communicate(timeout=timeout_s)
+            assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{err[-3000:]}"
+            results.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    return results
+
+
+def main() -> None:
+    file, job, fd, rank, num_ranks, args = sys.argv[1:]
+    spec = importlib.util.spec_from_file_location("jobs", file)
+    assert spec and spec.loader
+    jobs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(jobs)
+    with mailbox.Mailbox(int(fd), int(rank), int(num_ranks)) as box:
+        result = getattr(jobs, job)(box, **json.loads(args))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
