@@ -1,0 +1,52 @@
+# Every target sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+DEMO := build/demo-2bit
+
+.DEFAULT_GOAL := help
+.PHONY: help demo smoke test check bench format clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/*.cpp native/build.py)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+$(DEMO): $(READY) $(wildcard expertd/demo/*) $(wildcard quant/*.py)
+	rm -rf $(DEMO)
+	mkdir -p build
+	$(BIN)/expertd quantize demo $(DEMO)
+	touch $@
+
+demo: $(DEMO) ## Quantize the embedded model and serve it from two ranks, until Ctrl-C
+	$(BIN)/expertd serve $(DEMO) --ranks 2
+
+smoke: $(DEMO) ## The same, with one question over HTTP and the speed of one rank and of two
+	$(BIN)/python -m expertd.bench.smoke $(DEMO)
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(READY) ## Run ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build/types && mkdir -p build/types/expertd
+	ln -s $(wildcard $(CURDIR)/expertd/*) $(addprefix $(CURDIR)/,native quant topology bench) build/types/expertd
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p expertd
+
+bench: $(DEMO) ## Measure: exchange latency beside MLX's ring, decode and prefill beside one rank
+	$(BIN)/python -m expertd.bench.exchange
+	$(BIN)/expertd bench decode $(DEMO) --ranks 2
+	$(BIN)/expertd bench prefill $(DEMO) --ranks 2
+
+format: $(READY) ## Format the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove everything that was built
+	rm -rf .venv build dist *.egg-info native/*.so native/_transport.c
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
