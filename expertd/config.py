@@ -14,7 +14,9 @@ class GroupConfig:
 
     `checkpoint` is a local folder that `expertd.checkpoint` has checked. `shares` are the ranks'
     fractions of a split (empty: equal); they need not add up to 1. `cpus[r]` pins rank r to those
-    processors (empty: not pinned).
+    processors (empty: not pinned). Waits inside one step may add up to `exchange_timeout_s`; a rank
+    whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
+    processes on two cores a living rank was silent for longer).
     """
 
     checkpoint: str
@@ -24,6 +26,7 @@ class GroupConfig:
     prefill_chunk: int = 512
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0
+    pulse_timeout_s: float = 1.5
     cpus: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:

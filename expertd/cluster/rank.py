@@ -74,7 +74,12 @@ def _serve(setup: Setup, control: Control) -> None:
 
     group = _group(setup)
     mailbox = Mailbox(
-        setup.mailbox_fd, setup.rank, group.num_ranks, group.exchange_timeout_s, lifeline_fd=setup.lifeline_fd
+        setup.mailbox_fd,
+        setup.rank,
+        group.num_ranks,
+        step_timeout_s=group.exchange_timeout_s,
+        pulse_timeout_s=group.pulse_timeout_s,
+        lifeline_fd=setup.lifeline_fd,
     )
     info = check_checkpoint(Path(group.checkpoint))
     model = Model(info.folder, info.config, mailbox if group.num_ranks > 1 else None)

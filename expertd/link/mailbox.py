@@ -18,7 +18,7 @@ from expertd.errors import (
 )
 from expertd.native._transport import ffi, lib
 
-# A rank beats every 20 ms; half a second of silence is death (design, section 3).
+# A rank beats every 20 ms. GroupConfig says how long a silence is death in a served group.
 PULSE_TIMEOUT_S = 0.5
 
 _ERRORS: dict[int, type[ExpertdError]] = {
