@@ -27,7 +27,8 @@ LOAD_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 300.0
 READ_TIMEOUT_S = 60.0  # between two pieces of an answer
 STOP_S = 2.0
-DECODE_TOKENS = 64
+DECODE_TOKENS = 32
+SAMPLING = {"temperature": 0.7, "seed": 3}  # greedy, a small model repeats itself
 REPEATS = 3
 
 
@@ -36,8 +37,8 @@ def main() -> None:
         prog="python -m expertd.bench.smoke", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("checkpoint", type=Path, help="a checkpoint's folder")
-    parser.add_argument("--prompt", default="Tell me a story about a little bird.")
-    parser.add_argument("--tokens", type=int, default=160, help="at most so many new tokens (default 160)")
+    parser.add_argument("--prompt", default="Once upon a time there was a little fox who")
+    parser.add_argument("--tokens", type=int, default=100, help="at most so many new tokens (default 100)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -146,7 +147,7 @@ def _stop(server: subprocess.Popen[bytes]) -> float:
 def _stream(port: int, model: str, prompt: str, tokens: int) -> Iterator[str]:
     """Yield the pieces of a streamed answer's text. Raises ClusterError when it breaks off or is an error."""
     messages = [{"role": "user", "content": prompt}]
-    body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens, "temperature": 0}
+    body = {"model": model, "messages": messages, "stream": True, "max_tokens": tokens} | SAMPLING
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=READ_TIMEOUT_S)) as connection:
         try:

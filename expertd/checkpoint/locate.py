@@ -9,7 +9,7 @@ from expertd.errors import CheckpointError
 DEMO = "demo"
 FORMS = "Give a local folder, 'demo', or a hub id such as org/name."
 # Only the top folder: some repositories hold the weights again, for other engines, in folders below it.
-WANTED_FILES = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+WANTED_FILES = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 UNWANTED_FILES = ("*/*",)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 

@@ -1,0 +1,1 @@
+"""The embedded demo checkpoint: a small mixture of experts that tells stories, as package data."""
