@@ -27,7 +27,7 @@ from typing import Any
 
 from expertd.config import MAX_RANKS
 from expertd.errors import ClusterError, ConfigError, ExpertdError
-from expertd.topology.machine import describe_machine, own_cores, summarize
+from expertd.topology.machine import describe_machine, own_cores, settle, summarize
 
 CHAIN = 100  # exchanges per graph
 BLOCK = 5  # chains of one kind in a row
@@ -202,8 +202,7 @@ def _check_exits(ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
 
 
 def _run_rank(job: Job) -> None:
-    if job.cores:  # before MLX starts its threads, which inherit it
-        os.sched_setaffinity(0, [job.cores[job.rank]])
+    settle([job.cores[job.rank]] if job.cores else [])
     from expertd.link.mailbox import Mailbox
 
     with Mailbox(

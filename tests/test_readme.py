@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,10 +50,12 @@ def test_plain_commands(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
+def port() -> int:
+    """A port that was free a moment ago."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        yield listener.getsockname()[1]
+        number: int = listener.getsockname()[1]
+        return number
 
 
 def test_serve_and_curl(tmp_path: Path, port: int) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from expertd.config import GroupConfig
 from expertd.engine.messages import Decoder, Fatal, Message, Ready, Setup, encode
 from expertd.errors import ExpertdError, RemoteProtocolError
+from expertd.topology.machine import settle
 
 # The supervisor reads at once; one that does not for this long is stuck, and its ranks must not be.
 SEND_TIMEOUT_S = 30.0
@@ -112,20 +113,14 @@ def _group(setup: Setup) -> GroupConfig:
     return replace(group, shares=tuple(group.shares), cpus=cpus)
 
 
-def _pin(setup: Setup) -> None:
-    """Keep to this rank's processors; before MLX starts its threads, which inherit it."""
-    cpus = setup.group.get("cpus") or ()
-    if cpus and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cpus[setup.rank])
-
-
 def main() -> None:
     # Ctrl-C goes to the terminal's foreground group; ending this process is the supervisor's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = Control(socket.socket(fileno=int(sys.argv[1])))
     setup = control.setup()
     control.start()
-    _pin(setup)
+    cpus = setup.group.get("cpus")
+    settle(cpus[setup.rank] if cpus else ())
     try:
         _serve(setup, control)
     except ExpertdError as e:
