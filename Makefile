@@ -23,7 +23,7 @@ $(DEMO): $(READY) $(wildcard expertd/demo/*) $(wildcard quant/*.py)
 	touch $@
 
 demo: $(DEMO) ## Quantize the embedded model and serve it from two ranks, until Ctrl-C
-	$(BIN)/expertd serve $(DEMO) --ranks 2
+	@$(BIN)/expertd serve $(DEMO) --ranks 2 || [ $$? -eq 130 ] # 130: Ctrl-C
 
 smoke: $(DEMO) ## The same, with one question over HTTP and the speed of one rank and of two
 	$(BIN)/python -m expertd.bench.smoke $(DEMO)
@@ -39,9 +39,9 @@ check: $(READY) ## Run ruff and mypy
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p expertd
 
 bench: $(DEMO) ## Measure: exchange latency beside MLX's ring, decode and prefill beside one rank
-	$(BIN)/python -m expertd.bench.exchange
-	$(BIN)/expertd bench decode $(DEMO) --ranks 2
-	$(BIN)/expertd bench prefill $(DEMO) --ranks 2
+	$(BIN)/python -m expertd.bench.exchange --json build/bench-exchange.json
+	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
+	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix

@@ -84,8 +84,8 @@ def greeting(config: ServerConfig, port: int) -> str:
     """What to print when the server can answer: its URL, and a command that can be pasted into a shell."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-    message = {"role": "user", "content": "Tell me a story."}
-    body = {"model": config.model_id, "stream": True, "messages": [message]}
+    message = {"role": "user", "content": "Once upon a time there was"}
+    body = {"model": config.model_id, "stream": True, "temperature": 0.7, "messages": [message]}
     data = shlex.quote(json.dumps(body))
     curl = f"curl -N {url}/chat/completions -H 'content-type: application/json' -d {data}"
     return f"serving {config.model_id} at {url}\ntry: {curl}"
