@@ -141,7 +141,8 @@ class Engine:
         logits, self._logits = self._logits, []
         if sequence.submit.logits_file and logits:
             try:
-                mx.save_safetensors(sequence.submit.logits_file, {"logits": mx.stack(logits)})
+                with open(sequence.submit.logits_file, "wb") as file:  # given a name, MLX appends a suffix
+                    mx.save_safetensors(file, {"logits": mx.stack(logits)})
             except (RuntimeError, OSError) as e:
                 reason = f"cannot write --logits {sequence.submit.logits_file}: {e}"
                 self.send(Failed(sequence.submit.request_id, reason))
