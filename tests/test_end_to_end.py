@@ -14,7 +14,7 @@ PROMPT = "Once upon a time there was a little fox who"
 
 def run_demo(folder: Path, *options: str) -> tuple[dict[str, Any], bytes]:
     """`expertd run demo` with --json and --logits: its object, and the logits' bytes."""
-    logits = folder / "logits.safetensors"
+    logits = folder / "logits"  # no suffix: the file is named as the user named it
     command = [sys.executable, "-m", "expertd", "run", "demo", PROMPT, "--max-tokens", "6", "--json"]
     process = subprocess.run(
         [*command, "--logits", str(logits), *options], capture_output=True, text=True, timeout=120, cwd=folder
