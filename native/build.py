@@ -1,17 +1,22 @@
-"""How cffi compiles the transport: API mode, with the header as the one source of declarations."""
+"""How cffi compiles the transport: API mode, with the headers as the one source of declarations."""
 
 from pathlib import Path
 
 from cffi import FFI
 
+HERE = Path(__file__).parent
+# The contracts, in the order in which they build on each other; each has its .c beside it.
+HEADERS = [name for name in ("mailbox.h", "transport.h", "verbs.h", "pump.h") if (HERE / name).with_suffix(".c").exists()]
+
 ffibuilder = FFI()
-ffibuilder.cdef(Path(__file__).with_name("mailbox.h").read_text())
+for header in HEADERS:
+    ffibuilder.cdef((HERE / header).read_text())
 ffibuilder.set_source(
     "expertd.native._transport",
-    '#include <stddef.h>\n#include <stdint.h>\n#include "mailbox.h"',
-    sources=["native/mailbox.c"],
+    "\n".join(["#include <stddef.h>", "#include <stdint.h>", *(f'#include "{h}"' for h in HEADERS)]),
+    sources=sorted(f"native/{p.name}" for p in HERE.glob("*.c") if p.name != "_transport.c"),
     include_dirs=["native"],
-    depends=["native/mailbox.h"],
+    depends=sorted(f"native/{p.name}" for p in HERE.glob("*.h")),
     extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra"],
     libraries=[],
 )

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ("expertd", "native", "topology", "quant", "bench")
 
 # Who may import whom, beside itself; a name is a folder, or a package or module of expertd/.
-_CHECKPOINT = {"errors", "config"}
+_CHECKPOINT = {"errors", "config", "wire"}
 _LINK = _CHECKPOINT | {"native"}
 _SPLIT = _CHECKPOINT | {"checkpoint", "link"}
 _MODEL = _SPLIT | {"split", "native"}
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "topology": {"native"},
     "errors": set(),
     "config": {"errors"},
+    "wire": {"errors"},
     "checkpoint": _CHECKPOINT,
     "link": _LINK,
     "split": _SPLIT,
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
 MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model")}
-WITHOUT_MLX = ("errors", "config", "checkpoint", "link", "server", "cli")
+WITHOUT_MLX = ("errors", "config", "wire", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
     "expertd/cluster/supervisor.py",
     "expertd/cluster/process.py",

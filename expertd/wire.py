@@ -1,0 +1,76 @@
+"""Messages between processes and hosts: dataclasses on one side, framed msgpack on the other. No I/O.
+
+A frame is a 4-byte big-endian length and that many bytes of msgpack, a map whose key "op" names the message's
+class. The bytes may come from a stranger, so lengths are bounded before anything is allocated, and every field's
+type is checked before a message exists.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from typing import Any, get_args
+
+import msgpack
+import msgspec
+
+from expertd.errors import RemoteProtocolError
+
+
+class Codec:
+    """Encodes and decodes the messages of one conversation: `Codec(A | B | C)`.
+
+    `max_frame_bytes` bounds a frame. Fields must be plain types, lists, dicts or dataclasses of these: msgpack knows
+    no tuples, so what is declared a tuple arrives as one only because the types are known here.
+    """
+
+    def __init__(self, messages: Any, max_frame_bytes: int) -> None:
+        classes = get_args(messages) or (messages,)
+        self.max_frame_bytes = max_frame_bytes
+        self._names: dict[type, str] = {c: c.__name__.lower() for c in classes}
+        self._classes: dict[str, type] = {name: c for c, name in self._names.items()}
+
+    def encode(self, message: Any) -> bytes:
+        """Give the frame of one message. Raises KeyError for a class that is not of this conversation."""
+        body: bytes = msgpack.packb({"op": self._names[type(message)], **asdict(message)})
+        return len(body).to_bytes(4, "big") + body
+
+    def decoder(self) -> "Decoder":
+        """A decoder for one connection."""
+        return Decoder(self)
+
+    def parse(self, body: bytes) -> Any:
+        """Give the message of one frame's body. Raises RemoteProtocolError when it is none of ours."""
+        try:
+            values = msgpack.unpackb(body, max_ext_len=0)
+            message_class = self._classes[values.pop("op")]
+            if unknown := values.keys() - {f.name for f in fields(message_class)}:
+                raise ValueError(f"unknown field {sorted(unknown)[0]}")
+            return msgspec.convert(values, message_class)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise RemoteProtocolError(f"not a message of ours: {type(e).__name__}: {reason}") from None
+
+
+class Decoder:
+    """Turns received bytes into messages, whatever the pieces they come in."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Yield each message that `data` completes.
+
+        Raises RemoteProtocolError when the bytes are no frame of ours; the connection is then of no further use.
+        """
+        self._buffer += data
+        while len(self._buffer) >= 4:
+            size = int.from_bytes(self._buffer[:4], "big")
+            if size > self._codec.max_frame_bytes:
+                raise RemoteProtocolError(
+                    f"frame of {size} bytes, at most {self._codec.max_frame_bytes} are allowed"
+                )
+            if len(self._buffer) < 4 + size:
+                return
+            body = bytes(self._buffer[4 : 4 + size])
+            del self._buffer[: 4 + size]
+            yield self._codec.parse(body)

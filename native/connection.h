@@ -1,0 +1,54 @@
+/* connection.h: inside a connection. transport.c owns sequence, credits, checksums and the first failure, the same for
+ * every back end; a back end (tcp.c, verbs.c) moves whole frames and knows nothing of what is in them. Not for cffi. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "mailbox.h"
+#include "transport.h"
+
+#define XD_MAGIC 0x31746478u /* "xdt1" */
+#define XD_VERSION 1
+
+typedef struct {
+    /* Take one frame for sending; header and payload may be re-used at once. XD_OK; XD_AGAIN when there is no room;
+     * else a failure, already recorded with xd_connection_fail. */
+    int (*post)(xd_connection *c, int queue, const xd_header *header, const void *payload);
+    /* The oldest frame that has come, of any queue, as raw bytes that stay valid until `release`. XD_OK, XD_AGAIN,
+     * or a recorded failure. Also moves forward what `post` could not finish. */
+    int (*poll)(xd_connection *c, int *queue, const void **bytes, size_t *n);
+    /* The frame given by the last poll has been used: its receive may be posted again. XD_OK or a recorded failure. */
+    int (*release)(xd_connection *c, int queue);
+    /* Free all that the back end owns, but not the connection itself. */
+    void (*close)(xd_connection *c);
+} xd_backend;
+
+typedef struct {
+    size_t max_payload;
+    uint32_t grant;     /* frames that the peer lets us have under way, reserved ones for credits not counted */
+    uint32_t our_grant; /* the same of what we let the peer have: half of it owed sends a bare credit */
+    uint64_t sent, received; /* sequence of the last frame */
+    uint32_t spent, returned; /* frames sent that use credit, and how many of them the peer has taken (modulo 2^32) */
+    uint32_t taken, told; /* frames with credit that we took, and how many the peer has been told of */
+} xd_queue;
+
+struct xd_connection {
+    const xd_backend *backend;
+    void *state; /* the back end's */
+    uint32_t epoch;
+    xd_queue queues[XD_NUM_QUEUES];
+    bool holds_frame; /* the last poll's frame is not released yet */
+    int held_queue;
+    xd_statistics statistics;
+    int failure;
+    char reason[240];
+};
+
+/* A new connection without a back end; NULL when out of memory. */
+xd_connection *xd_connection_new(uint32_t epoch);
+
+/* Keep the first failure with its reason; gives the code back. */
+int xd_connection_fail(xd_connection *c, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+uint64_t xd_now_ns(void);

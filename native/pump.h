@@ -1,0 +1,28 @@
+/* pump.h: the heart of the link process: it carries what the ranks of this host publish in their mailbox to the other
+ * hosts, and what their ranks publish into this mailbox, as if they were here. A rank notices no difference.
+ *
+ * It also carries the pulses, so that a rank sees a distant peer die as it sees a near one, and the end of an epoch with
+ * its reason. One thread runs it. */
+
+typedef struct xd_pump xd_pump;
+
+/* Work on the mailbox `fd`, whose ranks in `local_ranks` (a bit per rank) run on this host. lifeline_fd as in
+ * xd_mailbox_open. NULL and err on failure. */
+xd_pump *xd_pump_open(int fd, uint32_t local_ranks, int lifeline_fd, double silence_timeout_s, char *err, size_t errlen);
+
+/* Carry to and from the host with the ranks `remote_ranks`; the connection stays the caller's. XD_OK, or XD_TOO_LARGE
+ * when there is no room for one more. */
+int xd_pump_add(xd_pump *p, xd_connection *c, uint32_t remote_ranks);
+
+/* Run for at most run_s: XD_TIMEOUT when the time is over and all is well, XD_POISONED when this host ended the epoch
+ * (the peers have been told), or the failure; after a failure the mailbox is poisoned and the other peers told. */
+int xd_pump_run(xd_pump *p, double run_s);
+
+/* The failure as one line, its code, and the index (order of xd_pump_add) of the connection that failed, or -1. */
+int xd_pump_failure(const xd_pump *p, int *connection, char *err, size_t errlen);
+
+/* Rounds carried, and nanoseconds from seeing a round published to having sent it, summed. */
+void xd_pump_statistics(const xd_pump *p, uint64_t *num_rounds, uint64_t *carried_ns);
+
+/* Free it; connections and the mailbox descriptor stay the caller's. Accepts NULL. */
+void xd_pump_close(xd_pump *p);
