@@ -45,7 +45,14 @@ class Codec:
             if unknown := values.keys() - {f.name for f in fields(message_class)}:
                 raise ValueError(f"unknown field {sorted(unknown)[0]}")
             return msgspec.convert(values, message_class)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException) as e:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            msgpack.UnpackException,
+        ) as e:
             reason = " ".join(str(e).split())[:200]
             raise RemoteProtocolError(f"not a message of ours: {type(e).__name__}: {reason}") from None
 

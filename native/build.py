@@ -6,7 +6,11 @@ from cffi import FFI
 
 HERE = Path(__file__).parent
 # The contracts, in the order in which they build on each other; each has its .c beside it.
-HEADERS = [name for name in ("mailbox.h", "transport.h", "verbs.h", "pump.h") if (HERE / name).with_suffix(".c").exists()]
+HEADERS = [
+    name
+    for name in ("mailbox.h", "transport.h", "verbs.h", "pump.h")
+    if (HERE / name).with_suffix(".c").exists()
+]
 
 ffibuilder = FFI()
 for header in HEADERS:
