@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expertd.errors import ExpertdError
-from expertd.link.connection import Connection
+from expertd.link import codes
+from expertd.link.connection import BULK, LATENCY, Connection
 from expertd.link.handshake import SetupFailed
 from expertd.link.messages import LinkPeer, LinkReport, LinkSetup
 from expertd.native._transport import ffi, lib
@@ -20,12 +21,9 @@ PAUSES_S = (0.0, 0.25, 1.0)  # before each attempt
 LATENCY_FRAMES, BULK_FRAMES, SAFE_BULK_FRAMES = 4, 32, 4
 LATENCY_DEPTH, BULK_DEPTH = 16, 8
 # Messages of the self-test, in each direction.
-NUM_TESTS_TCP = {lib.XD_LATENCY: 50, lib.XD_BULK: 10}
-NUM_TESTS_VERBS = {lib.XD_LATENCY: 200, lib.XD_BULK: 200}
+NUM_TESTS_TCP = {LATENCY: 50, BULK: 10}
+NUM_TESTS_VERBS = {LATENCY: 200, BULK: 200}
 MAX_SIDE_BYTES = 2000
-CODE_NAMES = {
-    getattr(lib, name): name for name in dir(lib) if name.startswith("XD_") and getattr(lib, name) in range(-50, 0)
-}
 
 
 class Link:
@@ -39,7 +37,7 @@ class Link:
         if self._side:
             self._side.swap(b"", timeout_s)
         else:
-            _checked(self.connection, self.report.host, lambda: self.connection.swap(b"", 0, 1, timeout_s))
+            _checked(self.connection, self.report.host, lambda: self.connection.swap(b"", 0, timeout_s=timeout_s))
 
     def close(self) -> None:
         """Give everything back; the side connection last, for the other end watches it."""
@@ -84,11 +82,11 @@ def establish(setup: LinkSetup, peer: LinkPeer, sock: socket.socket, deadline: f
     """Make the proven socket to `peer` a tested connection, by `deadline` (time.monotonic). Raises SetupFailed."""
     if setup.kind == "verbs":
         return _Verbs(setup, peer, sock, deadline).establish()
-    connection = Connection.over_tcp(sock, setup.epoch)
+    connection = Connection.from_socket(sock, setup.epoch)
     stage_s = _stage_s(setup)
 
     def test() -> LinkReport:
-        connection.swap(b"", 0, 1, max(0.0, deadline - time.monotonic()))  # it may be busy with another host still
+        connection.swap(b"", 0, timeout_s=max(0.0, deadline - time.monotonic()))  # it may be busy with another host still
         connection.warm_up(stage_s)
         measured = [_self_test(connection, setup.host < peer.host, queue, n, stage_s) for queue, n in NUM_TESTS_TCP.items()]
         return _report(peer.host, "tcp", peer.interface, 1, measured[0], measured[1])
@@ -126,8 +124,12 @@ def _checked(connection: Connection, host: int, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ExpertdError as e:
-        code, reason = connection.failure()
-        raise SetupFailed(CODE_NAMES.get(code, "XD_DEVICE"), f"host {host}: {reason or e}", host) from e
+        raise SetupFailed(_code_name(connection), f"host {host}: {e}", host) from e
+
+
+def _code_name(connection: Connection | None) -> str:
+    code = lib.xd_connection_failure(connection.handle, ffi.NULL, 0) if connection else lib.XD_OK
+    return codes.name(code) if code else "XD_DEVICE"
 
 
 class _Attempt(Exception):
@@ -178,7 +180,7 @@ class _Verbs:
         self._in_step("warm-up", lambda: connection.warm_up(self._stage_s))
         measured = [
             self._in_step(step, lambda q=queue: _self_test(connection, lower, q, NUM_TESTS_VERBS[q], self._stage_s))
-            for step, queue in (("latency test", lib.XD_LATENCY), ("bulk test", lib.XD_BULK))
+            for step, queue in (("latency test", LATENCY), ("bulk test", BULK))
         ]
         report = _report(self._peer.host, "verbs", self._name, attempt, measured[0], measured[1])
         return Link(connection, self._side, report)
@@ -191,8 +193,7 @@ class _Verbs:
         except SetupFailed as e:
             failure = f"{e.code} {e.reason}"
         except ExpertdError as e:
-            code, reason = self._connection.failure() if self._connection else (0, "")
-            failure = f"{CODE_NAMES.get(code, 'XD_DEVICE')} {reason or e}"
+            failure = f"{_code_name(self._connection)} {e}"
         theirs = self._side.swap(failure.encode()[:MAX_SIDE_BYTES], self._left_s()).decode(errors="replace")
         if failure or theirs:
             code_name, _, reason = theirs.partition(" ")
@@ -200,7 +201,7 @@ class _Verbs:
         return result
 
     def _open(self, bulk_frames: int) -> None:
-        err = ffi.new("char[240]")
+        err = codes.buffer()
         texts = [ffi.new("char[]", t.encode()) for t in (self._setup.verbs_library, "", self._peer.local_address)]
         config = ffi.new(
             "xd_verbs_config *",
@@ -218,22 +219,22 @@ class _Verbs:
         self._verbs = lib.xd_verbs_open(config, err, len(err))
         if self._verbs == ffi.NULL:
             self._verbs = None
-            raise SetupFailed("XD_UNAVAILABLE", _text(err))
-        self._name = _text(lib.xd_verbs_name(self._verbs))
+            raise SetupFailed("XD_UNAVAILABLE", codes.text(err))
+        self._name = codes.text(lib.xd_verbs_name(self._verbs))
 
     def _connect(self, theirs: bytes) -> None:
-        err, remote = ffi.new("char[240]"), ffi.new("xd_verbs_endpoint *")
+        err, remote = codes.buffer(), ffi.new("xd_verbs_endpoint *")
         if len(theirs) != ffi.sizeof("xd_verbs_endpoint"):
             raise SetupFailed("XD_CORRUPT", f"an endpoint of {len(theirs)} bytes")
         ffi.memmove(remote, theirs, len(theirs))
         if code := lib.xd_verbs_connect(self._verbs, remote, err, len(err)):
-            raise SetupFailed(CODE_NAMES[code], _text(err))
+            raise SetupFailed(codes.name(code), codes.text(err))
 
     def _start(self) -> None:
-        err, verbs, self._verbs = ffi.new("char[240]"), self._verbs, None
+        err, verbs, self._verbs = codes.buffer(), self._verbs, None
         pointer = lib.xd_verbs_start(verbs, self._setup.epoch, self._side.sock.fileno(), err, len(err))
         if pointer == ffi.NULL:
-            raise SetupFailed("XD_DEVICE", _text(err))
+            raise SetupFailed("XD_DEVICE", codes.text(err))
         self._connection = Connection(pointer)
 
     def _clean_up(self) -> None:
@@ -245,7 +246,3 @@ class _Verbs:
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - time.monotonic())
-
-
-def _text(err: object) -> str:
-    return str(ffi.string(err).decode(errors="replace"))

@@ -17,8 +17,9 @@ import threading
 import time
 
 from expertd.errors import ExpertdError
+from expertd.link import codes
 from expertd.link.control import Control
-from expertd.link.establish import CODE_NAMES, Link, establish
+from expertd.link.establish import Link, establish
 from expertd.link.handshake import Identity, SetupFailed, meet, open_listener
 from expertd.link.messages import LinkConnect, LinkDown, LinkListening, LinkSetup, LinkUp, codec
 from expertd.link.pump import Pump
@@ -85,7 +86,7 @@ def carry(setup: LinkSetup, links: list[Link], ending: Ending) -> LinkDown | Non
         if ending.is_asked.is_set():
             return None
     code, host, reason = pump.failure()
-    return LinkDown(host, "running", CODE_NAMES[code], reason)
+    return LinkDown(host, "running", codes.name(code), reason)
 
 
 def run(setup: LinkSetup, control: Control, ending: Ending) -> int:

@@ -1,6 +1,7 @@
 """The pump: carries the rounds of this host's mailbox to and from other hosts. The C header native/pump.h is the contract."""
 
 from expertd.errors import ClusterError, LocalProtocolError
+from expertd.link import codes
 from expertd.link.connection import Connection
 from expertd.native._transport import ffi, lib
 
@@ -12,14 +13,14 @@ class Pump:
     """
 
     def __init__(self, mailbox_fd: int, local_ranks: range, lifeline_fd: int, silence_s: float) -> None:
-        err = ffi.new("char[200]")
+        err = codes.buffer()
         self._pump = lib.xd_pump_open(mailbox_fd, _bits(local_ranks), lifeline_fd, silence_s, err, len(err))
         if self._pump == ffi.NULL:
-            raise ClusterError(ffi.string(err).decode(errors="replace"))
+            raise ClusterError(codes.text(err))
 
     def add(self, connection: Connection, host: int, remote_ranks: range) -> None:
         """Carry to and from `host`; the connection stays the caller's, and open until `close`."""
-        code = lib.xd_pump_add(self._pump, connection.pointer, host, _bits(remote_ranks))
+        code = lib.xd_pump_add(self._pump, connection.handle, host, _bits(remote_ranks))
         if code != lib.XD_OK:
             raise LocalProtocolError(f"pump: host {host} with ranks {list(remote_ranks)}: code {code}")
 
@@ -29,9 +30,9 @@ class Pump:
 
     def failure(self) -> tuple[int, int, str]:
         """Code, host (-1: this one) and reason of the end."""
-        err, host = ffi.new("char[400]"), ffi.new("int *")
+        err, host = codes.buffer(), ffi.new("int *")
         code = lib.xd_pump_failure(self._pump, host, err, len(err))
-        return code, host[0], ffi.string(err).decode(errors="replace")
+        return code, host[0], codes.text(err)
 
     def statistics(self) -> dict[str, float]:
         """Rounds sent, once for every host, and seconds from seeing them published to having sent them."""
