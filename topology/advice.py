@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from expertd.topology.values import THUNDERBOLT_4_GBPS, Host, ThunderboltPort
 
+ENABLE_RDMA = "start into Recovery (hold the power button), Utilities > Terminal: rdma_ctl enable; restart"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -20,8 +22,8 @@ def find_problems(host: Host) -> tuple[Problem, ...]:
 
 
 def _bridge(host: Host) -> list[Problem]:
-    """Several cables on one bridge make a loop as soon as the other hosts are cabled to each other: packets then circle and
-    the network of all of them stands still (seen in several reports; Apple TN3205 asks to turn the bridge off).
+    """Several cables on one bridge make a loop as soon as the other hosts are cabled to each other: packets then
+    circle, and the network of all of them stands still (several reports; Apple TN3205 asks to turn the bridge off).
     """
     active = {p.interface for p in host.thunderbolt if p.connected}
     found = []
@@ -31,10 +33,10 @@ def _bridge(host: Host) -> list[Problem]:
             found.append(
                 Problem(
                     "bridge",
-                    f"{bridge.name} joins {len(cabled)} Thunderbolt cables ({', '.join(cabled)}): hosts cabled in a ring "
-                    "then flood each other",
-                    f"sudo ifconfig {bridge.name} down; to keep it off, System Settings > Network > Thunderbolt Bridge > "
-                    "Make Service Inactive",
+                    f"{bridge.name} joins {len(cabled)} Thunderbolt cables ({', '.join(cabled)}): hosts "
+                    "cabled in a ring then flood each other",
+                    f"sudo ifconfig {bridge.name} down; to keep it off: System Settings > Network > "
+                    "Thunderbolt Bridge > Make Service Inactive",
                 )
             )
     return found
@@ -49,7 +51,7 @@ def _addresses(host: Host) -> list[Problem]:
             found.append(
                 Problem(
                     "address",
-                    f"{port.interface}, the cable to {port.peer_name or 'another host'}, has no IPv4 address of its own",
+                    f"{port.interface}, the cable to {port.peer_name or 'another host'}, has no IPv4 address",
                     address_command(port, host),
                 )
             )
@@ -59,8 +61,8 @@ def _addresses(host: Host) -> list[Problem]:
 def address_command(port: ThunderboltPort, host: Host) -> str:
     """A command that gives the port an address in a /30 of its own; the two ends of a cable get .1 and .2.
 
-    Which end is first follows from the two identities, so that both hosts print fitting commands. The third byte is
-    taken from them too: it differs from cable to cable, nearly always.
+    Which end is first, and which /30 it is, follow from the two identities: both hosts print fitting commands without
+    having talked to each other.
     """
     ends = sorted((port.domain_uuid.lower(), port.peer_uuid.lower()))
     number = sum(map(ord, "".join(ends))) % 64
@@ -78,8 +80,8 @@ def _rdma(host: Host) -> list[Problem]:
             found.append(
                 Problem(
                     "rdma",
-                    f"{port.peer_name or 'the other host'}, on {port.interface or port.receptacle}, does not offer RDMA",
-                    "on that host, in Recovery (hold the power button at start), open Terminal: rdma_ctl enable; restart",
+                    f"{port.peer_name or 'the other host'}, on {port.interface or port.receptacle}, offers no RDMA",
+                    f"on that host: {ENABLE_RDMA}",
                 )
             )
     return found

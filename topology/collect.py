@@ -10,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -27,6 +28,7 @@ HARDWARE_PORTS = ("/usr/sbin/networksetup", "-listallhardwareports")
 IFCONFIG = ("/sbin/ifconfig",)
 RDMA_CTL = ("rdma_ctl", "status")
 
+T = TypeVar("T")
 Run = Callable[[Sequence[str], float], str]  # command and timeout in seconds -> standard output; CommandError
 
 
@@ -123,7 +125,7 @@ def _macos_parts(run: Run, notes: list[str]) -> Parts:
     return interfaces, thunderbolt or (), rdma_switch or ""
 
 
-def _ask[T](question: Callable[[], T], notes: list[str]) -> T | None:
+def _ask(question: Callable[[], T], notes: list[str]) -> T | None:
     try:
         return question()
     except (CommandError, UnreadableError) as e:

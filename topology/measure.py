@@ -63,7 +63,12 @@ def serve_probe(sock: socket.socket, timeout_s: float = TIMEOUT_S) -> None:
             swapper.swap(_TAG_PLAN, bytes(_PLAN_BYTES), _PLAN_BYTES)
         )
         sizes = [size for size in payloads if size]
-        if magic != _MAGIC or max(num, num_bulk) > MAX_NUM or max(*sizes, bulk_bytes) > MAX_BYTES:
+        if (
+            magic != _MAGIC
+            or not sizes
+            or max(num, num_bulk) > MAX_NUM
+            or max([*sizes, bulk_bytes]) > MAX_BYTES
+        ):
             raise ProbeError("the other host asks for a probe that this version does not know or allow")
         for size in sizes:
             _time(swapper, size, num, WARM_UP)

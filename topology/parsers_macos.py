@@ -1,12 +1,13 @@
 """What macOS prints -> values. Pure functions over text.
 
 The text comes from another program of another version, so each parser takes what it knows and leaves out the rest;
-UnreadableError when nothing of it is as expected. `system_profiler` has changed little since macOS 11:
-one entry per port, its receptacle under a key `receptacle_<n>_tag`, attached devices under `_items`. Another *host* is a
-device with a `domain_uuid_key` of its own; a dock or a drive has none.
+UnreadableError when nothing of it is as expected. `system_profiler` prints one entry per port, its receptacle under a
+key `receptacle_<n>_tag`, attached devices under `_items`. Another *host* is a device with a `domain_uuid_key` of
+its own; a dock or a drive has none.
 """
 
 import ipaddress
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -155,7 +156,7 @@ def _addresses(block: str) -> Iterator[Address]:
     for line in block.splitlines():
         words = line.split()
         if len(words) >= 4 and words[0] in ("inet", "inet6"):
-            keys = dict(zip(words[2:], words[3:], strict=False))
+            keys = dict(itertools.pairwise(words))
             address = _address(words[1], keys.get("netmask", ""), keys.get("prefixlen", ""))
             if address:
                 yield address

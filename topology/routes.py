@@ -1,8 +1,8 @@
 """Which paths lead to another host, and which of them to take: by measurement alone, never by an interface's name.
 
-A label says little: a Thunderbolt cable may run at a tenth of its speed, and a VPN may look like any other link. Systems that
-chose by name were seen to stay on a 40 ms VPN path after a restart (exo issue 1723). So every path that may work is
-measured over the code that decoding uses, and the measurement decides.
+A label says little: a Thunderbolt cable may run at a tenth of its speed, and a VPN may look like any other link.
+Systems that chose by name were seen to stay on a 40 ms VPN path after a restart (exo issue 1723). So every path that
+may work is measured over the code that decoding uses, and the measurement decides.
 """
 
 import ipaddress
@@ -55,7 +55,7 @@ def exchange_us(measurements: Sequence[Measurement], payload_bytes: int) -> floa
 
 
 def choose_route(routes: Sequence[Route], payload_bytes: int) -> Route | None:
-    """Give the route on which an exchange of `payload_bytes` is fastest; of equals the first; None when none answered."""
+    """Give the route on which an exchange of `payload_bytes` is fastest, of equals the first; None: none answered."""
     answered = [r for r in routes if r.measurements]
     return min(answered, key=lambda r: exchange_us(r.measurements, payload_bytes), default=None)
 
