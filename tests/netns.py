@@ -13,6 +13,7 @@ The guest of tests/rxe builds its hosts with the same code and adds an RDMA devi
 """
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -21,11 +22,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 MAX_HOSTS = 8
 LAN_INTERFACE = "lan"
 
@@ -39,18 +42,6 @@ class Cable:
     peer_address: str
     mac: str
     device: str = ""
-
-    @property
-    def link_local_gid(self) -> str:
-        """The GID that an RDMA device makes of the interface's EUI-64 address, in full notation."""
-        a, b, c, d, e, f = bytes.fromhex(self.mac.replace(":", ""))
-        return f"fe80:0000:0000:0000:{a ^ 2:02x}{b:02x}:{c:02x}ff:fe{d:02x}:{e:02x}{f:02x}"
-
-    @property
-    def ipv4_gid(self) -> str:
-        """The GID that maps the IPv4 address, in full notation."""
-        a, b, c, d = (int(part) for part in self.address.split("."))
-        return f"0000:0000:0000:0000:0000:ffff:{a:02x}{b:02x}:{c:02x}{d:02x}"
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,14 @@ class Net:
     def call(self, host: int, argv: Sequence[str], timeout_s: float = 60) -> str:
         """Run a command on a host to its end and give its output. Raises RuntimeError when it fails."""
         return _command(["ip", "netns", "exec", self.hosts[host].namespace, *argv], timeout_s)
+
+    def inside(self, host: int, function: Callable[[], T]) -> T:
+        """Call a function in a thread that is on the host, and give its result.
+
+        What it opens stays there: a socket made inside can be used outside.
+        """
+        with ThreadPoolExecutor(1, initializer=lambda: _enter(self.hosts[host].namespace)) as thread:
+            return thread.submit(function).result()
 
     def netem(self, host: int, what: str, peer: int | None = None) -> None:
         """Let frames that leave this host suffer, in the words of tc-netem(8); "" ends it.
@@ -116,7 +115,12 @@ class Net:
         """Hosts that another process made."""
         return cls(
             [
-                Host(h["name"], h["namespace"], h["lan_address"], {int(p): Cable(**c) for p, c in h["cables"].items()})
+                Host(
+                    h["name"],
+                    h["namespace"],
+                    h["lan_address"],
+                    {int(p): Cable(**c) for p, c in h["cables"].items()},
+                )
                 for h in hosts
             ]
         )
@@ -168,7 +172,7 @@ def namespaces() -> list[str]:
 
 @functools.cache
 def available(netem: bool = False) -> str:
-    """"" when hosts can be made here (and, with `netem`, can be made to suffer), else the reason."""
+    """ "" when hosts can be made here (and, with `netem`, can be made to suffer), else the reason."""
     if sys.platform != "linux":
         return f"network namespaces exist on Linux only, this is {sys.platform}"
     if os.geteuid() != 0:
@@ -182,6 +186,13 @@ def available(netem: bool = False) -> str:
     except RuntimeError as e:
         return str(e)
     return ""
+
+
+def _enter(namespace: str) -> None:
+    """Move this thread into a network namespace (setns(2) with CLONE_NEWNET)."""
+    with open(f"/run/netns/{namespace}") as f:
+        if ctypes.CDLL(None, use_errno=True).setns(f.fileno(), 0x40000000):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
 def _host(index: int, num_hosts: int, prefix: str) -> Host:
@@ -242,10 +253,11 @@ def _remove_abandoned() -> None:
 
 
 def _remove(namespace: str) -> None:
-    for pid in _command(["ip", "netns", "pids", namespace]).split():
+    """Never fails: another user may be removing the same abandoned namespace."""
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
-    # Another user may be removing the same abandoned one.
     subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, check=False)
 
 
@@ -254,9 +266,7 @@ def _batch(namespace: str, lines: Sequence[str]) -> None:
 
 
 def _command(argv: Sequence[str], timeout_s: float = 60, text_in: str = "") -> str:
-    done = subprocess.run(
-        argv, input=text_in, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    done = subprocess.run(argv, input=text_in, capture_output=True, text=True, timeout=timeout_s, check=False)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
         raise RuntimeError(f"{' '.join(argv)} gave {done.returncode}: {said[-300:]}")

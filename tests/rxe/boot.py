@@ -41,8 +41,12 @@ PASSED_ON_PREFIXES = ("XD_", "EXPERTD_", "PYTEST_")
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.rxe.boot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--hosts", type=int, default=2, help="2 to 8, each with a cable to each other (%(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.rxe.boot", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--hosts", type=int, default=2, help="2 to 8, each with a cable to each other (%(default)s)"
+    )
     parser.add_argument("--mtu", type=int, default=4200, help="of the cables; 4200 gives a path MTU of 4096")
     parser.add_argument("--memory", type=int, default=1024, metavar="MiB", help="of the guest (%(default)s)")
     parser.add_argument("--cpus", type=int, default=1, help="more are slower on a busy machine (%(default)s)")
@@ -72,9 +76,7 @@ def run(options: argparse.Namespace, folder: Path, image: Path, modules: list[Pa
     """One guest, from boot to power-off. `folder` is empty and ours."""
     control = folder / "control"
     control.mkdir()
-    environment = {
-        k: v for k, v in os.environ.items() if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES)
-    }
+    environment = {k: v for k, v in os.environ.items() if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES)}
     job = {
         "argv": options.command,
         "cwd": os.getcwd(),
@@ -111,12 +113,20 @@ def qemu(options: argparse.Namespace, folder: Path, image: Path) -> Iterator[sub
     argv += ["-append", "console=ttyS0 quiet panic=-1", "-serial", f"file:{folder / 'console'}"]
     argv += ["-device", "virtio-serial-pci", "-chardev", "stdio,id=out,signal=off"]
     argv += ["-device", "virtserialport,chardev=out,name=xd.out"]
-    for tag, path, more in (("root", "/", ",readonly=on"), ("work", ROOT, ""), ("control", folder / "control", "")):
+    for tag, path, more in (
+        ("root", "/", ",readonly=on"),
+        ("work", ROOT, ""),
+        ("control", folder / "control", ""),
+    ):
         escaped = str(path).replace(",", ",,")
         argv += ["-fsdev", f"local,id={tag},path={escaped},security_model=none,multidevs=remap{more}"]
         argv += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
     process = subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, preexec_fn=_die_with_parent
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=_die_with_parent,
     )
     try:
         yield process

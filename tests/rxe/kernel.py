@@ -48,7 +48,11 @@ def fetch() -> tuple[Path, list[Path]]:
 def initrd(init: Path, job: str, modules: list[Path]) -> bytes:
     """The first file system of the guest: busybox, the modules, and `job`, the settings that `init` reads."""
     files = {f"modules/{n:02}-{m.name}": (m.read_bytes(), 0o644) for n, m in enumerate(modules)}
-    files |= {"init": (init.read_bytes(), 0o755), "job": (job.encode(), 0o644), "bin/busybox": (_busybox(), 0o755)}
+    files |= {
+        "init": (init.read_bytes(), 0o755),
+        "job": (job.encode(), 0o644),
+        "bin/busybox": (_busybox(), 0o755),
+    }
     folders = ("bin", "modules", "proc", "sys", "dev", "root")
     entries = [(name, b"", stat.S_IFDIR | 0o755) for name in folders]
     entries += [(name, body, stat.S_IFREG | mode) for name, (body, mode) in files.items()]
@@ -69,7 +73,9 @@ def _busybox() -> bytes:
         raise HarnessError(f"no {BUSYBOX}: apt-get install busybox-static")
     binary = BUSYBOX.read_bytes()
     if b"ld-linux" in binary[:4096]:
-        raise HarnessError(f"{BUSYBOX} needs shared libraries, wanted one without: apt-get install busybox-static")
+        raise HarnessError(
+            f"{BUSYBOX} needs shared libraries, wanted one without: apt-get install busybox-static"
+        )
     return binary
 
 
