@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from expertd.checkpoint.manifest import FileEntry, Manifest, make_manifest, write_manifest
+from expertd.checkpoint.manifest import FileEntry, Manifest, file_names, make_manifest, write_manifest
 from expertd.errors import CheckpointError
 
 # Free space to leave on the disk beside the checkpoint.
@@ -88,12 +88,16 @@ class Incoming:
             return 0
 
 
-def find_by_hash(content_hash: str, folders: list[Path], store: Path, cache: Path) -> Path | None:
-    """The folder with exactly these bytes: in the store by its name, else among `folders` by their manifests."""
-    if (store / content_hash / "config.json").is_file():
-        folders = [*folders, store / content_hash]
-    for folder in folders:
-        if folder.is_dir() and make_manifest(folder, cache).content_hash == content_hash:
+def find_same(manifest: Manifest, folders: list[Path], store: Path, cache: Path) -> Path | None:
+    """The folder with exactly these bytes: in the store by its name, else among `folders`.
+
+    Only a folder whose files have the right names and sizes is read at all, and that once (see make_manifest).
+    """
+    wanted = {f.name: f.size for f in manifest.files}
+    for folder in (*folders, store / manifest.content_hash):
+        if not folder.is_dir() or {n: (folder / n).stat().st_size for n in file_names(folder)} != wanted:
+            continue
+        if make_manifest(folder, cache).content_hash == manifest.content_hash:
             return folder
     return None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from expertd.checkpoint.manifest import FileEntry, check_manifest, make_manifest
-from expertd.checkpoint.store import Incoming, find_by_hash, read_piece
+from expertd.checkpoint.store import Incoming, find_same, read_piece
 from expertd.errors import CheckpointError
 
 
@@ -97,11 +97,11 @@ def test_interrupted_copy_goes_on_where_it_stopped(folder: Path, tmp_path: Path)
     fetch(Incoming(manifest, tmp_path / "store"), folder, 1000, num_pieces=50)
     again = Incoming(manifest, tmp_path / "store")
     assert 48_000 < again.num_received < 52_000
-    assert find_by_hash(manifest.content_hash, [], tmp_path / "store", tmp_path / "cache2") is None
+    assert find_same(manifest, [], tmp_path / "store", tmp_path / "cache2") is None
     fetch(again, folder, 1000)
     arrived = again.finish(tmp_path / "cache2")
     assert hashed(arrived, tmp_path / "cache2") == 0
-    assert find_by_hash(manifest.content_hash, [], tmp_path / "store", tmp_path / "cache2") == arrived
+    assert find_same(manifest, [], tmp_path / "store", tmp_path / "cache2") == arrived
     assert (arrived / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -141,5 +141,5 @@ def test_found_among_folders_by_hash(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
-    found = find_by_hash(manifest.content_hash, [other, folder], tmp_path / "store", tmp_path / "cache")
+    found = find_same(manifest, [other, folder], tmp_path / "store", tmp_path / "cache")
     assert found == folder
