@@ -83,7 +83,7 @@ struct xd_verbs {
     char name[64], ip[16];
     /* The data path. */
     int side_fd;
-    uint64_t empty_polls, checked_side_ns, busy_ns;
+    uint64_t empty_polls, looked_ns, posted_ns; /* at the side socket; a message to the device */
     xd_arrival arrived[XD_NUM_QUEUES * XD_MAX_SLOTS]; /* a ring: taken from the device, not yet given to the caller */
     uint32_t arrived_head, num_arrived;
     uint8_t held; /* slot of the frame given by the last poll */
@@ -111,8 +111,7 @@ int xd_verbs_post_receive(xd_verbs *v, int queue, uint32_t slot, char *err, size
 const char *xd_lint_slab(const void *memory, size_t bytes);
 const char *xd_lint_send(const xd_verbs *v, int queue, const struct ibv_send_wr *wr);
 const char *xd_lint_receive(const xd_verbs *v, int queue, const struct ibv_recv_wr *wr);
-const char *xd_lint_modify(enum ibv_qp_state to);
-const char *xd_lint_deregister(const xd_verbs *v);
+const char *xd_lint_arrival(const xd_verbs *v, int queue, uint32_t bytes);
 
 #endif
 #endif
