@@ -50,6 +50,7 @@ WITHOUT_MLX_FILES = {
     "expertd/cluster/supervisor.py",
     "expertd/cluster/process.py",
     "expertd/cluster/reply.py",
+    *(f"expertd/cluster/{name}.py" for name in ("identity", "tls", "pairing", "channel", "discovery")),
 }
 
 MAX_FILE_LINES = 600

@@ -36,6 +36,12 @@ def group_options(command: F) -> F:
     return command
 
 
+def config_folder() -> Path:
+    """Where this user's identity and paired hosts are kept: $XDG_CONFIG_HOME/expertd, or ~/.config/expertd."""
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "expertd"
+
+
 def find_model(name: str) -> "CheckpointInfo":
     """Find and check the checkpoint that MODEL names. Raises CheckpointError before anything is started."""
     from expertd.checkpoint.inspect import check_checkpoint
