@@ -6,6 +6,9 @@ from pathlib import Path
 from expertd.errors import ConfigError
 
 MAX_RANKS = 4
+# Where a serving host listens for its paired hosts, and `expertd pair` for a new one.
+CONTROL_PORT = 7420
+PAIRING_PORT = 7421
 SPLITS = ("auto", "solo", "experts", "tokens")
 
 

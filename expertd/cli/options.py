@@ -46,9 +46,6 @@ def hosts_options(command: F) -> F:
         ),
         click.option("--control-port", type=port, default=7420, show_default=True, help="Its port."),
         click.option("--store", type=folder, help="Where copied checkpoints are kept."),
-        click.option(
-            "--config-folder", type=folder, help="Identity and paired hosts [default: ~/.config/expertd]."
-        ),
         # For tests and for drivers in unusual places.
         click.option("--verbs-library", default="", hidden=True),
         click.option("--lint-verbs", is_flag=True, hidden=True),
@@ -64,16 +61,15 @@ def hosts_config(
     control_host: str,
     control_port: int,
     store: Path | None,
-    config_folder: Path | None,
     verbs_library: str,
     lint_verbs: bool,
     silence: float,
     setup_time: float,
 ) -> HostsConfig:
-    """The settings of hosts_options; the one place where the environment says what they are by default."""
-    cache = _base("XDG_CACHE_HOME", ".cache")
+    """The settings of hosts_options, in this user's folders."""
+    cache = _user_folder("XDG_CACHE_HOME", ".cache")
     return HostsConfig(
-        folder=config_folder or _base("XDG_CONFIG_HOME", ".config"),
+        folder=config_folder(),
         cache=cache,
         store=store or cache / "checkpoints",
         control_host=control_host,
@@ -85,8 +81,14 @@ def hosts_config(
     )
 
 
-def _base(variable: str, name: str) -> Path:
-    return Path(os.environ.get(variable) or Path.home() / name) / "expertd"
+def config_folder() -> Path:
+    """Where this user's identity and paired hosts are kept: $XDG_CONFIG_HOME/expertd, or ~/.config/expertd."""
+    return _user_folder("XDG_CONFIG_HOME", ".config")
+
+
+def _user_folder(variable: str, default: str) -> Path:
+    base = os.environ.get(variable, "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / default) / "expertd"
 
 
 def find_model(name: str) -> "CheckpointInfo":
