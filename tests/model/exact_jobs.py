@@ -34,7 +34,8 @@ def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
 
 def _all_splits(mailbox: Mailbox, folder: Path) -> dict[str, str]:
     link = mailbox if mailbox.num_ranks > 1 else None
-    model = Model(folder, normalise_config(read_config(folder)), link)
+    model = Model(folder, normalise_config(read_config(folder)))
+    model.attach(link)
     digests = {}
     for name in model.splits if link else ["solo"]:
         for fractions in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
