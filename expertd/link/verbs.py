@@ -4,11 +4,12 @@ Any call here may block for ever inside a driver or end the process: only a link
 kill, may make them, and whoever wants the list of devices asks a child process.
 """
 
+import sys
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from expertd.errors import LocalProtocolError
+from expertd.errors import ExpertdError, LocalProtocolError
 from expertd.link import codes
 from expertd.native._transport import ffi, lib
 
@@ -54,6 +55,17 @@ def devices(library: str = "") -> list[Device]:
     if num < 0:
         raise codes.error(num, codes.text(err))
     return [_device(found[i]) for i in range(min(num, MAX_DEVICES))]
+
+
+def why_unusable(library: str = "") -> str:
+    """Why no link can run over verbs here, as one line; "" when a device is ready for one."""
+    try:
+        found = devices(library)
+    except ExpertdError as e:
+        return str(e)
+    if any(d.ipv4 and not d.error and d.port_state == PORT_ACTIVE for d in found):
+        return ""
+    return "; ".join(f"{d.name}: {d.error or 'its port is not active'}" for d in found) or "no verbs device"
 
 
 def _device(d: Any) -> Device:
@@ -148,3 +160,7 @@ class Verbs:
         self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+if __name__ == "__main__":  # for whoever must not make these calls itself: cluster/verbs_check.py
+    print(why_unusable(sys.argv[1]))
