@@ -297,8 +297,8 @@ def test_request_waits_for_a_leader(tmp_path: Path) -> None:
             kill(cluster, 0)
             await until(lambda: not cluster.running)
             answer = asyncio.create_task(text_of(cluster, "a b"))
-            await until(lambda: len(cluster._coordinator.events) == 2)
-            assert cluster._coordinator.events[1] == RankDied(0, "rank 0 died: killed by SIGKILL")
+            await until(lambda: len(cluster.coordinator.events) == 2)
+            assert cluster.coordinator.events[1] == RankDied(0, "rank 0 died: killed by SIGKILL")
             await cluster.begin(layout(2, (1,)))
             assert await answer == "a b "
 
@@ -396,7 +396,7 @@ def test_epoch_with_a_dead_rank_is_over_at_once(tmp_path: Path) -> None:
 def test_coordinator_that_fails_ends_the_group(tmp_path: Path, error: Exception, reason: str) -> None:
     async def main() -> None:
         async with open_group(tmp_path, coordinator=Scripted) as cluster:
-            cluster._coordinator.error = error
+            cluster.coordinator.error = error
             cluster._ranks[1].process.kill()
             assert await cluster.wait_failed() == reason
 
