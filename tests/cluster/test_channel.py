@@ -144,15 +144,15 @@ def test_unpaired_is_refused_and_told_while_a_paired_one_goes_on(
     assert warnings == [f"control channel: {LOOPBACK} {channels._STRANGER}"]  # three refusals, one line
 
 
-def test_caller_without_a_certificate_is_refused(a: Host, b: Host) -> None:
+def test_caller_without_a_certificate_or_with_an_old_tls_is_refused(a: Host, b: Host) -> None:
     async def work() -> None:
         async with listening(a) as at:
             reader, writer = await call(at.server.port, unchecked_context())
             with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)):
                 assert await reader.read(1)
             await tls.close(writer)
-            old = unchecked_context()
-            old.maximum_version = ssl.TLSVersion.TLSv1_2
+            old = tls.make_context(False, b.identity, b.store.peers())
+            old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_2
             with pytest.raises(LinkDown):
                 await call(at.server.port, old)
             assert not at.opened
@@ -160,17 +160,17 @@ def test_caller_without_a_certificate_is_refused(a: Host, b: Host) -> None:
     within(10, work())
 
 
-def test_certificate_that_tls_took_is_looked_up_once_more(a: Host, b: Host, tmp_path: Path) -> None:
+def test_certificate_that_tls_took_is_looked_up_once_more(
+    a: Host, b: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Should OpenSSL ever take more than the paired certificates: the list has the last word."""
     other = make_host(tmp_path, "other").identity
+    lax = tls.make_context(True, a.identity, [make_peer(other.name, other.certificate, "")])
+    monkeypatch.setattr(Server, "_context", lambda _: lax)
 
     async def work() -> None:
         async with listening(a) as at:
-            at.server._context = lambda: tls.make_context(  # type: ignore[method-assign]
-                True, a.identity, [make_peer(other.name, other.certificate, "")]
-            )
-            context = tls.make_context(False, other, b.store.peers())
-            reader, writer = await call(at.server.port, context)
+            reader, writer = await call(at.server.port, tls.make_context(False, other, b.store.peers()))
             assert await reader.read(1) == b"" and not at.opened
             await tls.close(writer)
 
@@ -284,7 +284,7 @@ def test_own_loop_that_stood_still_is_not_the_peers_silence(a: Host, b: Host) ->
     async def work() -> None:
         async with listening(a, silence_s=0.4) as at, await join(b, at, silence_s=0.4) as channel:
             await ask(channel, 1)
-            for _ in range(3):
+            for _ in range(2):
                 time.sleep(0.6)
                 await asyncio.sleep(0.15)
             await ask(channel, 2)
@@ -345,6 +345,25 @@ def test_peer_that_takes_nothing_is_given_up(a: Host, b: Host, monkeypatch: pyte
                     await channel.send(Ping(number, bytes(1 << 19)))
 
     within(15, work())
+
+
+def test_owner_that_does_not_read_is_not_the_peers_silence(a: Host, b: Host) -> None:
+    got: list[Any] = []
+
+    async def slow(channel: Channel) -> None:
+        await until(lambda: not channel._reading())
+        await asyncio.sleep(0.6)
+        while len(got) < 4:
+            got.append((await channel.receive()).number)
+
+    async def work() -> None:
+        listener = listen(LOOPBACK, 0, a.identity, a.store, codec, slow, silence_s=0.3)
+        async with listener as server, await join(b, Listening(server)) as channel:
+            for number in range(4):
+                await channel.send(Ping(number, bytes(1 << 19)))
+            await until(lambda: got == [0, 1, 2, 3])
+
+    within(10, work())
 
 
 def test_receive_may_be_cancelled_and_loses_nothing(a: Host, b: Host) -> None:

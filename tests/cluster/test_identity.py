@@ -1,6 +1,7 @@
 """This machine's key, and the list of paired hosts: what is on disk, who may read it, what damage does."""
 
 import json
+import os
 import re
 import stat
 import threading
@@ -101,6 +102,11 @@ def test_peers_are_added_listed_and_removed(tmp_path: Path) -> None:
     assert reader.remove("a") == a and store.peers() == [b]
     store.note_address(b.host_id, "10.0.0.10")
     assert reader.peers() == [replace(b, address="10.0.0.10")]
+    path = tmp_path / "me" / "peers.json"
+    before = path.stat().st_mtime_ns
+    store.note_address(b.host_id, "10.0.0.11")
+    os.utime(path, ns=(before, before))  # a second change within one tick of the clock, of the same size
+    assert reader.peers() == [replace(b, address="10.0.0.11")]
     with pytest.raises(ConfigError, match=r"a: no paired host has this name or id \(paired: b\)"):
         store.remove("a")
 
