@@ -22,6 +22,7 @@ from expertd.checkpoint.manifest import FileEntry, Manifest, check_manifest, mak
 from expertd.checkpoint.store import Incoming, find_same
 from expertd.cluster import channel as channels
 from expertd.cluster.channel import Channel
+from expertd.cluster.discovery import find
 from expertd.cluster.host_messages import FileInfo, Loaded, Welcome, codec
 from expertd.cluster.identity import Identity, Peer, PeerStore
 from expertd.cluster.joiner import Joiner
@@ -33,11 +34,14 @@ from expertd.cluster.site import LinkSettings
 from expertd.cluster.supervisor import Cluster
 from expertd.cluster.verbs_check import why_no_verbs
 from expertd.config import GroupConfig, HostsConfig
-from expertd.errors import CheckpointError
+from expertd.errors import CheckpointError, LinkDown
 from expertd.topology.collect import collect_host
 
 Progress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
+
+# mDNS answers come within a second.
+FIND_S = 1.2
 
 # What of a GroupConfig is the leader's own: where its files lie, and what it may use of its machine.
 _OWN = ("checkpoint", "num_ranks", "cpus")
@@ -110,15 +114,35 @@ async def following(
     `own` says how many ranks this host runs and where. `places` are folders in which the checkpoint may be already.
     """
     paths = await _open_paths(hosts, "0.0.0.0")
-    call = functools.partial(
-        channels.connect, address, port, identity, peer, codec, silence_s=hosts.silence_s
-    )
+    store = PeerStore(hosts.folder)
+
+    async def call() -> Channel:
+        return await _call(address, port, peer, hosts, identity, store)
+
     load = functools.partial(_load, call, own, [*places, demo_folder()], hosts, progress)
     joiner = Joiner(call, load, show, paths, settings_of(hosts), identity.name)
     try:
         yield joiner
     finally:
         await paths.close()
+
+
+async def _call(
+    address: str, port: int, peer: Peer, hosts: HostsConfig, identity: Identity, store: PeerStore
+) -> Channel:
+    """Call the leader where it was last, else where mDNS says that it is now: the certificate decides who answers."""
+    try:
+        channel = await channels.connect(address, port, identity, peer, codec, silence_s=hosts.silence_s)
+    except LinkDown:
+        near = [f for f in await find(FIND_S, store, identity.host_id) if f.host_id == peer.host_id]
+        for found, where in ((f, a) for f in near for a in f.addresses if (a, f.port) != (address, port)):
+            with contextlib.suppress(LinkDown):
+                return await channels.connect(
+                    where, found.port, identity, peer, codec, silence_s=hosts.silence_s
+                )
+        raise
+    store.note_address(peer.host_id, address)
+    return channel
 
 
 async def _open_paths(hosts: HostsConfig, address: str) -> Paths:

@@ -81,6 +81,7 @@ class Leader:
         """Say goodbye to every host and end the link processes of this one."""
         self._former.cancel()
         await asyncio.gather(self._former, return_exceptions=True)
+        self._running = 0
         for member in list(self._members.values()):
             with contextlib.suppress(ExpertdError):  # it may be gone already
                 await member.channel.send(Bye(reason))
@@ -153,7 +154,7 @@ class Leader:
                     continue
                 member.take(message)
         except ExpertdError as e:
-            reason = str(e)
+            reason = str(e).removeprefix(f"host {member.name}: ")
             raise
         finally:
             if self._members.get(member.host_id) is member:
@@ -161,10 +162,11 @@ class Leader:
             self._leave(member, reason)
 
     def _leave(self, member: Member, reason: str) -> None:
-        _log.warning("host %s left the group: %s", member.name, reason)
-        member.leave(reason)
+        if not self._former.cancelled():  # else it is we who leave
+            _log.warning("host %s left the group: %s", member.name, reason)
+        member.leave(f"host {member.name}: {reason}")
         if member in self._formed:
-            self._on_ended(member, Ended(self._running, -1, "running", f"host {member.name}: {reason}"))
+            self._on_ended(member, Ended(self._running, -1, "running", reason))
         self._wake.set()
 
     def _objection(self, join: Join) -> str:
@@ -196,8 +198,8 @@ class Leader:
         """An epoch ended somewhere; `member` None is this host."""
         if ended.epoch != self._running or not self._running:
             return
-        where = member.name if member else "this host"
-        self._last_change = f"epoch {ended.epoch} ended on {where}: {ended.reason}"
+        where = f"host {member.name}" if member else "this host"
+        self._last_change = f"epoch {ended.epoch} ended, says {where}: {ended.reason}"
         _log.warning("%s", self._last_change)
         if blamed := self._blamed(member, ended):
             if time.monotonic() - self._formed_at > GOOD_EPOCH_S:
