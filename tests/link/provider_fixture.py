@@ -33,6 +33,19 @@ def build_provider(folder: Path) -> Path:
     return library
 
 
+def build_check(folder: Path, library: Path) -> Path:
+    """Compile the program that asks the provider for what our back end never does."""
+    own = ["-DXD_VERBS_OWN_ABI"] if sys.platform == "linux" else []
+    program = folder / "check"
+    subprocess.run(
+        [os.environ.get("CC") or "cc", "-std=c11", "-Wall", "-Wextra", "-Werror", *own, f"-I{NATIVE}"]
+        + ["-o", str(program), str(HERE / "provider_check" / "check.c"), str(library)],
+        check=True,
+        timeout=120,
+    )
+    return program
+
+
 class Fabric:
     """One cable between processes: a file in `folder`."""
 
