@@ -2,7 +2,7 @@
  *
  * On Linux without that header our own declarations stand in: the binary interface of rdma-core's libibverbs.so.1,
  * unchanged since its symbol version IBVERBS_1.1, so that a wheel built anywhere works everywhere. They are compared
- * with the real header, size by size and offset by offset, in tests/link/test_verbs_abi.py. On macOS only Apple's header
+ * with the real header, size by size and offset by offset, in tests/link/test_verbs.py. On macOS only Apple's header
  * is right: it comes with the SDK of Xcode 26.2; without it XD_HAVE_VERBS is 0 and verbs_none.c stands in.
  * XD_VERBS_OWN_ABI takes our declarations on any platform (to check that they compile).
  *

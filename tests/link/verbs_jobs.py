@@ -1,6 +1,6 @@
 """What processes do for test_verbs.py and test_verbs_temper.py: one end of a link each, joined by a side socket.
 
-    python verbs_jobs.py JOB HOST SIDE_FD ARGS    prints {"result": ...} or {"error": ..., "code": ..., "text": ...}
+python verbs_jobs.py JOB HOST SIDE_FD ARGS    prints {"result": ...} or {"error": ..., "code": ..., "text": ...}
 """
 
 import json
@@ -29,13 +29,16 @@ class Failed(Exception):
 
 def swap_side(side: socket.socket, mine: bytes) -> bytes:
     """Both ends say something of the same size."""
-    side.sendall(mine)
     theirs = b""
-    while len(theirs) < len(mine):
-        piece = side.recv(len(mine) - len(theirs))
-        if not piece:
-            raise Failed("side", "the peer is gone")
-        theirs += piece
+    try:
+        side.sendall(mine)
+        while len(theirs) < len(mine):
+            piece = side.recv(len(mine) - len(theirs))
+            if not piece:
+                raise Failed("side", "the peer is gone")
+            theirs += piece
+    except ConnectionError:
+        raise Failed("side", "the peer is gone") from None
     return theirs
 
 
@@ -101,6 +104,7 @@ def pair(
     idle_s: float = 0,
     warm_up_s: float = 5,
     swaps: int = 0,
+    swap_s: float = 10,
     epoch: int = 1,
     timeout_s: float = 30,
 ) -> dict[str, Any]:
@@ -109,13 +113,14 @@ def pair(
         try:
             if warm_up_s:
                 connection.warm_up(warm_up_s)
+                swap_side(side, b"warm")  # over verbs the two queues have no order between them
             trips = [connection.self_test(host == 0, q, num_tests, 20) for q in (LATENCY, BULK)]
             counts = (num_frames, 0)[host], (0, num_frames)[host]
             sends, takes = counts if one_way else (num_frames, num_frames)
             num_bytes = exchange(connection, host, sends, takes, timeout_s)
             time.sleep(idle_s)
             for i in range(swaps):
-                assert connection.swap(POOL[:5000], 5000, tag=i, timeout_s=10) == POOL[:5000]
+                assert connection.swap(POOL[:5000], 5000, tag=i, timeout_s=swap_s) == POOL[:5000]
             swap_side(side, b"done")
         except ExpertdError:
             err = codes.buffer()
@@ -153,6 +158,7 @@ def twice(side: socket.socket, host: int, config: dict[str, Any]) -> None:
         remote = swap_side(side, v.local)
         for _ in range(2):
             v.connect(remote)
+            swap_side(side, b"x")
 
 
 def list_devices(side: socket.socket, host: int, library: str) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@
  * XDP_TEMPER: by commas, per process (counts begin at 1):
  *   no_device, pd_null, port_down, port_down_after:N    (query_port calls), no_ipv4, gid:INDEX, gid_moves (1, 3, 1, ...)
  *   mr_three_refused, mr_local_refused, init_flags_refused, mrs_taken:N, qps_taken:N, no_uc, rtr:ERRNO
- *   grant:N (frames granted and true), truth:N (taken, whatever was granted), over:-12 | over:+12 | over:accept,
+ *   grant:N (frames granted and true), truth:N (taken, whatever was granted; send_truth:N for sends alone), over:-12 |
+ *   over:+12 | over:accept (and breaks),
  *   dead:N (the first N queue pairs hear nothing), any_frames (as Linux), empty:drop (as Linux), wc_error:K (completion)
  *   loss:K, duplicate:K, corrupt:K, short:K, tiny:K (sent messages), corrupt_at:BYTE, loss_rate:PERMILLE,
  *   duplicate_rate:PERMILLE, seed:N, silent:K (nothing after K), hang:FUNCTION, segv:FUNCTION, segv_call:N */
@@ -62,7 +63,7 @@ typedef struct qp {
     fabric_qp *place;
     int number;      /* in order of creation in this process */
     bool tried_rtr, overfull;
-    uint32_t grant, truth, dest, sq_psn;
+    uint32_t grant, truth, send_truth, dest, sq_psn;
     uint32_t send_frames, receive_frames; /* in flight */
     work sends[QUEUE], receives[QUEUE];   /* rings; sends are done at once and wait to be polled */
     uint32_t send_head, num_sends, receive_head, num_receives;
@@ -294,6 +295,7 @@ struct ibv_qp *ibv_create_qp(struct ibv_pd *v, struct ibv_qp_init_attr *init) {
     q->number = ++created;
     q->grant = (uint32_t)temper("grant", init->cap.max_send_wr <= LOWEST_GRANT ? LOWEST_GRANT : HIGHEST_GRANT);
     q->truth = (uint32_t)temper("truth", q->grant);
+    q->send_truth = (uint32_t)temper("send_truth", q->truth);
     q->next = ((cq *)init->recv_cq)->qps;
     ((cq *)init->recv_cq)->qps = q;
     init->cap.max_send_wr = init->cap.max_recv_wr = 2 * HIGHEST_GRANT; /* more than is accepted, as was seen */
@@ -379,7 +381,7 @@ static int post_send(struct ibv_qp *v, struct ibv_send_wr *wr, struct ibv_send_w
     act_up("post_send");
     if (v->state != IBV_QPS_RTS || !region_of(wr->sg_list, wr->num_sge, "post_send")) return EINVAL;
     uint32_t more = frames(wr->sg_list->length);
-    if (q->num_sends == QUEUE || q->send_frames + more > q->truth) {
+    if (q->num_sends == QUEUE || q->send_frames + more > q->send_truth) {
         int code = over(q);
         if (code) return code;
     }
