@@ -171,6 +171,15 @@ def test_epoch_without_its_mailbox_ends(
     assert isinstance(ended, Ended) and ended.kind == kind and words in ended.message
 
 
+def test_descriptors_are_closed_once_mapped(bench: Bench) -> None:
+    begins = [bench.begin(epoch, 0, 1) for epoch in range(1, 6)]
+    before = len(os.listdir("/dev/fd"))
+    for begin in begins:
+        bench.inbox.put(begin)
+        assert bench.rank._live(begin) is begin
+    assert len(os.listdir("/dev/fd")) == before
+
+
 def test_messages_between_epochs_reach_the_engine(bench: Bench) -> None:
     begin, second = bench.begin(1, 0, 1), Begin(2, 0, "auto", (1.0,), "")
     bench.inbox.put(Begin(9, 0, "auto", (1.0,), ""))
