@@ -117,13 +117,11 @@ class LocalCoordinator:
         if isinstance(event, EpochEnded):
             await self._back_off(event)
         ranks = self._going_on()
-        if self._cluster.running or not ranks:
-            return
-        await self._cluster.begin(self._layout(ranks))
-        if event.reason:
-            _log.warning(
-                "%s; going on with %d rank%s", event.reason, len(ranks), "s" if len(ranks) > 1 else ""
-            )
+        if not self._cluster.running and ranks:
+            await self._cluster.begin(self._layout(ranks))
+        if event.reason and ranks:
+            plural = "s" if len(ranks) > 1 else ""
+            _log.warning("%s; going on with %d rank%s", event.reason, len(ranks), plural)
 
     def outlook(self) -> str | None:
         numbers = [str(rank.number) for rank in self._going_on()]
@@ -153,3 +151,11 @@ class LocalCoordinator:
             split=group.split,
             shares=tuple(group.fractions[rank.id] for rank in ranks),
         )
+
+
+class OneAnswerCoordinator(LocalCoordinator):
+    """For one request alone: with its leader the answer is lost, and nothing is worth going on for."""
+
+    def outlook(self) -> str | None:
+        leader_lives = any(rank.number == 0 for rank in self._cluster.living)
+        return super().outlook() if leader_lives else None

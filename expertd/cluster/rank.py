@@ -149,8 +149,10 @@ class Rank:
             number, fds, _, _ = socket.recv_fds(self._channel, 8, 1)
         except TimeoutError as e:
             raise LinkTimeout(f"epoch {epoch}: no mailbox came within {MAILBOX_TIMEOUT_S:g} s") from e
-        if int.from_bytes(number, "big") != epoch or len(fds) != 1:
-            raise RemoteProtocolError(f"epoch {epoch}: {len(fds)} mailboxes came, for epoch {number.hex()}")
+        if (found := int.from_bytes(number, "big")) != epoch or len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise RemoteProtocolError(f"epoch {epoch}: {len(fds)} mailboxes came, for epoch {found}")
         return fds[0]
 
     def _take_messages(self) -> Begin | None:

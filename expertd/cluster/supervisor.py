@@ -164,7 +164,8 @@ class Cluster:
     def describe(self) -> dict[str, Any]:
         """The state of the group in plain values: epoch, split, reason (of the last change), ranks of this host.
 
-        A rank's state is "loading", "waiting" (for an epoch), "joining" (one), "running" or "dead".
+        A rank's state is "loading", "waiting" (for an epoch), "joining" (one), "running" or "dead"; its id never
+        changes, its number `rank` is that in the present epoch.
         """
         epoch = self._epochs[-1] if self._epochs else None
         split = None
@@ -174,10 +175,13 @@ class Cluster:
             "epoch": self.epoch,
             "split": split,
             "reason": (epoch.over or epoch.reason or None) if epoch else None,
-            "ranks": [
-                {"id": r.id, "pid": r.pid, "rank": r.number, "state": self._state(r)} for r in self._ranks
-            ],
+            "ranks": [self._describe_rank(rank) for rank in self._ranks],
         }
+
+    def _describe_rank(self, rank: LocalRank) -> dict[str, Any]:
+        state = self._state(rank)
+        number = rank.number if state in ("joining", "running") else None
+        return {"id": rank.id, "pid": rank.pid, "rank": number, "state": state}
 
     def _state(self, rank: LocalRank) -> str:
         if rank.dead:
@@ -275,7 +279,8 @@ class Cluster:
         """Bury a rank, once: `what` it did ("died: ..."). `error` ends the group if nobody goes on without it."""
         if rank.dead or self._ended.done():
             return
-        rank.dead, reason = what, f"rank {rank.number} {what}"
+        number = rank.number
+        rank.dead, reason = what, f"rank {number} {what}"
         outlook = self.coordinator.outlook() if self._all_ready.is_set() else None
         if outlook is None:
             self._end(error or ClusterError(f"{reason}; {WHAT_NEXT}"))
@@ -288,7 +293,7 @@ class Cluster:
         rank.seats.clear()
         rank.hang_up()
         rank.process.kill()
-        self._events.put_nowait(RankDied(rank.number, reason))
+        self._events.put_nowait(RankDied(number, reason))
 
     def _epoch_failed(self, rank: LocalRank, ended: Ended) -> None:
         """A living rank found its epoch broken; late reports of an epoch that is over change nothing."""

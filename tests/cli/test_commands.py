@@ -161,13 +161,39 @@ def test_ctrl_c_while_the_ranks_load(start: Start, tmp_path: Path) -> None:
     assert process.communicate(timeout=2)[0] == "" and process.returncode == 130 and not children()
 
 
-def test_serve_ends_with_one_line_when_a_rank_dies(start: Start, tmp_path: Path) -> None:
-    process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
-    assert process.stdout
-    process.stdout.readline()
+@pytest.mark.fault
+def test_run_goes_on_without_a_follower(start: Start, tmp_path: Path) -> None:
+    process = start("run", tmp_path, "@slow:0.01 @repeat:50 x", "--ranks", 2)
+    assert process.stdout and process.stdout.read(2) == "x "
     psutil.Process(process.pid).children()[1].kill()
-    _, err = process.communicate(timeout=3)
-    assert process.returncode == 1 and err.startswith("expertd: rank 1 died: killed by SIGKILL; ")
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out) == (0, "x " * 49 + "\n")
+    warning, figures = err.splitlines()
+    assert warning == "expertd: rank 1 died: killed by SIGKILL; going on with 1 rank"
+    assert figures.startswith("prompt: ")
+
+
+@pytest.mark.fault
+def test_run_ends_with_one_line_when_its_leader_dies(start: Start, tmp_path: Path) -> None:
+    process = start("run", tmp_path, "@slow:0.01 @repeat:500 x", "--ranks", 2, "--max-tokens", 500)
+    assert process.stdout and process.stdout.read(2) == "x "
+    psutil.Process(process.pid).children()[0].kill()
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert err.startswith("expertd: rank 0 died: killed by SIGKILL; look above") and err.count("\n") == 1
+
+
+@pytest.mark.fault
+def test_serve_goes_on_until_no_rank_is_left(start: Start, tmp_path: Path) -> None:
+    process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
+    assert process.stdout and process.stderr
+    process.stdout.readline()
+    first, second = psutil.Process(process.pid).children()
+    second.kill()
+    assert process.stderr.readline() == "expertd: rank 1 died: killed by SIGKILL; going on with 1 rank\n"
+    first.kill()
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 1 and err.startswith("expertd: rank 0 died: killed by SIGKILL; look above")
     assert err.count("\n") == 1 and not children()
 
 

@@ -228,6 +228,7 @@ def test_idle_rank_leads_when_the_only_one_in_the_epoch_dies(tmp_path: Path) -> 
             epoch = cluster.epoch
             kill(cluster, 2)
             await until(lambda: states(cluster)[2] == "dead")
+            assert [r["rank"] for r in cluster.describe()["ranks"]] == [0, None, None]
             assert (cluster.epoch, cluster.running) == (epoch, True)
             kill(cluster, 0)
             await until(lambda: states(cluster) == ["dead", "running", "dead"])
@@ -294,12 +295,13 @@ def test_fractions_of_shares() -> None:
 def test_request_waits_for_a_leader(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_group(tmp_path, coordinator=Scripted) as cluster:
-            kill(cluster, 0)
+            await cluster.begin(layout(2, (1, 0)))
+            kill(cluster, 1)
             await until(lambda: not cluster.running)
             answer = asyncio.create_task(text_of(cluster, "a b"))
             await until(lambda: len(cluster.coordinator.events) == 2)
             assert cluster.coordinator.events[1] == RankDied(0, "rank 0 died: killed by SIGKILL")
-            await cluster.begin(layout(2, (1,)))
+            await cluster.begin(layout(3, (0,)))
             assert await answer == "a b "
 
     asyncio.run(main())

@@ -419,6 +419,17 @@ def test_cancel_between_epochs() -> None:
     assert bench.runner.plans[0].released == []  # this epoch has no cache of it
 
 
+def test_epoch_that_ends_when_all_is_done_releases_nothing_later() -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", "x")
+    bench.finish()
+    bench.begin()
+    bench.ask("next", "other", "y")
+    bench.finish()
+    assert bench.text("next") == "y"
+    assert bench.runner.plans[0].released == []
+
+
 def test_abandoned_requests_fail_with_the_reason() -> None:
     bench = Bench()
     bench.ask("r", "prompt", "reply")

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from stub_group import group_of, received
+from stub_group import group_of, received, until
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
@@ -23,9 +23,11 @@ CHAT = {"model": "demo", "messages": [{"role": "user", "content": "one two three
 TEXT = {"model": "demo", "prompt": "one two three"}
 
 
-def with_app(folder: Path, test: Callable[[httpx.AsyncClient, Cluster], Awaitable[None]]) -> None:
+def with_app(
+    folder: Path, test: Callable[[httpx.AsyncClient, Cluster], Awaitable[None]], num_ranks: int = 1
+) -> None:
     async def main() -> None:
-        group = group_of(folder)
+        group = group_of(folder, num_ranks)
         async with asyncio.timeout(20), Cluster.open(group) as cluster:
             service = Service(ServerConfig(model_id="demo", group=group), cluster)
             transport = httpx.ASGITransport(app=make_app(service))
@@ -258,10 +260,28 @@ def test_models_and_health(tmp_path: Path) -> None:
         assert (await client.get("/v1/models/a/b")).status_code == 404
         body = (await client.get("/health")).json()
         assert body.pop("uptime_s") >= 0
+        assert body.pop("group") == cluster.describe()
         known = {"status": "ok", "model": "demo", "ranks": 1, "split": "auto", "context_length": 5000}
         assert body == known
 
     with_app(tmp_path, test)
+
+
+@pytest.mark.fault
+def test_dead_follower_changes_health_and_nothing_else(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
+        asked = {**TEXT, "prompt": "@slow:0.01 @repeat:20 x", "stream": True, "max_tokens": 20}
+        streaming = asyncio.create_task(client.post("/v1/completions", json=asked))
+        await until(lambda: received(tmp_path))
+        os.kill(cluster._ranks[1].pid, signal.SIGKILL)
+        assert "".join(c["choices"][0]["text"] for c in events_of(await streaming)) == "x " * 20
+        response = await client.get("/health")
+        body = response.json()
+        assert (response.status_code, body["status"], body["group"]["epoch"]) == (200, "ok", 2)
+        assert body["group"]["reason"] == "rank 1 died: killed by SIGKILL"
+        assert [rank["state"] for rank in body["group"]["ranks"]][1] == "dead"
+
+    with_app(tmp_path, test, num_ranks=2)
 
 
 def test_dead_group_is_503_everywhere_and_a_stream_ends_with_an_error(tmp_path: Path) -> None:

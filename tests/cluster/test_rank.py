@@ -1,0 +1,190 @@
+"""A rank's life between epochs, with real mailboxes and without a model."""
+
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from expertd.cluster import rank as module
+from expertd.cluster.rank import Control, Rank
+from expertd.config import GroupConfig
+from expertd.engine.engine import Engine
+from expertd.engine.messages import Begin, Cancel, Ended, Failed, Message, Setup, Submit
+from expertd.link import mailbox as boxes
+from expertd.model.model import Model
+
+SUBMIT = Submit("r", prompt="x")
+
+
+class FakeModel:
+    """Knows the rank of its link, None without one."""
+
+    def __init__(self) -> None:
+        self.attached: list[int | None] = []
+
+    def attach(self, link: boxes.Mailbox | None) -> None:
+        self.attached.append(link.rank if link else None)
+
+
+class FakeEngine:
+    """Never has anything to do."""
+
+    idle = True
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def begin(self, runner: object, split: str, fractions: tuple[float, ...]) -> None:
+        self.calls.append(("begin", split, fractions))
+
+    def abandon(self, reason: str) -> None:
+        self.calls.append(("abandon", reason))
+
+    def take(self, message: Message) -> None:
+        self.calls.append(message)
+
+    def step(self) -> None:
+        pass
+
+
+class Bench:
+    """A rank, and what its supervisor would hold."""
+
+    def __init__(self) -> None:
+        self.channel, theirs = socket.socketpair()
+        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.sent: list[Message] = []
+        self.send = self.sent.append
+        self.model, self.engine = FakeModel(), FakeEngine()
+        self.fds: list[int] = []
+        setup = Setup(0, -1, theirs.detach(), {})
+        self.rank = Rank(
+            setup,
+            GroupConfig(""),
+            cast(Control, self),
+            cast(Model, self.model),
+            cast(Engine, self.engine),
+        )
+
+    def begin(self, epoch: int, rank: int, num_ranks: int, told: int | None = None) -> Begin:
+        """Send a mailbox; gives the Begin that belongs to it."""
+        self.fds.append(boxes.create(num_ranks, 4096))
+        socket.send_fds(self.channel, [(told or epoch).to_bytes(8, "big")], [self.fds[-1]])
+        return Begin(epoch, rank, "auto", (1 / num_ranks,) * num_ranks, "why")
+
+    def after(self, delay_s: float, *steps: Any) -> threading.Timer:
+        """Call the functions, put the messages, a little later."""
+
+        def go() -> None:
+            for step in steps:
+                step() if callable(step) else self.inbox.put(step)
+
+        timer = threading.Timer(delay_s, go)
+        timer.start()
+        return timer
+
+    def close(self) -> None:
+        if self.rank._mailbox:
+            self.rank._mailbox.close()
+        self.rank._channel.close()
+        self.channel.close()
+        for fd in self.fds:
+            os.close(fd)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.close()
+
+
+def test_idle_leader_notices_a_begin_at_once(bench: Bench) -> None:
+    second = Begin(2, 1, "auto", (0.5, 0.5), "")
+    bench.inbox.put(SUBMIT)
+    bench.after(0.05, second)
+    began = time.monotonic()
+    assert bench.rank._live(bench.begin(1, 0, 2)) is second
+    assert time.monotonic() - began < 0.45  # less than the IDLE_S that it waits for work
+    assert bench.engine.calls == [("begin", "auto", (0.5, 0.5)), SUBMIT]
+    assert bench.model.attached == [None, 0]
+    assert bench.sent == []
+
+
+def test_idle_follower_is_woken_by_poison(bench: Bench) -> None:
+    begin, second = bench.begin(1, 1, 2), Begin(2, 0, "auto", (1.0,), "")
+    bench.after(0.05, lambda: boxes.poison(bench.fds[0], "rank 0 died"), second)
+    began = time.monotonic()
+    assert bench.rank._live(begin) is second
+    assert time.monotonic() - began < 0.45
+    (ended,) = bench.sent
+    assert isinstance(ended, Ended) and (ended.epoch, ended.kind) == (1, "LinkDown")
+    assert "rank 0 died" in ended.message
+    assert bench.engine.calls == [("abandon", "another rank leads since epoch 1: why; ask again")]
+
+
+def test_pulse_goes_on_until_the_next_mailbox_is_open(bench: Bench) -> None:
+    bench.after(0.02, lambda: boxes.poison(bench.fds[0], "over"), Begin(2, 0, "auto", (1.0,), ""))
+    bench.rank._live(bench.begin(1, 1, 2))
+    beats = boxes.pulses(bench.fds[0])[0][1]
+    time.sleep(0.1)
+    assert boxes.pulses(bench.fds[0])[0][1] > beats > 0
+    bench.inbox.put(Begin(3, 0, "auto", (1.0,), ""))
+    bench.rank._live(bench.begin(2, 0, 1))
+    beats = boxes.pulses(bench.fds[0])[0][1]
+    time.sleep(0.05)
+    assert boxes.pulses(bench.fds[0])[0][1] == beats
+    assert boxes.pulses(bench.fds[1])[0][0] > 0
+    assert bench.model.attached == [None, 1, None, None]  # alone it needs no link
+
+
+def test_requests_of_a_follower_fail(bench: Bench) -> None:
+    begin, second = bench.begin(1, 1, 2), Begin(2, 0, "auto", (1.0,), "")
+    for message in (SUBMIT, Cancel("r"), second):
+        bench.inbox.put(message)
+    assert bench.rank._live(begin) is second
+    assert bench.sent == [Failed("r", "this rank does not lead any more; ask again")]
+
+
+@pytest.mark.parametrize(
+    ("told", "kind", "words"),
+    [
+        (None, "LinkTimeout", "no mailbox came within 0.1 s"),
+        (7, "RemoteProtocolError", "1 mailboxes came, for epoch 7"),
+    ],
+)
+def test_epoch_without_its_mailbox_ends(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, told: int | None, kind: str, words: str
+) -> None:
+    bench.rank._channel.settimeout(0.1)
+    monkeypatch.setattr(module, "MAILBOX_TIMEOUT_S", 0.1)
+    begin = bench.begin(1, 0, 1, told) if told else Begin(1, 0, "auto", (1.0,), "")
+    second = Begin(2, 0, "auto", (1.0,), "")
+    bench.after(0.2, second)
+    assert bench.rank._live(begin) is second
+    (ended,) = bench.sent
+    assert isinstance(ended, Ended) and ended.kind == kind and words in ended.message
+
+
+def test_descriptors_are_closed_once_mapped(bench: Bench) -> None:
+    begins = [bench.begin(epoch, 0, 1) for epoch in range(1, 6)]
+    before = len(os.listdir("/dev/fd"))
+    for begin in begins:
+        bench.inbox.put(begin)
+        assert bench.rank._live(begin) is begin
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_messages_between_epochs_reach_the_engine(bench: Bench) -> None:
+    begin, second = bench.begin(1, 0, 1), Begin(2, 0, "auto", (1.0,), "")
+    bench.inbox.put(Begin(9, 0, "auto", (1.0,), ""))
+    bench.rank._live(begin)
+    bench.inbox.put(SUBMIT)
+    bench.inbox.put(second)
+    assert bench.rank._wait_begin() is second
+    assert bench.engine.calls[-1] is SUBMIT
