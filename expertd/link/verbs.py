@@ -18,7 +18,7 @@ PORT_ACTIVE = 4
 
 @dataclass(frozen=True)
 class Device:
-    """A device as it is now. `ipv4` maps the index of a GID to the address there; `error` says why it cannot be used."""
+    """A device now. `ipv4` maps the index of a GID to its address; `error` says why it cannot be used."""
 
     name: str
     port_state: int

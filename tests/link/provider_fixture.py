@@ -1,7 +1,7 @@
 """The provider with Apple's temper, built for a test: a path for `library`, and environments for processes.
 
-    library = build_provider(folder)           # once per session
-    Fabric(folder, library).environment("10.0.0.1", temper="loss:7")
+library = build_provider(folder)           # once per session
+Fabric(folder, library).environment("10.0.0.1", temper="loss:7")
 """
 
 import os
@@ -24,12 +24,9 @@ def build_provider(folder: Path) -> Path:
     # Linux's header has macros in the place of two functions that the provider exports; ours is the same interface.
     own = ["-DXD_VERBS_OWN_ABI"] if sys.platform == "linux" else []
     library = folder / "libprovider.so"
-    subprocess.run(
-        [compiler, "-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *own]
-        + [f"-I{NATIVE}", "-o", str(library), *map(str, sorted((HERE / "provider").glob("*.c")))],
-        check=True,
-        timeout=120,
-    )
+    flags = ["-std=c11", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *own, f"-I{NATIVE}"]
+    sources = sorted((HERE / "provider").glob("*.c"))
+    subprocess.run([compiler, *flags, "-o", library, *sources], check=True, timeout=120)
     return library
 
 
@@ -37,12 +34,10 @@ def build_check(folder: Path, library: Path) -> Path:
     """Compile the program that asks the provider for what our back end never does."""
     own = ["-DXD_VERBS_OWN_ABI"] if sys.platform == "linux" else []
     program = folder / "check"
-    subprocess.run(
-        [os.environ.get("CC") or "cc", "-std=c11", "-Wall", "-Wextra", "-Werror", *own, f"-I{NATIVE}"]
-        + ["-o", str(program), str(HERE / "provider_check" / "check.c"), str(library)],
-        check=True,
-        timeout=120,
-    )
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", *own, f"-I{NATIVE}"]
+    source = HERE / "provider_check" / "check.c"
+    compiler = os.environ.get("CC") or "cc"
+    subprocess.run([compiler, *flags, "-o", program, source, library], check=True, timeout=120)
     return program
 
 

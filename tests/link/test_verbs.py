@@ -1,4 +1,4 @@
-"""The verbs back end over the provider: what two processes deliver to each other, what they set up, and Apple's rules."""
+"""The verbs back end over the provider: what two processes deliver to each other, and what they set up."""
 
 import shutil
 import struct
@@ -24,7 +24,8 @@ def endpoint(hexes: str) -> tuple[Any, ...]:
 
 
 def test_self_test_and_random_frames_both_ways(fabric: Fabric) -> None:
-    """200 messages of each class there and back, then 5,000 frames of any size on both queues: every byte is right."""
+    """200 messages of each class there and back, then 5,000 frames of any size on both queues: "
+    "every byte is right."""
     mine, theirs = run_pair(fabric, num_tests=200, num_frames=5000)
     trips, statistics = mine["result"]["trips"], mine["result"]["statistics"]
     assert [len(t) for t in trips] == [200, 200] and all(us > 0 for t in trips for us in t)
@@ -73,7 +74,7 @@ def test_every_opening_has_new_queue_pairs_and_psns(fabric: Fabric) -> None:
 
 
 def test_small_grant_makes_the_queues_shallower(fabric: Fabric) -> None:
-    """200 frames, less one message of 32: five messages of 32 in flight, two of them reserved; 16 + 2 of 4 still fit."""
+    """200 frames, less one message of 32, are five messages of 32 in flight, two of them reserved."""
     result = run_one(fabric, "open_only", temper="grant:200")["result"]
     assert endpoint(result[0])[9:11] == (16, 3)
     both = run_pair(fabric, tempers=("grant:200", ""), num_frames=200)
@@ -128,7 +129,9 @@ def test_library_that_knows_no_verbs() -> None:
 
 
 def test_settings_out_of_range() -> None:
-    with pytest.raises(ClusterError, match=r"^verbs: 4 and 129 frames, depths 16 and 8; wanted 1 to 128 frames"):
+    with pytest.raises(
+        ClusterError, match=r"^verbs: 4 and 129 frames, depths 16 and 8; wanted 1 to 128 frames"
+    ):
         verbs.Verbs(verbs.Config("10.0.0.1", bulk_frames=129))
 
 
@@ -144,7 +147,8 @@ STRUCTURES = {
     "ibv_cq": "context cq_context cqe async_events_completed",
     "ibv_qp": "context pd send_cq recv_cq qp_num state qp_type events_completed",
     "ibv_qp_init_attr": "send_cq recv_cq srq cap qp_type sq_sig_all",
-    "ibv_qp_attr": "qp_state path_mtu rq_psn sq_psn dest_qp_num qp_access_flags cap ah_attr pkey_index port_num rate_limit",
+    "ibv_qp_attr": "qp_state path_mtu rq_psn sq_psn dest_qp_num qp_access_flags cap ah_attr "
+    "pkey_index port_num rate_limit",
     "ibv_sge": "addr length lkey",
     "ibv_recv_wr": "wr_id next sg_list num_sge",
     "ibv_send_wr": "wr_id next sg_list num_sge opcode send_flags imm_data",
@@ -152,10 +156,14 @@ STRUCTURES = {
     "ibv_context": "device ops ops.poll_cq ops.post_send ops.post_recv cmd_fd abi_compat",
 }
 CONSTANTS = (
-    "IBV_PORT_ACTIVE IBV_MTU_256 IBV_MTU_4096 IBV_QPT_RC IBV_QPT_UC IBV_QPT_UD IBV_QPS_INIT IBV_QPS_RTR IBV_QPS_RTS "
-    "IBV_QPS_ERR IBV_WR_SEND IBV_SEND_SIGNALED IBV_SEND_INLINE IBV_WC_RECV IBV_ACCESS_LOCAL_WRITE IBV_ACCESS_REMOTE_WRITE "
-    "IBV_ACCESS_REMOTE_READ IBV_WC_LOC_LEN_ERR IBV_WC_LOC_QP_OP_ERR IBV_WC_LOC_PROT_ERR IBV_WC_WR_FLUSH_ERR IBV_QP_STATE "
-    "IBV_QP_ACCESS_FLAGS IBV_QP_PKEY_INDEX IBV_QP_PORT IBV_QP_AV IBV_QP_PATH_MTU IBV_QP_RQ_PSN IBV_QP_SQ_PSN IBV_QP_CAP "
+    "IBV_PORT_ACTIVE IBV_MTU_256 IBV_MTU_4096 IBV_QPT_RC IBV_QPT_UC IBV_QPT_UD IBV_QPS_INIT "
+    "IBV_QPS_RTR IBV_QPS_RTS "
+    "IBV_QPS_ERR IBV_WR_SEND IBV_SEND_SIGNALED IBV_SEND_INLINE IBV_WC_RECV IBV_ACCESS_LOCAL_WRITE "
+    "IBV_ACCESS_REMOTE_WRITE "
+    "IBV_ACCESS_REMOTE_READ IBV_WC_LOC_LEN_ERR IBV_WC_LOC_QP_OP_ERR IBV_WC_LOC_PROT_ERR "
+    "IBV_WC_WR_FLUSH_ERR IBV_QP_STATE "
+    "IBV_QP_ACCESS_FLAGS IBV_QP_PKEY_INDEX IBV_QP_PORT IBV_QP_AV IBV_QP_PATH_MTU IBV_QP_RQ_PSN "
+    "IBV_QP_SQ_PSN IBV_QP_CAP "
     "IBV_QP_DEST_QPN"
 )
 
@@ -173,7 +181,9 @@ def layout(folder: Path, *flags: str) -> list[str]:
         "int main(void) {\n" + "\n".join(lines) + "\nreturn 0;\n}\n"
     )
     subprocess.run(["cc", *flags, f"-I{NATIVE}", "-o", program, source], check=True, timeout=60)
-    return subprocess.run([program], check=True, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    return subprocess.run(
+        [program], check=True, capture_output=True, text=True, timeout=60
+    ).stdout.splitlines()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux uses our own declarations")

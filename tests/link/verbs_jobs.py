@@ -1,6 +1,6 @@
 """What processes do for test_verbs.py and test_verbs_temper.py: one end of a link each, joined by a side socket.
 
-    python verbs_jobs.py JOB HOST SIDE_FD ARGS    prints {"result": ...} or {"error": ..., "code": ..., "text": ...}
+python verbs_jobs.py JOB HOST SIDE_FD ARGS    prints {"result": ...} or {"error": ..., "code": ..., "text": ...}
 """
 
 import json
@@ -158,6 +158,7 @@ def twice(side: socket.socket, host: int, config: dict[str, Any]) -> None:
         remote = swap_side(side, v.local)
         for _ in range(2):
             v.connect(remote)
+            swap_side(side, b"x")
 
 
 def list_devices(side: socket.socket, host: int, library: str) -> list[dict[str, Any]]:

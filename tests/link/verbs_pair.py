@@ -15,14 +15,18 @@ IPS = ("10.0.0.1", "10.0.0.2")
 
 
 def start(
-    fabric: Fabric, job: str, host: int, side: socket.socket, args: dict[str, Any], temper: str = "", ip: str = ""
+    fabric: Fabric,
+    job: str,
+    host: int,
+    side: socket.socket,
+    args: dict[str, Any],
+    temper: str = "",
+    ip: str = "",
 ) -> subprocess.Popen[str]:
     """Start one end; its side socket is handed over."""
     config = {"library": str(fabric.library), "local_ip": IPS[host], "lint": True} | args.get("config", {})
-    if job == "list_devices":
-        args = {"library": str(fabric.library)}
-    else:
-        args = args | {"config": config}
+    lists = job == "list_devices"
+    args = {"library": str(fabric.library)} if lists else args | {"config": config}
     with side:
         return subprocess.Popen(
             [sys.executable, str(JOBS), job, str(host), str(side.fileno()), json.dumps(args)],
@@ -66,9 +70,7 @@ def run_pair(
             p.wait()
 
 
-def run_one(
-    fabric: Fabric, job: str, temper: str = "", ip: str = IPS[0], **args: Any
-) -> dict[str, Any]:
+def run_one(fabric: Fabric, job: str, temper: str = "", ip: str = IPS[0], **args: Any) -> dict[str, Any]:
     """Run the job on host 0 alone."""
     mine, theirs = socket.socketpair()
     with theirs:
