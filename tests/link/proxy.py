@@ -40,7 +40,9 @@ class Proxy:
     def _pass(self, source: socket.socket, target: socket.socket, before: int, spoil: bool) -> None:
         try:
             with source.makefile("rb") as stream:
-                target.sendall(stream.read(before))
+                while before and (said := stream.read1(before)):
+                    target.sendall(said)
+                    before -= len(said)
                 while head := stream.read(connection.HEADER_BYTES):
                     (length,) = struct.unpack_from("<I", head, 48)
                     frame = head + stream.read(length)

@@ -108,8 +108,9 @@ def test_poison_ends_the_other_host_with_its_reason() -> None:
         downs = [host.wait_down() for host in hosts]
         assert [(d.stage, d.code) for d in downs] == [("running", "XD_POISONED")] * 3
         assert downs[1].host == -1
-        for i in (0, 2):
-            assert (downs[i].host, downs[i].reason) == (1, "host 1: rank 1 was killed by SIGKILL")
+        for i in (0, 2):  # from host 1, or from the one that heard it first
+            assert downs[i].host in {1, 2 - i}
+            assert downs[i].reason.endswith("host 1: rank 1 was killed by SIGKILL")
         for kind, text in ends(processes):
             assert kind == "LinkDown"
             assert "rank 1 was killed by SIGKILL" in text
