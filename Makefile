@@ -5,7 +5,7 @@ READY := .venv/.installed
 DEMO := build/demo-2bit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test check bench format clean
+.PHONY: help demo smoke test check bench fuzz format clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -42,6 +42,11 @@ bench: $(DEMO) ## Measure: exchange latency beside MLX's ring, decode and prefil
 	$(BIN)/python -m expertd.bench.exchange --json build/bench-exchange.json
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
+
+fuzz: $(READY) ## Fuzz the decoder of messages for a minute (Linux)
+	$(BIN)/python -m pip install --quiet atheris
+	mkdir -p build/fuzz-wire
+	$(BIN)/python -m tests.fuzz_wire -max_total_time=60 -max_len=4096 build/fuzz-wire
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix

@@ -6,6 +6,9 @@ from pathlib import Path
 from expertd.errors import ConfigError
 
 MAX_RANKS = 4
+# Where a serving host listens for its paired hosts, and `expertd pair` for a new one.
+CONTROL_PORT = 7420
+PAIRING_PORT = 7421
 SPLITS = ("auto", "solo", "experts", "tokens")
 
 
@@ -66,15 +69,17 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class HostsConfig:
-    """How this host meets others. `folder` holds identity and paired hosts, `cache` what can be made again.
+    """How this host meets others. `folder` holds identity and paired hosts, `cache` what can be made again, `store`
+    the checkpoints that were copied from other hosts.
 
-    Paired hosts may call at control_host:control_port. A host or link silent for `silence_s` is gone; setting a
+    Paired hosts may call at control_host:control_port ("" is every address). A host or link silent for `silence_s` is gone; setting a
     link up may take `setup_s`. `verbs_library` "" is the platform's; `lint` checks Apple's rules at every call.
     """
 
     folder: Path
     cache: Path
-    control_host: str = "0.0.0.0"
+    store: Path
+    control_host: str = ""
     control_port: int = 7420
     silence_s: float = 0.8
     setup_s: float = 20.0
@@ -84,8 +89,3 @@ class HostsConfig:
     @property
     def manifests(self) -> Path:
         return self.cache / "manifests"
-
-    @property
-    def store(self) -> Path:
-        """Checkpoints that were copied from other hosts."""
-        return self.cache / "checkpoints"

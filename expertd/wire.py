@@ -30,7 +30,7 @@ class Codec:
 
     def extended(self, *classes: type) -> "Codec":
         """The same conversation with more messages, for a layer below that has some of its own."""
-        return Codec(Union[(*self._names, *classes)], self.max_frame_bytes)  # noqa: UP007
+        return Codec(Union[(*self._names, *classes)], self.max_frame_bytes)
 
     def encode(self, message: Any) -> bytes:
         """Give the frame of one message. Raises KeyError for a class that is not of this conversation."""

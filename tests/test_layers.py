@@ -47,7 +47,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model")}
 WITHOUT_MLX = ("errors", "config", "wire", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
-    f"expertd/cluster/{name}.py" for name in ("supervisor", "epoch", "local", "process", "reply")
+    f"expertd/cluster/{path.name}"
+    for path in (ROOT / "expertd/cluster").glob("*.py")
+    if path.name != "rank.py"
 }
 
 MAX_FILE_LINES = 600

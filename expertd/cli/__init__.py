@@ -9,6 +9,9 @@ import click
 
 import expertd
 from expertd.cli.bench import bench_command
+from expertd.cli.hosts import hosts_command
+from expertd.cli.join import join_command
+from expertd.cli.pair import pair_command
 from expertd.cli.quantize import quantize_command
 from expertd.cli.run import run_command
 from expertd.cli.serve import serve_command
@@ -26,7 +29,15 @@ def cli() -> None:
     """Serve one mixture-of-experts language model from one to four ranks."""
 
 
-for _command in (run_command, serve_command, quantize_command, bench_command):
+for _command in (
+    run_command,
+    serve_command,
+    join_command,
+    pair_command,
+    hosts_command,
+    quantize_command,
+    bench_command,
+):
     cli.add_command(_command)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertd.config import MAX_RANKS, SPLITS, GroupConfig
+from expertd.config import MAX_RANKS, SPLITS, GroupConfig, HostsConfig
 from expertd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +34,61 @@ def group_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def hosts_options(command: F) -> F:
+    """Add the options that make a HostsConfig."""
+    port = click.IntRange(0, 65535)
+    folder = click.Path(file_okay=False, path_type=Path)
+    options = (
+        click.option(
+            "--control-host", default="", help="Address on which paired hosts may call [default: any]."
+        ),
+        click.option("--control-port", type=port, default=7420, show_default=True, help="Its port."),
+        click.option("--store", type=folder, help="Where copied checkpoints are kept."),
+        # For tests and for drivers in unusual places.
+        click.option("--verbs-library", default="", hidden=True),
+        click.option("--lint-verbs", is_flag=True, hidden=True),
+        click.option("--silence", type=click.FloatRange(0.2, 60), default=0.8, hidden=True),
+        click.option("--setup-time", type=click.FloatRange(1, 600), default=20.0, hidden=True),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def hosts_config(
+    control_host: str,
+    control_port: int,
+    store: Path | None,
+    verbs_library: str,
+    lint_verbs: bool,
+    silence: float,
+    setup_time: float,
+) -> HostsConfig:
+    """The settings of hosts_options, in this user's folders."""
+    cache = _user_folder("XDG_CACHE_HOME", ".cache")
+    return HostsConfig(
+        folder=config_folder(),
+        cache=cache,
+        store=store or cache / "checkpoints",
+        control_host=control_host,
+        control_port=control_port,
+        silence_s=silence,
+        setup_s=setup_time,
+        verbs_library=verbs_library,
+        lint=lint_verbs,
+    )
+
+
+def config_folder() -> Path:
+    """Where this user's identity and paired hosts are kept: $XDG_CONFIG_HOME/expertd, or ~/.config/expertd."""
+    return _user_folder("XDG_CONFIG_HOME", ".config")
+
+
+def _user_folder(variable: str, default: str) -> Path:
+    base = os.environ.get(variable, "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / default) / "expertd"
 
 
 def find_model(name: str) -> "CheckpointInfo":

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 # POSIX: a pipe that is ready for writing takes this much at once.
 PIECE_BYTES = 512
@@ -60,3 +62,38 @@ async def _tick(what: str) -> None:
     while True:
         print(f"\r{what} ... {time.monotonic() - began:.0f} s", end="", file=sys.stderr, flush=True)
         await asyncio.sleep(0.5)
+
+
+class Progress:
+    """A bar on standard error for work that counts bytes: `progress(what, done, of)`, from any thread.
+
+    Without a terminal it prints nothing.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._what = ""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        with self._lock:
+            if what != self._what:
+                self._close()
+                self._what = what
+                self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
+            self._bar.update(done - self._bar.n)
+            if done >= total:
+                self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._what = None, ""

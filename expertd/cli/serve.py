@@ -1,5 +1,6 @@
 """`expertd serve`: the OpenAI-compatible HTTP server."""
 
+import inspect
 import ipaddress
 import json
 import logging
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.cli.options import find_model, group_options, make_group
-from expertd.config import ServerConfig
+from expertd.cli.options import find_model, group_options, hosts_config, hosts_options, make_group
+from expertd.config import HostsConfig, ServerConfig
 
 if TYPE_CHECKING:
     import socket
 
+    from expertd.checkpoint.inspect import CheckpointInfo
+    from expertd.cli.output import Progress
     from expertd.cluster.supervisor import Cluster
+    from expertd.server.serve import Lead
 
 
 @click.command("serve", epilog="Example: expertd serve demo --ranks 2 --port 8080")
@@ -25,13 +29,17 @@ if TYPE_CHECKING:
 @group_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
+@hosts_options
 def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible HTTP API until Ctrl-C or SIGTERM.
 
-    MODEL is `demo`, a folder or a hub id. Prints the URL and a curl command once it can answer.
+    MODEL is `demo`, a folder or a hub id. Prints the URL and a curl command once it can answer. Machines that were
+    paired with this one (`expertd pair`) may then `expertd join` it.
     """
     from expertd.server.serve import take_port
 
+    names = inspect.signature(hosts_config).parameters
+    hosts = hosts_config(**{name: options.pop(name) for name in names})
     make_group(Path(), **options)
     info = find_model(model)
     group = make_group(info.folder, **options)
@@ -39,7 +47,7 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     with take_port(config) as listener:
         _warn_if_public(host)
-        _serve(config, listener)
+        _serve(config, listener, info, hosts)
 
 
 def model_id(name: str, folder: Path) -> str:
@@ -47,20 +55,22 @@ def model_id(name: str, folder: Path) -> str:
     return folder.name if Path(name).expanduser().is_dir() and name != "demo" else name
 
 
-def _serve(config: ServerConfig, listener: "socket.socket") -> None:
-    from expertd.cli.output import progress
+def _serve(
+    config: ServerConfig, listener: "socket.socket", info: "CheckpointInfo", hosts: HostsConfig
+) -> None:
+    from expertd.cli.output import Progress, progress
     from expertd.cli.signals import TERMINATED, run_until_signal
     from expertd.server.serve import serve as serve_http
 
     async def work() -> None:
-        with ExitStack() as loading:
+        with ExitStack() as loading, Progress() as bytes_done:
             loading.enter_context(progress(f"loading {config.group.num_ranks} rank(s)"))
 
             def announce(cluster: "Cluster") -> None:
                 loading.close()
                 click.echo(greeting(config, listener.getsockname()[1]))
 
-            await serve_http(config, listener, announce)
+            await serve_http(config, listener, announce, _leading(config, info, hosts, bytes_done))
 
     try:
         run_until_signal(work())
@@ -68,6 +78,19 @@ def _serve(config: ServerConfig, listener: "socket.socket") -> None:
         # For a server SIGTERM is the regular end; service managers read any other code as a failure.
         if e.code != TERMINATED:
             raise
+
+
+def _leading(
+    config: ServerConfig, info: "CheckpointInfo", hosts: HostsConfig, progress: "Progress"
+) -> "Lead | None":
+    """How to let other hosts join; None when none is paired, and nothing listens for them."""
+    from expertd.cluster.assemble import leading
+    from expertd.cluster.identity import PeerStore, load_identity
+
+    if not PeerStore(hosts.folder).peers():
+        return None
+    identity = load_identity(hosts.folder)
+    return lambda cluster: leading(cluster, info, config.model_id, hosts, identity, progress)
 
 
 def _warn_if_public(host: str) -> None:

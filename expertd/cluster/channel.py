@@ -25,7 +25,6 @@ from expertd.cluster.identity import Identity, Peer, PeerStore, fingerprint_of
 from expertd.errors import ClusterError, ExpertdError, LinkDown, LocalProtocolError, RemoteProtocolError
 from expertd.wire import Codec
 
-DEFAULT_PORT = 7420
 HEARTBEAT_S = 0.1
 SILENCE_S = 0.8
 SEND_TIMEOUT_S = 5.0
@@ -93,7 +92,9 @@ class Channel:
         frame = self._codec.encode(message)
         if len(frame) - 4 > self._codec.max_frame_bytes:
             size = f"{len(frame) - 4} bytes, at most {self._codec.max_frame_bytes}"
-            raise LocalProtocolError(f"host {self.peer.name}: a {type(message).__name__} has {size} are allowed")
+            raise LocalProtocolError(
+                f"host {self.peer.name}: a {type(message).__name__} has {size} are allowed"
+            )
         self._write(frame)
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -102,8 +103,7 @@ class Channel:
             self.disconnect(f"took nothing for {SEND_TIMEOUT_S:g} s")
             raise LinkDown(self._down) from None
         except OSError:
-            self.disconnect("closed the connection")
-            raise LinkDown(self._down) from None
+            raise LinkDown(self._closed()) from None  # `receive` still gives its last words
 
     async def receive(self) -> Any:
         """Wait for the next message; may be cancelled without losing one.
@@ -128,9 +128,12 @@ class Channel:
         self._down = self._down or f"host {self.peer.name}: this side closed the channel"
         await tls.close(self._writer)
 
+    def _closed(self) -> str:
+        return self._down or f"host {self.peer.name}: closed the connection"
+
     def _write(self, frame: bytes) -> None:
-        if self._down:
-            raise LinkDown(self._down)
+        if self._down or self._writer.is_closing():
+            raise LinkDown(self._closed())
         self._writer.write(frame)
         self._spoke = True
 
@@ -140,7 +143,7 @@ class Channel:
         except OSError:
             data = b""
         if not data:
-            self.disconnect("closed the connection")
+            self._down = self._closed()
             raise LinkDown(self._down)
         try:
             return list(self._decoder.feed(data))
@@ -172,13 +175,21 @@ class Channel:
                 return self.disconnect(f"nothing heard for {self._silence_s:g} s")
             last = now
             # What is still unsent will be heard as well; adding to it would only fill memory.
-            if not self._spoke and not self._writer.is_closing() and not self._writer.transport.get_write_buffer_size():
+            if (
+                not self._spoke
+                and not self._writer.is_closing()
+                and not self._writer.transport.get_write_buffer_size()
+            ):
                 self._writer.write(frame)
             self._spoke = False
 
     def _reading(self) -> bool:
         transport = self._writer.transport
-        return transport.is_closing() or not isinstance(transport, asyncio.ReadTransport) or transport.is_reading()
+        return (
+            transport.is_closing()
+            or not isinstance(transport, asyncio.ReadTransport)
+            or transport.is_reading()
+        )
 
 
 async def connect(

@@ -99,9 +99,7 @@ def load_identity(folder: Path, name: str = "") -> Identity:
         # The password is there so that OpenSSL never asks for one at the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path, password=b"")
     except (ValueError, ssl.SSLError):
-        raise ConfigError(
-            f"{path}: not a key with its certificate. Remove it (rm {shlex.quote(str(path))}) and pair every host again."
-        ) from None
+        raise ConfigError(f"{path}: not a key with its certificate. {_remedy(path)}") from None
     return Identity(clean_name(name or socket.gethostname()), certificate, path)
 
 
@@ -122,9 +120,9 @@ def _make_identity() -> bytes:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     )
     certificate = builder.sign(key, None)
-    return key.private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-    ) + certificate.public_bytes(Encoding.PEM)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate.public_bytes(
+        Encoding.PEM
+    )
 
 
 def make_peer(name: str, certificate: bytes, address: str) -> Peer:
@@ -169,7 +167,9 @@ class PeerStore:
             if name in (peer.name, peer.host_id):
                 return peer
         known = ", ".join(p.name for p in peers) or "none"
-        raise ConfigError(f"{name}: no paired host has this name or id (paired: {known}). Run `expertd hosts`.")
+        raise ConfigError(
+            f"{name}: no paired host has this name or id (paired: {known}). Run `expertd hosts`."
+        )
 
     def add(self, peer: Peer) -> Peer:
         """Store a host, in place of an earlier entry with its id; another host's name gets a number added."""
@@ -215,8 +215,11 @@ def _parse_peers(path: Path) -> list[Peer]:
                 raise ValueError(f"fingerprint of {clean_name(peer.name)} is not its certificate's")
         return file.peers
     except ValueError as e:
-        remedy = f"Remove it (rm {shlex.quote(str(path))}) and pair every host again."
-        raise ConfigError(f"{path}: not a list of paired hosts: {e}. {remedy}") from None
+        raise ConfigError(f"{path}: not a list of paired hosts: {e}. {_remedy(path)}") from None
+
+
+def _remedy(path: Path) -> str:
+    return f"Remove it (rm {shlex.quote(str(path))}) and pair every host again."
 
 
 def _read_private(path: Path) -> bytes:
@@ -269,5 +272,7 @@ def _take(fd: int, folder: Path) -> None:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise ConfigError(f"{folder}: another expertd has it locked for {LOCK_TIMEOUT_S:g} s.") from None
+                raise ConfigError(
+                    f"{folder}: another expertd has it locked for {LOCK_TIMEOUT_S:g} s."
+                ) from None
             time.sleep(0.02)

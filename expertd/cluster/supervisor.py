@@ -95,7 +95,7 @@ class Cluster:
     def __init__(self, group: GroupConfig, coordinator: "Callable[[Cluster], Coordinator]") -> None:
         self.group = group
         self._mailbox = load_mailbox()
-        self._coordinator = coordinator(self)
+        self.coordinator = coordinator(self)
         self._ranks: list[LocalRank] = []
         self._epochs: list[Epoch] = []  # the present one last; before it, those that a rank has not left yet
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -267,7 +267,7 @@ class Cluster:
         while True:
             event = await self._events.get()
             try:
-                await self._coordinator.changed(event)
+                await self.coordinator.changed(event)
             except ExpertdError as e:
                 self._end(e)
 
@@ -276,7 +276,7 @@ class Cluster:
         if rank.dead or self._ended.done():
             return
         rank.dead, reason = what, f"rank {rank.number} {what}"
-        outlook = self._coordinator.outlook() if self._all_ready.is_set() else None
+        outlook = self.coordinator.outlook() if self._all_ready.is_set() else None
         if outlook is None:
             self._end(error or ClusterError(f"{reason}; {WHAT_NEXT}"))
             return

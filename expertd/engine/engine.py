@@ -121,9 +121,8 @@ class Engine:
 
     def _plan(self, sequence: Sequence) -> Plan:
         """All but the last known token are prefilled in chunks; the last one is a decode step."""
-        if (
-            sequence.num_computed == 0 and not sequence.generated
-        ):  # after an interruption its prefill is no prompt's
+        # After an interruption the generated tokens are prefilled as well: no measure of the prompt's speed.
+        if sequence.num_computed == 0 and not sequence.generated:
             sequence.started_at = time.monotonic()
         num_tokens = max(1, min(sequence.num_left - 1, self.prefill_chunk))
         at, released = sequence.num_computed, self._released

@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
-supervisor -> rank   Setup (first, once), Begin (once per epoch), Submit, Cancel
-rank -> supervisor   Ready (once), Ended (at most once per epoch), Fatal (last); from rank 0 also, per request:
-                     Started, Token..., and one of Done, Rejected (the request is wrong), Failed (we are)
+A supervisor says Setup (first, once), Begin (once per epoch), Submit and Cancel. A rank says Ready (once), Ended (at
+most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and one of Done, Rejected
+(the request is wrong) and Failed (we are).
 """
 
 from dataclasses import dataclass, field

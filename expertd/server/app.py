@@ -32,10 +32,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Service:
-    """What the endpoints serve. `cluster` is None while its ranks load."""
+    """What the endpoints serve. `cluster` is None while its ranks load; `hosts` describes the other hosts, if any."""
 
     config: ServerConfig
     cluster: Cluster | None = None
+    hosts: Callable[[], dict[str, Any]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.monotonic)
 
@@ -195,6 +196,7 @@ async def health(service: Service, request: Request) -> Response:
         "context_length": ready.context_length if ready else None,
         "uptime_s": round(time.monotonic() - service.started, 3),
         "group": service.cluster.describe() if service.cluster else None,
+        "hosts": service.hosts() if service.hosts else None,
     }
     return JSONResponse(
         {**body, "reason": failure} if failure else body, status_code=200 if status == "ok" else 503

@@ -6,9 +6,12 @@ import errno
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 
 import uvicorn
 
+from expertd.cluster.joiner import Joiner
+from expertd.cluster.leader import Leader
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
 from expertd.errors import ClusterError, ConfigError
@@ -41,8 +44,16 @@ def take_port(config: ServerConfig) -> socket.socket:
         raise ConfigError(f"{where}: cannot listen there: {e}. Choose another address.") from e
 
 
-async def serve(config: ServerConfig, listener: socket.socket, announce: Callable[[Cluster], None]) -> None:
-    """Serve until cancelled; `announce` is called once, when requests can be answered.
+Lead = Callable[[Cluster], contextlib.AbstractAsyncContextManager[Leader]]
+
+
+async def serve(
+    config: ServerConfig,
+    listener: socket.socket,
+    announce: Callable[[Cluster], None],
+    lead: Lead | None = None,
+) -> None:
+    """Serve until cancelled; `announce` is called once, when requests can be answered. `lead` lets other hosts join.
 
     Answers 503 while the ranks load. Raises what `Cluster.open` raises, and ClusterError when the group
     dies. Everything that was started has ended when this returns or raises.
@@ -50,8 +61,10 @@ async def serve(config: ServerConfig, listener: socket.socket, announce: Callabl
     service = Service(config)
     async with _running_server(service, listener) as (server, served):
         try:
-            async with Cluster.open(config.group) as cluster:
+            async with Cluster.open(config.group) as cluster, contextlib.AsyncExitStack() as hosts:
                 service.cluster = cluster
+                if lead:
+                    service.hosts = (await hosts.enter_async_context(lead(cluster))).describe
                 announce(cluster)
                 try:
                     await _wait_any_end(cluster, served)
@@ -60,6 +73,40 @@ async def serve(config: ServerConfig, listener: socket.socket, announce: Callabl
                     server.should_exit = True
         finally:
             server.should_exit = True
+
+
+Follow = Callable[[Callable[[Cluster | None, str], None]], contextlib.AbstractAsyncContextManager[Joiner]]
+
+
+async def join(
+    config: ServerConfig, listener: socket.socket, follow: Follow, say: Callable[[str], None]
+) -> None:
+    """Serve over HTTP what the leader serves, until cancelled; `say` gets a line when that changes.
+
+    `follow` makes the Joiner, given a function that takes the cluster of this host, or None, and the model's id.
+    Answers 503 until a leader was found. Raises what `Joiner.run` raises.
+    """
+    service = Service(config)
+
+    def show(cluster: Cluster | None, model_id: str) -> None:
+        service.config = replace(service.config, model_id=model_id)
+        service.cluster = cluster
+        if cluster:
+            host, port = listener.getsockname()[:2]
+            say(f"serving {model_id} at http://{host}:{port}/v1")
+
+    async with _running_server(service, listener) as (server, served), follow(show) as joiner:
+        service.hosts = joiner.describe
+        running = asyncio.create_task(joiner.run())
+        try:
+            await asyncio.wait({running, served}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+            raise ClusterError("the HTTP server ended. Start expertd again.")
+        finally:
+            server.should_exit = True
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
 
 async def _wait_any_end(cluster: Cluster, served: asyncio.Task[None]) -> None:

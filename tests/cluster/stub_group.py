@@ -46,14 +46,23 @@ def use_stub(mailbox: StubMailbox | None = None) -> None:
     supervisor.load_mailbox = lambda: stub
 
 
-def group_of(folder: Path, num_ranks: int = 1, **moods: str) -> GroupConfig:
+def group_of(folder: Path, num_ranks: int = 1, exchange_timeout_s: float = 60, **moods: str) -> GroupConfig:
     """A group over `folder`; r1="deaf" changes how rank 1 of it behaves."""
     (folder / "stub.json").write_text(json.dumps({name[1:]: mood for name, mood in moods.items()}))
-    return GroupConfig(checkpoint=str(folder), num_ranks=num_ranks)
+    return GroupConfig(checkpoint=str(folder), num_ranks=num_ranks, exchange_timeout_s=exchange_timeout_s)
 
 
 def received(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """What the rank has received after its Setup."""
+    """The requests and cancellations that a rank has received."""
+    return [m for m in _log(folder, rank) if m["op"] != "Begin"]
+
+
+def begun(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """The epochs that a rank has been told of."""
+    return [m for m in _log(folder, rank) if m["op"] == "Begin"]
+
+
+def _log(folder: Path, rank: int) -> list[dict[str, Any]]:
     log = folder / f"rank{rank}.log"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 

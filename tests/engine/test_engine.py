@@ -1,6 +1,5 @@
 """The engine without a model: what it plans, in which order, and what it tells of each request."""
 
-import queue
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,6 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from expertd.config import GroupConfig
-from expertd.engine import engine as engine_module
 from expertd.engine.engine import Engine
 from expertd.engine.messages import Cancel, Done, Failed, Message, Rejected, Started, Submit, Token
 from expertd.engine.plan import Plan
@@ -43,10 +40,10 @@ class ByteTokenizer:
 class ScriptedRunner:
     """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises."""
 
-    def __init__(self) -> None:
+    def __init__(self, scripts: dict[str, list[int]]) -> None:
         self.plans: list[Plan] = []
         self.caches: dict[int, list[int]] = {}
-        self.scripts: dict[str, list[int]] = {}
+        self.scripts = scripts
         self.before_step: Callable[[Plan], None] = lambda plan: None
 
     def lead(self, plan: Plan) -> mx.array | None:
@@ -72,24 +69,29 @@ class ScriptedRunner:
 class Bench:
     """An engine with everything around it, and its events by request."""
 
-    def __init__(self, **group: Any) -> None:
-        self.runner = ScriptedRunner()
+    def __init__(
+        self, split: str = "auto", shares: tuple[float, ...] = (1.0,), prefill_chunk: int = 512
+    ) -> None:
+        self.scripts: dict[str, list[int]] = {}
         self.events: list[Message] = []
-        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.engine = Engine(
-            group=GroupConfig(checkpoint="", **group),
-            runner=cast(Runner, self.runner),
             tokenizer=cast(Tokenizer, ByteTokenizer()),
             context_length=CONTEXT,
             splits=["solo", "experts", "tokens"],
-            inbox=self.inbox,
+            prefill_chunk=prefill_chunk,
             send=self.events.append,
         )
+        self.begin(split, shares)
+
+    def begin(self, split: str = "auto", shares: tuple[float, ...] = (1.0,)) -> None:
+        """A new epoch, with a runner that has no caches."""
+        self.runner = ScriptedRunner(self.scripts)
+        self.engine.begin(cast(Runner, self.runner), split, shares)
 
     def ask(self, request_id: str, prompt: str, reply: str | list[int] | None = None, **options: Any) -> None:
         if reply is not None:
-            self.runner.scripts[prompt] = [*reply.encode(), END] if isinstance(reply, str) else reply
-        self.inbox.put(Submit(request_id, prompt=prompt, **options))
+            self.scripts[prompt] = [*reply.encode(), END] if isinstance(reply, str) else reply
+        self.engine.take(Submit(request_id, prompt=prompt, **options))
 
     def finish(self, max_steps: int = 300) -> None:
         """Step until nothing is left to do."""
@@ -114,17 +116,12 @@ class Bench:
         return cast(Done, self.of(request_id)[-1])
 
 
-@pytest.fixture(autouse=True)
-def _short_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "IDLE_S", 0.005)
-
-
 def shape(plan: Plan) -> tuple[int, int, bool, bool, str]:
     return plan.sequence_id, len(plan.tokens), plan.is_new, plan.decode, plan.split.name
 
 
 def test_chunks_of_prefill_then_decode() -> None:
-    bench = Bench(num_ranks=2, prefill_chunk=4)
+    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4)
     bench.ask("r", "ten tokens", "ok")
     bench.finish()
     assert [shape(p) for p in bench.runner.plans] == [
@@ -181,7 +178,7 @@ def test_prompt_too_long_is_rejected_in_one_line() -> None:
     bench.ask("long", "x" * CONTEXT)
     bench.ask("empty", "")
     bench.ask("fits", "x" * (CONTEXT - 1), "y")
-    bench.inbox.put(Submit("chat", messages=[]))
+    bench.engine.take(Submit("chat", messages=[]))
     bench.finish()
     (rejected,), (empty,), (chat,) = bench.of("long"), bench.of("empty"), bench.of("chat")
     assert isinstance(rejected, Rejected)
@@ -197,8 +194,8 @@ def test_prompt_too_long_is_rejected_in_one_line() -> None:
 
 def test_chat_messages_go_through_the_template() -> None:
     bench = Bench()
-    bench.runner.scripts["user:hi\n"] = [*b"yo", END]
-    bench.inbox.put(Submit("r", messages=[{"role": "user", "content": "hi"}]))
+    bench.scripts["user:hi\n"] = [*b"yo", END]
+    bench.engine.take(Submit("r", messages=[{"role": "user", "content": "hi"}]))
     bench.finish()
     assert bench.text("r") == "yo"
 
@@ -246,8 +243,8 @@ def test_end_id_and_ignore_end() -> None:
 def test_cancel_before_it_began() -> None:
     bench = Bench()
     bench.ask("r", "prompt", "reply")
-    bench.inbox.put(Cancel("r"))
-    bench.inbox.put(Cancel("nobody"))
+    bench.engine.take(Cancel("r"))
+    bench.engine.take(Cancel("nobody"))
     bench.finish()
     assert bench.runner.plans == []
     assert (bench.done("r").finish_reason, bench.done("r").completion_tokens) == ("cancelled", 0)
@@ -265,7 +262,7 @@ def test_cancel_while_running(prefilling: bool) -> None:
     for _ in range(2 if prefilling else 5):
         bench.engine.step()
     num_plans = len(bench.runner.plans)
-    bench.inbox.put(Cancel("r"))
+    bench.engine.take(Cancel("r"))
     bench.finish()
     assert {p.sequence_id for p in bench.runner.plans[num_plans:]} == {2}
     assert bench.runner.plans[num_plans].released == [1]
@@ -279,7 +276,7 @@ def test_cancel_while_another_runs() -> None:
     bench.ask("first", "prompt", "reply")
     bench.ask("second", "other", "x")
     bench.engine.step()
-    bench.inbox.put(Cancel("second"))
+    bench.engine.take(Cancel("second"))
     bench.finish()
     assert bench.text("first") == "reply"
     assert bench.done("second").finish_reason == "cancelled"
@@ -325,17 +322,126 @@ def test_idle_step_returns_and_takes_nothing() -> None:
     assert (bench.events, bench.runner.plans) == ([], [])
 
 
-def test_broken_group_ends_the_step_without_a_token() -> None:
-    bench = Bench()
+def break_from(bench: Bench, num_plans: int) -> None:
+    """Let every step fail from the present epoch's plan number `num_plans` on."""
 
-    def break_down(plan: Plan) -> None:
-        raise LinkDown("rank 0, exchange 1 with rank 1: it is dead")
+    def before_step(plan: Plan) -> None:
+        if len(bench.runner.plans) >= num_plans:
+            raise LinkDown("rank 0, exchange 1 with rank 1: it is dead")
 
-    bench.ask("r", "x", "y")
-    bench.runner.before_step = break_down
+    bench.runner.before_step = before_step
+
+
+def break_off(bench: Bench, num_plans: int) -> None:
+    """Step until that failure."""
+    break_from(bench, num_plans)
     with pytest.raises(LinkDown):
-        bench.engine.step()
+        bench.finish()
+
+
+def test_broken_epoch_ends_the_step_without_a_token() -> None:
+    bench = Bench()
+    bench.ask("r", "x", "y")
+    break_off(bench, 0)
     assert [type(e) for e in bench.events] == [Started]
+
+
+@pytest.mark.parametrize("broken", [0, 1, 3, 4, 7])  # in the prompt, at its last token, in the answer
+def test_next_epoch_goes_on_with_the_next_token(broken: int) -> None:
+    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4)
+    bench.ask("r", "ten tokens", "a long reply")
+    bench.ask("next", "other", "x")
+    break_off(bench, broken)
+    num_known = 10 + len(bench.ids("r"))
+    bench.begin()
+    bench.finish()
+    assert bench.ids("r") == [*b"a long reply", END]
+    assert bench.text("r") == "a long reply"
+    assert bench.text("next") == "x"
+    assert [type(e) for e in bench.of("r")].count(Started) == 1
+    again = [p for p in bench.runner.plans if p.sequence_id == 1]
+    assert bytes(t for p in again for t in p.tokens) == b"ten tokensa long reply"
+    first_decode = next(i for i, p in enumerate(again) if p.decode)
+    assert [len(p.tokens) for p in again[:first_decode]] == [4] * ((num_known - 1) // 4) + (
+        [(num_known - 1) % 4] if (num_known - 1) % 4 else []
+    )
+    assert (bench.done("r").split, bench.done("r").ranks) == ("solo", 1)
+
+
+def test_sampling_goes_on_with_its_seed() -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12, "ignore_end": True, "seed": 3}
+    whole, broken = Bench(), Bench()
+    for bench in (whole, broken):
+        bench.ask("r", "prompt", **options)
+    whole.finish()
+    break_off(broken, 6)
+    broken.begin()
+    broken.finish()
+    assert broken.ids("r") == whole.ids("r")
+    assert len(set(whole.ids("r"))) > 3
+
+
+def test_speeds_after_an_interruption() -> None:
+    """Prefilling the answer again is no prompt's speed, and decoding it counts with the time that was lost."""
+    bench = Bench(shares=(0.5, 0.5))
+    bench.ask("r", "ten tokens", "a long reply")
+    break_off(bench, 5)
+    (sequence,) = bench.engine._waiting
+    started_at, first_token_at = sequence.started_at, sequence.first_token_at
+    bench.begin()
+    bench.finish()
+    assert sequence.started_at == started_at < first_token_at == sequence.first_token_at
+    assert bench.done("r").prefill_tokens_per_s == pytest.approx(10 / (first_token_at - started_at))
+    assert bench.done("r").decode_tokens_per_s > 0
+
+
+def test_prompt_interrupted_before_its_first_token_is_measured_again() -> None:
+    bench = Bench(prefill_chunk=4)
+    bench.ask("r", "ten tokens", "y")
+    break_off(bench, 2)
+    started_at = bench.engine._waiting[0].started_at
+    bench.begin()
+    bench.engine.step()
+    assert bench.engine._waiting[0].started_at > started_at
+
+
+def test_cancel_between_epochs() -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", "reply")
+    bench.ask("next", "other", "x")
+    break_off(bench, 3)
+    bench.engine.take(Cancel("r"))
+    bench.begin()
+    bench.finish()
+    assert bench.done("r").finish_reason == "cancelled"
+    assert bench.text("next") == "x"
+    assert {p.sequence_id for p in bench.runner.plans} == {2}
+    assert bench.runner.plans[0].released == []  # this epoch has no cache of it
+
+
+def test_abandoned_requests_fail_with_the_reason() -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", "reply")
+    bench.ask("next", "other", "x")
+    bench.engine.step()
+    bench.engine.abandon("another rank leads")
+    assert bench.engine.idle
+    assert bench.of("r")[-1] == Failed("r", "another rank leads")
+    assert bench.of("next")[-1] == Failed("next", "another rank leads")
+    bench.begin()
+    bench.ask("later", "third", "z")
+    bench.finish()
+    assert bench.text("later") == "z"
+
+
+def test_logits_file_of_an_interrupted_answer_is_whole(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.ask("r", "prompt", "xyz", logits_file=str(tmp_path / "l"))
+    break_off(bench, 3)
+    bench.begin()
+    bench.finish()
+    logits = cast(dict[str, mx.array], mx.load(str(tmp_path / "l"), format="safetensors"))["logits"]
+    assert mx.argmax(logits, axis=1).tolist() == [*b"xyz", END]
 
 
 def test_splits_follow_the_configuration() -> None:
@@ -344,7 +450,7 @@ def test_splits_follow_the_configuration() -> None:
         ("tokens", "tokens", "tokens"),
         ("solo",) * 3,
     ):
-        bench = Bench(num_ranks=2, split=wanted, shares=(3, 1))
+        bench = Bench(split=wanted, shares=(0.75, 0.25))
         bench.ask("r", "prompt", "ok")
         bench.finish()
         assert {p.split.name for p in bench.runner.plans if len(p.tokens) > 1} == {prefill}
