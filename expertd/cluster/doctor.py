@@ -39,10 +39,10 @@ PMSET = ("/usr/bin/pmset", "-g")
 FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 MAILBOX_SIZES, MAILBOX_NUMS = [64, 4096, 16384, 65536, 1 << 20], [300, 300, 300, 200, 50]
 TCP_PAYLOADS, TCP_NUM = [64, 16384], 200
-HAND_OFF = {"num_exchanges": 60, "repeats": 15}  # as many as a model of 60 layers has in a token
+HAND_OFF = {"num_exchanges": 60, "repeats": 30}  # as many as a model of 60 layers has in a token
 # Apple's default fence costs 150 to 200 us per crossing, the fast one 15 to 20 (mlx pull request 1773).
 SLOW_HAND_OFF_US = 100.0
-PEER_PORT = 9  # discard: a host that is there refuses it, which is answer enough
+PEER_PORT = 7420  # where expertd listens for paired hosts; a host without it refuses, which is answer enough
 EHOSTUNREACH_DARWIN = 65
 
 
@@ -287,7 +287,7 @@ def check_library(visit: Visit) -> Finding:
 
 def check_devices(visit: Visit) -> Finding:
     try:
-        visit.devices = visit.job("devices")["devices"]
+        visit.devices = visit.job("devices", path=visit.library)["devices"]
     except JobError as e:
         if visit.tools.system == "Darwin":
             raise
@@ -324,7 +324,7 @@ def check_gid(visit: Visit) -> Finding:
 
 def check_open(visit: Visit) -> Finding:
     device = next(d for d in _active(visit) if d["ipv4"])
-    visit.job("open_device", device=device["name"], local_ip=device["ipv4"][0])
+    visit.job("open_device", device=device["name"], local_ip=device["ipv4"][0], path=visit.library)
     return Finding("ok", f"{device['name']} opens: protection domain, memory, queue pairs")
 
 
