@@ -49,7 +49,7 @@ WITHOUT_MLX = ("errors", "config", "wire", "checkpoint", "link", "server", "cli"
 WITHOUT_MLX_FILES = {
     f"expertd/cluster/{path.name}"
     for path in (ROOT / "expertd/cluster").glob("*.py")
-    if path.name != "rank.py"
+    if path.name not in ("rank.py", "doctor_jobs.py")
 }
 
 MAX_FILE_LINES = 600

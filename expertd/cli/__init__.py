@@ -9,12 +9,14 @@ import click
 
 import expertd
 from expertd.cli.bench import bench_command
+from expertd.cli.doctor import doctor_command
 from expertd.cli.hosts import hosts_command
 from expertd.cli.join import join_command
 from expertd.cli.pair import pair_command
 from expertd.cli.quantize import quantize_command
 from expertd.cli.run import run_command
 from expertd.cli.serve import serve_command
+from expertd.cli.topology import topology_command
 from expertd.errors import ExpertdError
 
 INTERRUPTED = 130
@@ -35,6 +37,8 @@ for _command in (
     join_command,
     pair_command,
     hosts_command,
+    topology_command,
+    doctor_command,
     quantize_command,
     bench_command,
 ):

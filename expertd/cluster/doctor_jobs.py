@@ -2,11 +2,12 @@
 
     python -m expertd.cluster.doctor_jobs NAME '{"argument": ...}'
 
-The answer is one line of JSON. A failure that is expected is {"error": "..."}; anything else ends the process with its
-traceback, of which the doctor shows the last line.
+The answer is one line of JSON. A failure with a reason for people is {"error": "..."}; anything else ends the process
+with its traceback, of which the doctor shows the last line.
 """
 
 import ctypes
+import importlib
 import json
 import os
 import socket
@@ -16,25 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
+
+from expertd.errors import ExpertdError
 
 Answer = dict[str, Any]
 Job = Callable[..., Answer]
 
-PORT_STATES = {
-    0: "absent",
-    1: "down",
-    2: "initialising",
-    3: "armed",
-    4: "active",
-    5: "deferred",
-}  # enum ibv_port_state
-MAX_DEVICES = 16
-# 4 and 32 frames of 4 KiB per message, 16 and 8 receives: what a link opens.
-LATENCY_FRAMES, BULK_FRAMES, LATENCY_DEPTH, BULK_DEPTH = 4, 32, 16, 8
+PORT_STATES = {0: "absent", 1: "down", 2: "initialising", 3: "armed", 4: "active"}  # enum ibv_port_state
 SLOT_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 2.0
 STEP_TIMEOUT_S = 10.0  # above every limit of the doctor
@@ -45,17 +35,13 @@ def parts() -> Answer:
     """What was compiled: whether it loads here, and for which mlx."""
     import mlx.core as mx
 
-    from expertd.native import _exchange, _transport
+    importlib.import_module("expertd.link.mailbox")  # loads the transport
+    from expertd.model.exchange import MLX_VERSION  # raises when it was built for another mlx
 
-    return {
-        "mlx": version("mlx"),
-        "built_for_mlx": _exchange.built_for_mlx,
-        "device": "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu",
-        "transport": Path(_transport.__file__).name,
-    }
+    return {"mlx": MLX_VERSION, "device": "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"}
 
 
-# RDMA verbs: any call may block for ever inside a driver.
+# RDMA verbs.
 
 
 def library(candidates: list[str]) -> Answer:
@@ -71,45 +57,23 @@ def library(candidates: list[str]) -> Answer:
 
 
 def devices(path: str = "") -> Answer:
-    from expertd.native._transport import ffi, lib
+    from expertd.link.verbs import devices
 
-    found, err = ffi.new("xd_verbs_device[]", MAX_DEVICES), ffi.new("char[240]")
-    count = lib.xd_verbs_devices(path.encode(), found, MAX_DEVICES, err, len(err))
-    if count < 0:
-        return {"error": _text(ffi, err)}
-    return {"devices": [_device(ffi, found[n]) for n in range(min(count, MAX_DEVICES))]}
+    return {"devices": [_device(d) for d in devices(path)]}
 
 
-def _device(ffi: Any, device: Any) -> Answer:
-    addresses = [_text(ffi, ip) for ip in device.ipv4]
-    return {
-        "name": _text(ffi, device.name),
-        "port_state": PORT_STATES.get(device.port_state, f"state {device.port_state}"),
-        "mtu": device.active_mtu,
-        "ipv4": [ip for ip in addresses if ip],
-        "error": _text(ffi, device.error),
-    }
+def _device(device: Any) -> Answer:
+    state = PORT_STATES.get(device.port_state, f"state {device.port_state}")
+    ipv4 = list(device.ipv4.values())
+    return {"name": device.name, "port_state": state, "ipv4": ipv4, "error": device.error}
 
 
 def open_device(device: str, local_ip: str, path: str = "") -> Answer:
     """Open a device as a link does: protection domain, memory, completion queue, queue pairs; and close it again."""
-    from expertd.native._transport import ffi, lib
+    from expertd.link.verbs import Config, Verbs
 
-    names = [ffi.new("char[]", text.encode()) for text in (path, device, local_ip)]
-    config = ffi.new(
-        "xd_verbs_config *",
-        [*names, LATENCY_FRAMES, BULK_FRAMES, LATENCY_DEPTH, BULK_DEPTH, 1],
-    )
-    err = ffi.new("char[240]")
-    verbs = lib.xd_verbs_open(config, err, len(err))
-    if verbs == ffi.NULL:
-        return {"error": _text(ffi, err)}
-    lib.xd_verbs_close(verbs)
+    Verbs(Config(local_ip, device, path, lint=True)).close()
     return {}
-
-
-def _text(ffi: Any, chars: Any) -> str:
-    return str(ffi.string(chars).decode(errors="replace"))
 
 
 # Measurements, each between two processes: this one and a partner that ends when this one does.
@@ -121,10 +85,10 @@ def mailbox(sizes: list[int], nums: list[int]) -> Answer:
 
     fd = create(2, SLOT_BYTES)
     lifeline_fd, lifeline = os.pipe()
-    args = {"fd": fd, "lifeline_fd": lifeline_fd, "sizes": sizes, "nums": nums}
-    partner = _partner("mailbox_rank", {**args, "rank": 1}, [fd, lifeline_fd])
+    args = {"fd": fd, "lifeline_fd": lifeline_fd, "rank": 1, "sizes": sizes, "nums": nums}
+    partner = _partner("mailbox_rank", args, [fd, lifeline_fd])
     try:
-        return mailbox_rank(rank=0, **{**args, "lifeline_fd": -1})
+        return mailbox_rank(fd, -1, 0, sizes, nums)
     finally:
         os.close(lifeline)
         partner.wait(timeout=STEP_TIMEOUT_S)
@@ -132,21 +96,13 @@ def mailbox(sizes: list[int], nums: list[int]) -> Answer:
 
 def mailbox_rank(fd: int, lifeline_fd: int, rank: int, sizes: list[int], nums: list[int]) -> Answer:
     from expertd.link.mailbox import Mailbox
-    from expertd.native._transport import ffi, lib
+    from expertd.link.self_test import time_swaps
     from expertd.topology.machine import settle
 
     settle([])
-    rows = []
     with Mailbox(fd, rank, 2, STEP_TIMEOUT_S, PULSE_TIMEOUT_S, lifeline_fd) as box:
-        handle = ffi.cast("xd_mailbox *", box.address)
-        for size, num in zip(sizes, nums, strict=True):
-            mine, everything = ffi.new("char[]", size), ffi.new("char[]", 2 * size)
-            both = ffi.new("size_t[]", [size, size])
-            swap = partial(lib.xd_mailbox_exchange, handle, 1, 0, mine, both, everything)
-            times = _times(num, swap)
-            box.check()
-            rows.append({"bytes": size, **_percentiles(times)})
-    return {"rows": rows}
+        times = [time_swaps(box, size, num) for size, num in zip(sizes, nums, strict=True)]
+    return {"rows": [{"bytes": size, **_percentiles(t)} for size, t in zip(sizes, times, strict=True)]}
 
 
 def tcp(payloads: list[int], num: int) -> Answer:
@@ -206,24 +162,14 @@ def hand_off(num_exchanges: int, repeats: int, fast: bool = False) -> Answer:
         pairs = [(run(True), run(False)) for _ in range(repeats + 2)][2:]  # the first ones compile kernels
         box.check()
     os.close(fd)
-    added = [(a - b) / num_exchanges for a, b in pairs]
+    plain_us = statistics.median(without for _, without in pairs)
+    added = [(with_ - plain_us) / num_exchanges for with_, _ in pairs]
     device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
     return {"device": device, "num_exchanges": num_exchanges, **_percentiles(added)}
 
 
-def _times(num: int, call: Callable[[], int]) -> list[float]:
-    """Microseconds of each call, stopping at the first that fails."""
-    times = []
-    for _ in range(num + num // 10 + 2):
-        start = time.perf_counter()
-        if call() != 0:
-            break
-        times.append((time.perf_counter() - start) * 1e6)
-    return times[-num:]
-
-
 def _percentiles(times_us: list[float]) -> Answer:
-    ordered = sorted(times_us) or [0.0]
+    ordered = sorted(times_us)
     p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
     return {"p50_us": round(statistics.median(ordered), 2), "p99_us": round(p99, 2)}
 
@@ -266,7 +212,11 @@ JOBS: dict[str, Job] = {
 
 def main() -> None:
     name, arguments = sys.argv[1:]
-    print(json.dumps(JOBS[name](**json.loads(arguments))))
+    try:
+        answer = JOBS[name](**json.loads(arguments))
+    except (ExpertdError, OSError) as e:
+        answer = {"error": str(e)}
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":
