@@ -15,15 +15,12 @@ from dataclasses import asdict
 from typing import Any
 
 from expertd.errors import ExpertdError
+from expertd.link import codes
 from expertd.link.connection import BULK, LATENCY, ROUND, Connection
 from expertd.native._transport import ffi, lib
 
 PORT = 7077
 SETUP_S = 60.0  # ten times what a real machine needs, as all limits here
-CODES = {
-    getattr(lib, name): name
-    for name in ("XD_TIMEOUT", "XD_MISMATCH", "XD_LOST", "XD_CORRUPT", "XD_CLOSED", "XD_SILENT", "XD_DEVICE")
-}
 
 
 def side_connection(listen: bool, address: str) -> socket.socket:
@@ -96,7 +93,7 @@ def random_frames(seed: str, connection: Connection, num_frames: int) -> Iterato
     """Queue and payload of frame after frame; sizes favour the edges of packets, 4 KiB frames and messages."""
     dice = random.Random(seed)
     for _ in range(num_frames):
-        queue = dice.choice((LATENCY, LATENCY, LATENCY, BULK))
+        queue = dice.choice([LATENCY] * 7 + [BULK])
         most = connection.max_payload(queue)
         edges = [0, 1, 960, 961, 4031, 4032, 4033, most - 1, most]
         yield queue, dice.randbytes(min(most, dice.choice([*edges, dice.randrange(most)])))
@@ -151,13 +148,11 @@ def job_self_test(connection: Connection, settings: dict[str, Any]) -> dict[str,
 @contextlib.contextmanager
 def watched(connection: Connection, result: dict[str, Any]) -> Iterator[None]:
     """Turn the connection's failure into a part of the result; "" when there was none."""
-    try:
+    with contextlib.suppress(ExpertdError):
         yield
-    except ExpertdError:
-        pass
     err = ffi.new("char[240]")
     code = lib.xd_connection_failure(connection.handle, err, len(err))
-    result["failure"] = CODES.get(code, str(code)) if code else ""
+    result["failure"] = codes.name(code) if code else ""
     result["reason"] = ffi.string(err).decode()
 
 
