@@ -27,7 +27,7 @@ _ERRORS: dict[str, type[ExpertdError]] = {
     "XD_UNAVAILABLE": ClusterError,
 }
 _NAMES: dict[int, str] = {getattr(lib, name): name for name in _ERRORS}
-_REASON_BYTES = 256  # the longest reason that C keeps is 240
+_REASON_BYTES = 400  # the longest reason that C keeps
 
 
 def name(code: int) -> str:

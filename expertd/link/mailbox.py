@@ -27,10 +27,25 @@ def create(num_ranks: int, slot_bytes: int) -> int:
     return fd
 
 
-def poison(fd: int) -> None:
-    """End the epoch: every rank inside an exchange returns at once, every later one fails."""
-    if lib.xd_mailbox_poison(fd) != 0:
+def poison(fd: int, reason: str = "") -> None:
+    """End the epoch: every rank inside an exchange returns at once, every later one fails.
+
+    The ranks' LinkDown tells the first reason that was given.
+    """
+    if lib.xd_mailbox_poison(fd, reason.encode()) != 0:
         raise LocalProtocolError(f"descriptor {fd} is not a mailbox")
+
+
+def pulses(fd: int) -> tuple[tuple[int, ...], int]:
+    """Give every rank's beat, distant ones included, and the link process's: counters that advance while they live.
+
+    0 means that it has not opened the mailbox yet. For who watches from outside; made to be called ten times a second.
+    """
+    beats, link_beat = ffi.new("uint64_t[]", lib.XD_MAX_RANKS), ffi.new("uint64_t *")
+    num_ranks = lib.xd_mailbox_pulses(fd, beats, link_beat)
+    if num_ranks < 0:
+        raise LocalProtocolError(f"descriptor {fd} is not a mailbox")
+    return tuple(beats[rank] for rank in range(num_ranks)), link_beat[0]
 
 
 class Mailbox:
