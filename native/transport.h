@@ -92,7 +92,8 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
             double timeout_s);
 
 /* Full-size frames of each queue both ways until each direction has delivered; both ends call it. XD_OK, XD_TIMEOUT
- * with the dead direction named in the failure, or the failure. */
+ * with the dead direction named in the failure, or the failure. Over verbs the queues overtake each other: both ends meet at
+ * a barrier on the side connection before they send anything else, and again after a self-test. */
 int xd_warm_up(xd_connection *c, double timeout_s);
 
 /* `num_messages` full-size frames of one queue there and back, contents checked; both ends call it, one of them as

@@ -1,7 +1,7 @@
 """The provider with Apple's temper, built for a test: a path for `library`, and environments for processes.
 
-    library = build_provider(folder)           # once per session
-    Fabric(folder, library).environment("10.0.0.1", temper="loss:7")
+library = build_provider(folder)           # once per session
+Fabric(folder, library).environment("10.0.0.1", temper="loss:7")
 """
 
 import os

@@ -1,6 +1,6 @@
 """What processes do for test_verbs.py and test_verbs_temper.py: one end of a link each, joined by a side socket.
 
-    python verbs_jobs.py JOB HOST SIDE_FD ARGS    prints {"result": ...} or {"error": ..., "code": ..., "text": ...}
+python verbs_jobs.py JOB HOST SIDE_FD ARGS    prints {"result": ...} or {"error": ..., "code": ..., "text": ...}
 """
 
 import json

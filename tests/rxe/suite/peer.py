@@ -17,6 +17,7 @@ from typing import Any
 from expertd.errors import ExpertdError
 from expertd.link import codes
 from expertd.link.connection import BULK, LATENCY, ROUND, Connection
+from expertd.link.verbs import Config, Verbs
 from expertd.native._transport import ffi, lib
 
 PORT = 7077
@@ -53,37 +54,17 @@ def swap(side: socket.socket, mine: bytes) -> bytes:
 
 
 def open_connection(side: socket.socket, local_ip: str, epoch: int = 1) -> tuple[Connection, dict[str, Any]]:
-    """Verbs as native/verbs.h says; with the device and the endpoint that were chosen."""
-    err = ffi.new("char[240]")
-    empty, ip = ffi.new("char[]", b""), ffi.new("char[]", local_ip.encode())
-    config = ffi.new(
-        "xd_verbs_config *",
-        {
-            "library": empty,
-            "device": empty,
-            "local_ip": ip,
-            "latency_frames": 4,
-            "bulk_frames": 32,
-            "latency_depth": 16,
-            "bulk_depth": 8,
-            "lint": 1,
-        },
-    )
-    verbs = lib.xd_verbs_open(config, err, len(err))
-    if verbs == ffi.NULL:
-        raise OSError(ffi.string(err).decode())
-    local, remote = ffi.new("xd_verbs_endpoint *"), ffi.new("xd_verbs_endpoint *")
-    lib.xd_verbs_local(verbs, local)
-    ffi.buffer(remote)[:] = swap(side, bytes(ffi.buffer(local)))
-    chosen = {"device": ffi.string(lib.xd_verbs_name(verbs)).decode(), "mtu": local.mtu}
-    if lib.xd_verbs_connect(verbs, remote, err, len(err)) != lib.XD_OK:
-        lib.xd_verbs_close(verbs)
-        raise OSError(ffi.string(err).decode())
-    swap(side, b"!")  # all receives are posted
-    handle = lib.xd_verbs_start(verbs, epoch, side.fileno(), err, len(err))
-    if handle == ffi.NULL:
-        raise OSError(ffi.string(err).decode())
-    return Connection(handle), chosen
+    """Verbs as expertd.link.verbs says, warm; with the device and the port's MTU."""
+    with Verbs(Config(local_ip, lint=True)) as end:
+        local = end.local
+        end.connect(swap(side, local))
+        swap(side, b"!")  # all receives are posted
+        connection = Connection(end.start(epoch, side.fileno()))
+        connection.warm_up(SETUP_S)
+        swap(
+            side, b"!"
+        )  # the queues may overtake each other: no frame may come while the other end is not done
+        return connection, {"device": end.device, "mtu": ffi.from_buffer("xd_verbs_endpoint *", local).mtu}
 
 
 Frame = tuple[int, bytes]
@@ -170,7 +151,6 @@ def main() -> None:
         side.settimeout(SETUP_S)
         connection, chosen = open_connection(side, settings["local_ip"])
         with connection:
-            connection.warm_up(SETUP_S)
             print(json.dumps({"up": chosen}), flush=True)
             start = time.monotonic()
             result = JOBS[settings["job"]](connection, settings)
