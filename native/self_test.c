@@ -80,6 +80,23 @@ static int await(test *t, uint32_t tag, uint64_t number, char *payload) {
     return XD_OK;
 }
 
+/* Wait until all is out, then free. XD_AGAIN when the deadline came first. Reading, too, as only that notices a peer that is
+ * gone; a living one waits for our last bytes and sends nothing. */
+static int finish(test *t, int code) {
+    uint64_t start = xd_now_ns(), now = start;
+    while (code == XD_OK && (code = xd_connection_flush(t->c)) == XD_AGAIN && now < t->deadline_ns) {
+        const void *bytes;
+        xd_header header;
+        code = xd_receive(t->c, &header, &bytes);
+        if (code == XD_OK) code = xd_connection_fail(t->c, XD_MISMATCH, "self-test: a frame came too early");
+        if (code == XD_AGAIN) code = XD_OK;
+        xd_rest(now - start);
+        now = xd_now_ns();
+    }
+    free(t->payload);
+    return code;
+}
+
 /* How far the warm-up of one queue is. A direction is proven when HELLO went through it, which HEARD says. */
 typedef struct {
     test t;
@@ -148,8 +165,8 @@ int xd_warm_up(xd_connection *c, double timeout_s) {
     for (int queue = 0; queue < XD_NUM_QUEUES && code == XD_OK; queue++)
         code = begin(&all[queue].t, c, queue, deadline_ns);
     if (code == XD_OK) code = warm_up(c, all, deadline_ns);
-    for (int queue = 0; queue < XD_NUM_QUEUES; queue++) free(all[queue].t.payload);
-    return code;
+    for (int queue = 0; queue < XD_NUM_QUEUES; queue++) code = finish(&all[queue].t, code);
+    return code == XD_AGAIN ? xd_connection_fail(c, XD_TIMEOUT, "warm-up: nothing more can be sent to the peer") : code;
 }
 
 static int ping(test *t, uint64_t number, char *answer, double *round_trip_us) {
@@ -179,8 +196,8 @@ int xd_self_test(xd_connection *c, int first, int queue, int num_messages, doubl
     if (!back) code = xd_connection_fail(c, XD_DEVICE, "self-test: out of memory");
     for (int i = 0; i < num_messages && code == XD_OK; i++)
         code = first ? ping(&t, (uint64_t)i + 1, back, &round_trip_us[i]) : answer(&t, (uint64_t)i + 1);
-    if (code == XD_AGAIN) code = xd_connection_fail(c, XD_TIMEOUT, "self-test: no answer in %.3f s", timeout_s);
     free(back);
-    free(t.payload);
+    code = finish(&t, code);
+    if (code == XD_AGAIN) code = xd_connection_fail(c, XD_TIMEOUT, "self-test: no answer in %.3f s", timeout_s);
     return code;
 }

@@ -63,9 +63,9 @@ def test_the_gid_is_found_wherever_it_is(net: netns.Net) -> None:
         net.call(0, [*change, "del", f"{other}/24", "dev", cable.interface])
 
 
-def gids(net: netns.Net) -> list[str]:
-    """Host a's table, as the devices' own tool shows it."""
-    lines = net.call(0, ["ibv_devinfo", "-v"]).splitlines()
+def gids(net: netns.Net, host: int = 0) -> list[str]:
+    """The host's table, as the devices' own tool shows it."""
+    lines = net.call(host, ["ibv_devinfo", "-v"]).splitlines()
     return [line.split("]:")[1].split(",")[0].strip() for line in lines if "GID[" in line]
 
 
@@ -85,12 +85,16 @@ def test_latency_beside_the_usual_tool(net: netns.Net, capsys: pytest.CaptureFix
 
 def ib_send_lat(net: netns.Net, size: int) -> float:
     """Typical half round trip in µs, by perftest."""
-    argv = ["ib_send_lat", "-c", "UC", "-x", "1", "-s", str(size), "-n", "100", "-F"]
-    server = net.run(1, [*argv, "-d", net.hosts[1].cables[0].device], stdout=subprocess.DEVNULL)
+    argv = []
+    for host in (0, 1):
+        cable = net.hosts[host].cables[1 - host]
+        index = gids(net, host).index(f"::ffff:{cable.address}")
+        argv.append(["ib_send_lat", "-c", "UC", "-s", str(size), "-n", "100", "-F", "-d", cable.device, "-x", str(index)])
+    server = net.run(1, argv[1], stdout=subprocess.DEVNULL)
     try:
         while "18515" not in net.call(1, ["ss", "-Hltn"]):  # its port
             assert server.poll() is None
-        said = net.call(0, [*argv, "-d", net.hosts[0].cables[1].device, net.hosts[1].lan_address], LIMIT_S)
+        said = net.call(0, [*argv[0], net.hosts[1].lan_address], LIMIT_S)
         assert server.wait(LIMIT_S) == 0
     finally:
         server.kill()
