@@ -8,6 +8,8 @@
 
 enum { PAGE = 4096, HELLO = 1, HEARD = 2, THERE = 3, BACK = 4 }; /* the last four are tags of XD_TEST frames */
 
+static const char *const NAMES[XD_NUM_QUEUES] = {"latency", "bulk"};
+
 typedef struct {
     xd_connection *c;
     int queue;
@@ -36,13 +38,17 @@ static void stamp(test *t, uint64_t number) {
 
 static uint64_t after(double timeout_s) { return xd_now_ns() + (uint64_t)(timeout_s * 1e9); }
 
+static xd_header test_header(const test *t, uint32_t tag, uint64_t number) {
+    return (xd_header){.kind = XD_TEST,
+                       .queue = (uint8_t)t->queue,
+                       .tag = tag,
+                       .round = number,
+                       .total = (uint32_t)t->size,
+                       .length = (uint32_t)t->size};
+}
+
 static int post(test *t, uint32_t tag, uint64_t number) {
-    xd_header header = {.kind = XD_TEST,
-                        .queue = (uint8_t)t->queue,
-                        .tag = tag,
-                        .round = number,
-                        .total = (uint32_t)t->size,
-                        .length = (uint32_t)t->size};
+    const xd_header header = test_header(t, tag, number);
     uint64_t start = xd_now_ns(), now = start;
     int code;
     while ((code = xd_send(t->c, &header, t->payload)) == XD_AGAIN && now < t->deadline_ns) {
@@ -89,31 +95,76 @@ static int finish(test *t, int code) {
     return code;
 }
 
-static int dead(test *t, int code, const char *which) {
-    static const char *const NAMES[XD_NUM_QUEUES] = {"latency", "bulk"};
-    if (code != XD_AGAIN) return code;
-    return xd_connection_fail(t->c, XD_TIMEOUT, "warm-up: queue %s: %s", NAMES[t->queue], which);
+/* How far the warm-up of one queue is. A direction is proven when HELLO went through it, which HEARD says. */
+typedef struct {
+    test t;
+    bool hello_sent, heard_sent, hello_came, heard_came;
+} warming;
+
+static bool warm(const warming *w) { return w->hello_sent && w->heard_sent && w->hello_came && w->heard_came; }
+
+static const char *missing(const warming *w) {
+    if (!w->hello_sent) return "nothing can be sent to the peer";
+    if (!w->hello_came) return "nothing comes from the peer";
+    return w->heard_came ? "nothing more can be sent to the peer" : "the peer lives but does not hear us";
 }
 
-static int warm_up_queue(test *t) {
-    int code = dead(t, post(t, HELLO, 0), "nothing can be sent to the peer");
-    if (!code) code = dead(t, await(t, HELLO, 0, t->payload), "nothing comes from the peer");
-    if (!code) code = dead(t, post(t, HEARD, 0), "nothing can be sent to the peer");
-    if (!code) code = dead(t, await(t, HEARD, 0, t->payload), "the peer lives but does not hear us");
-    return code;
+/* Send one step of the warm-up if it is due. XD_OK, also when there is no room for it yet, or the failure. */
+static int say(warming *w, bool due, bool *sent, uint32_t tag) {
+    if (!due || *sent) return XD_OK;
+    const xd_header header = test_header(&w->t, tag, 0);
+    int code = xd_send(w->t.c, &header, w->t.payload);
+    *sent = code == XD_OK;
+    return code == XD_AGAIN ? XD_OK : code;
 }
 
-/* Each end says HELLO on a queue, and HEARD when it got the other's. The latency queue comes last: what follows a warm-up
- * begins there, behind the last of these frames. */
-int xd_warm_up(xd_connection *c, double timeout_s) {
-    uint64_t deadline_ns = after(timeout_s);
+/* Take one frame of the warm-up, of any queue. XD_AGAIN when there is none. */
+static int hear(xd_connection *c, warming *all) {
+    xd_header header;
+    const void *bytes;
+    int code = xd_receive(c, &header, &bytes);
+    if (code) return code;
+    warming *w = &all[header.queue];
+    bool in_order = header.tag == HELLO ? !w->hello_came : header.tag == HEARD && w->hello_came && !w->heard_came;
+    if (header.kind != XD_TEST || !in_order || header.length != w->t.size)
+        return xd_connection_fail(c, XD_MISMATCH, "warm-up: found kind %u, queue %u, step %u, %u bytes", header.kind,
+                                  header.queue, header.tag, header.length);
+    if (header.tag == HELLO) w->hello_came = true;
+    if (header.tag == HEARD) w->heard_came = true;
+    return XD_OK;
+}
+
+static int warm_up(xd_connection *c, warming *all, uint64_t deadline_ns) {
+    uint64_t start = xd_now_ns(), now = start;
     int code = XD_OK;
-    for (int queue = XD_NUM_QUEUES - 1; queue >= 0 && code == XD_OK; queue--) {
-        test t;
-        if ((code = begin(&t, c, queue, deadline_ns))) return code;
-        code = dead(&t, finish(&t, warm_up_queue(&t)), "nothing can be sent to the peer");
+    while (code == XD_OK || code == XD_AGAIN) {
+        bool done = true;
+        for (int queue = 0; queue < XD_NUM_QUEUES; queue++) {
+            warming *w = &all[queue];
+            if ((code = say(w, true, &w->hello_sent, HELLO))) return code;
+            if ((code = say(w, w->hello_came && w->hello_sent, &w->heard_sent, HEARD))) return code;
+            done = done && warm(w);
+            if (now >= deadline_ns && !warm(w))
+                return xd_connection_fail(c, XD_TIMEOUT, "warm-up: queue %s: %s", NAMES[queue], missing(w));
+        }
+        if (done) return XD_OK;
+        if ((code = hear(c, all)) == XD_AGAIN) xd_rest(now - start);
+        now = xd_now_ns();
     }
     return code;
+}
+
+/* Each end says HELLO on each queue, and HEARD when it got the other's. All queues at once, for over verbs they do not wait
+ * for each other: what was sent later on one may come earlier than what was sent before it on another. */
+int xd_warm_up(xd_connection *c, double timeout_s) {
+    warming all[XD_NUM_QUEUES] = {0};
+    uint64_t deadline_ns = after(timeout_s);
+    int code = XD_OK;
+    for (int queue = 0; queue < XD_NUM_QUEUES && code == XD_OK; queue++)
+        code = begin(&all[queue].t, c, queue, deadline_ns);
+    if (code == XD_OK) code = warm_up(c, all, deadline_ns);
+    for (int queue = 0; queue < XD_NUM_QUEUES; queue++) code = finish(&all[queue].t, code);
+    return code == XD_AGAIN ? xd_connection_fail(c, XD_TIMEOUT, "warm-up: nothing more can be sent to the peer") : code;
 }
 
 static int ping(test *t, uint64_t number, char *answer, double *round_trip_us) {
