@@ -379,7 +379,7 @@ class Cluster:
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
         elif isinstance(message, Started | Token | Done | Rejected | Failed):
-            if isinstance(message, Token) and self._epochs:
+            if isinstance(message, Token) and self.running:
                 self._epochs[-1].fruitful = True
             rank.answer(message)
         else:
