@@ -49,7 +49,9 @@ def ends(processes: list["subprocess.Popen[str]"]) -> list[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def working(num_ranks: list[int], **settings: Any) -> Iterator[tuple[list[Host], list["subprocess.Popen[str]"]]]:
+def working(
+    num_ranks: list[int], **settings: Any
+) -> Iterator[tuple[list[Host], list["subprocess.Popen[str]"]]]:
     """Hosts whose ranks exchange."""
     with open_hosts(num_ranks, **settings) as hosts:
         processes = start_ranks(hosts)
@@ -119,7 +121,8 @@ def test_poison_ends_the_other_host_with_its_reason() -> None:
 def test_a_mismatch_between_hosts_is_told_on_both() -> None:
     with open_hosts([1, 1]) as hosts:
         processes = [
-            host.start_rank(JOBS, "until_down", host.index, {"tag_from": 50 + 100 * host.index}) for host in hosts
+            host.start_rank(JOBS, "until_down", host.index, {"tag_from": 50 + 100 * host.index})
+            for host in hosts
         ]
         (kind, text), other = ends(processes)
         assert (kind, other[0]) == ("RemoteProtocolError", "RemoteProtocolError")
@@ -170,7 +173,9 @@ def test_a_call_that_comes_another_way_is_refused() -> None:
         listening = [host.hear() for host in hosts]
         hosts[0].send(LinkConnect([replace(peer_of(listening[1], 1, 0), interface="en5")]))
         hosts[1].send(LinkConnect([peer_of(listening[0], 0, 1)]))
-        refused(hosts[0], "XD_UNAVAILABLE", f"would leave over {LOOPBACK} (127.0.0.1), wanted en5 (127.0.0.1)")
+        refused(
+            hosts[0], "XD_UNAVAILABLE", f"would leave over {LOOPBACK} (127.0.0.1), wanted en5 (127.0.0.1)"
+        )
 
 
 def test_a_host_that_does_not_come_is_named() -> None:
@@ -209,7 +214,9 @@ def test_strangers_hold_up_nobody() -> None:
         hosts[0].send(LinkConnect([peer_of(listening[1], 1, 0)]))
         where = (ADDRESS, listening[0].port)
         strangers = [stack.enter_context(socket.create_connection(where)) for _ in range(40)]
-        for stranger, words in zip(strangers, [b"", b"x", b"GET / HTTP/1.1\r\n\r\n" * 9, bytes(46)], strict=False):
+        for stranger, words in zip(
+            strangers, [b"", b"x", b"GET / HTTP/1.1\r\n\r\n" * 9, bytes(46)], strict=False
+        ):
             with contextlib.suppress(OSError):
                 stranger.sendall(words)
         hosts[1].send(LinkConnect([peer_of(listening[0], 0, 1)]))
@@ -351,7 +358,10 @@ def flip(at: int) -> Wrong:
 )
 def test_a_frame_that_suffers_on_its_way(wrong: Wrong, code: str) -> None:
     proxy = Proxy(wrong, number=20)
-    with contextlib.closing(proxy), open_hosts([1, 1], through=lambda _, peer: proxy_for(proxy, peer)) as hosts:
+    with (
+        contextlib.closing(proxy),
+        open_hosts([1, 1], through=lambda _, peer: proxy_for(proxy, peer)) as hosts,
+    ):
         processes = start_ranks(hosts)
         down = hosts[0].wait_down()
         assert (down.host, down.stage, down.code) == (1, "running", code)
@@ -363,7 +373,10 @@ def test_a_frame_that_suffers_on_its_way(wrong: Wrong, code: str) -> None:
 @pytest.mark.fault
 def test_a_frame_that_comes_twice_is_dropped() -> None:
     proxy = Proxy(lambda frame: frame + frame, number=20)
-    with contextlib.closing(proxy), open_hosts([1, 1], through=lambda _, peer: proxy_for(proxy, peer)) as hosts:
+    with (
+        contextlib.closing(proxy),
+        open_hosts([1, 1], through=lambda _, peer: proxy_for(proxy, peer)) as hosts,
+    ):
         processes = [
             host.start_rank(JOBS, "frames", host.index, {"sizes": [100, 2000] * 30}) for host in hosts
         ]

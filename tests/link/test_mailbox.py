@@ -322,7 +322,7 @@ def test_poison_tells_its_first_reason() -> None:
         mailbox.poison(fd, "rank 1 was killed by SIGKILL " + "x" * 1000)
         mailbox.poison(fd, "something later")
         for box in (a, b):
-            with pytest.raises(LinkDown, match="ended this epoch: rank 1 was killed by SIGKILL x+$"):
+            with pytest.raises(LinkDown, match=r"ended this epoch: rank 1 was killed by SIGKILL x+$"):
                 box.exchange(b"a", [1, 1])
 
 
@@ -331,7 +331,9 @@ def test_the_reason_of_a_rank_is_told_by_the_others() -> None:
         with pytest.raises(LinkTimeout, match="rank 0, exchange 5 with rank 1: it lives"):
             a.exchange(b"a", [1, 1, 1], tag=5)
         for box in (b, c):
-            with pytest.raises(LinkDown, match=r"rank ., exchange 5 .*: rank 0, exchange 5 with rank 1: it lives"):
+            with pytest.raises(
+                LinkDown, match=r"rank ., exchange 5 .*: rank 0, exchange 5 with rank 1: it lives"
+            ):
                 box.exchange(b"a", [1, 1, 1], tag=5)
 
 
