@@ -60,7 +60,7 @@ class Side:
         """Raises SetupFailed when the other end is gone or says nothing for timeout_s."""
         deadline = time.monotonic() + timeout_s
         try:
-            self.sock.settimeout(timeout_s)
+            self.sock.settimeout(max(0.001, timeout_s))
             self.sock.sendall(len(mine).to_bytes(2, "little") + mine)
             size = int.from_bytes(self._read(2, deadline), "little")
             if size > MAX_SIDE_BYTES:
@@ -109,8 +109,8 @@ def establish(setup: LinkSetup, peer: LinkPeer, sock: socket.socket, deadline: f
 
 
 def _step_s(setup: LinkSetup) -> float:
-    """The time for one step: three attempts, each of which fails at one of them, take half of what there is."""
-    return setup.setup_s / 6
+    """The time for one step: three attempts, each failing at one of them, take less than half of what there is."""
+    return setup.setup_s / 8
 
 
 def _self_test(

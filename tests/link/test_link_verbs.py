@@ -47,21 +47,13 @@ def test_rounds_and_frames_cross(fabric: Fabric) -> None:
     assert fabric.breaches() == []
 
 
-@pytest.mark.parametrize(
-    "temper, attempts",
-    [
-        ("", 1),
-        ("dead:2", 2),  # both queue pairs of the first attempt hear nothing
-        ("dead:3", 2),  # and one of the second
-    ],
-)
+@pytest.mark.parametrize("temper, attempts", [("", 1), ("dead:2", 2)])
 def test_a_dead_direction_needs_fresh_queue_pairs(fabric: Fabric, temper: str, attempts: int) -> None:
-    said = bring_up(fabric, "", temper, setup_s=6.0)
-    for up in said:
+    """The queue pairs of the first attempt hear nothing."""
+    for up in bring_up(fabric, "", temper, setup_s=6.0):
         assert isinstance(up, LinkUp), up
         (report,) = up.reports
-        assert (report.kind, report.device) == ("verbs", "rdma_en2")
-        assert report.attempts in {attempts, attempts + 1}
+        assert (report.kind, report.device, report.attempts) == ("verbs", "rdma_en2", attempts)
         assert 0 < report.latency_p50_us <= report.latency_p99_us
     assert fabric.breaches() == []
 
@@ -77,7 +69,7 @@ def test_a_dead_direction_needs_fresh_queue_pairs(fabric: Fabric, temper: str, a
 def test_what_does_not_mend_is_told_on_both_hosts(
     fabric: Fabric, temper: str, code: str, reason: str
 ) -> None:
-    said = bring_up(fabric, "", temper, setup_s=4.0)
+    said = bring_up(fabric, "", temper, setup_s=6.0)
     for down in said:
         assert isinstance(down, LinkDown), down
         assert (down.stage, down.code) == ("setup", code)
@@ -113,9 +105,8 @@ def test_a_frame_with_nothing_after_it_is_missed_at_the_next_beat(fabric: Fabric
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("temper", ["segv:ibv_modify_qp", "segv:ibv_reg_mr"])
-def test_a_provider_that_crashes_while_setting_up(fabric: Fabric, temper: str) -> None:
-    arguments = over(fabric, "", temper)
+def test_a_provider_that_crashes_while_setting_up(fabric: Fabric) -> None:
+    arguments = over(fabric, "", "segv:modify_qp")
     with spawn_hosts([1, 1], environments=arguments.pop("environments")) as hosts:
         for host in hosts:
             host.set_up(secret=bytes(32), **arguments)
@@ -128,17 +119,35 @@ def test_a_provider_that_crashes_while_setting_up(fabric: Fabric, temper: str) -
 
 
 @pytest.mark.fault
+def test_a_provider_that_crashes_at_work(fabric: Fabric) -> None:
+    """As Apple's does when the cable is pulled."""
+    with open_hosts([1, 1], **over(fabric, "", "segv:post_send,segv_call:1500")) as hosts:
+        processes = [host.start_rank(JOBS, "until_down", host.index, {"size": 3000}) for host in hosts]
+        down = hosts[0].wait_down()
+        assert (down.host, down.stage, down.code) == (1, "running", "XD_CLOSED")
+        assert hosts[1].process.wait(DEADLINE_S) == -signal.SIGSEGV
+        assert {kind for kind, _, _ in ranks.results_of(processes, DEADLINE_S)} == {"LinkDown"}
+
+
+@pytest.mark.fault
 def test_a_provider_that_hangs_ends_by_its_watchdog(fabric: Fabric) -> None:
     """A supervisor would kill it; if none does, it ends itself, and the other host knows why."""
-    arguments = over(fabric, "", "hang:ibv_modify_qp")
+    arguments = over(fabric, "", "hang:modify_qp")
     with spawn_hosts([1, 1], environments=arguments.pop("environments")) as hosts:
         hosts[0].set_up(secret=bytes(32), **arguments)
-        hosts[1].set_up(secret=bytes(32), setup_s=0.5, **arguments)
+        hosts[1].set_up(secret=bytes(32), setup_s=1.0, **arguments)
         connect(hosts)
         assert hosts[1].process.wait(DEADLINE_S) == 4
         down = hosts[0].hear()
         assert isinstance(down, LinkDown)
         assert (down.host, down.stage, down.code) == (1, "setup", "XD_CLOSED")
+
+
+@pytest.mark.fault
+def test_a_provider_that_hangs_at_the_end_holds_up_nobody(fabric: Fabric) -> None:
+    with open_hosts([1, 1], **over(fabric, "hang:destroy_qp", "")) as hosts:
+        hosts[0].hang_up()
+        assert hosts[0].process.wait(DEADLINE_S) == 0
 
 
 @pytest.mark.fault
@@ -155,5 +164,5 @@ def test_hanging_up_gives_all_back_in_order(fabric: Fabric) -> None:
         time.sleep(0.05)
         hosts[0].hang_up()
         assert hosts[0].process.wait(DEADLINE_S) == 0
-        assert hosts[1].wait_down().code == "XD_CLOSED"
+        assert hosts[1].wait_down().host == 0
     assert fabric.breaches() == []
