@@ -20,6 +20,9 @@ typedef struct {
     int (*poll)(xd_connection *c, int *queue, const void **bytes, size_t *n);
     /* The frame given by the last poll has been used: its receive may be posted again. XD_OK or a recorded failure. */
     int (*release)(xd_connection *c, int queue);
+    /* Move forward what `post` could not finish: XD_OK when all is out and `post` would find room, else XD_AGAIN. Never
+     * records a failure: that is left to `poll`, which first gives what had come. NULL where post always finishes. */
+    int (*flush)(xd_connection *c);
     /* Free all that the back end owns, but not the connection itself. */
     void (*close)(xd_connection *c);
 } xd_backend;
@@ -39,6 +42,7 @@ struct xd_connection {
     uint32_t epoch;
     xd_queue queues[XD_NUM_QUEUES];
     bool holds_frame; /* the last poll's frame is not released yet */
+    bool held_counts; /* and it used credit, which is given back with it */
     int held_queue;
     xd_statistics statistics;
     int failure;
@@ -51,4 +55,17 @@ xd_connection *xd_connection_new(uint32_t epoch);
 /* Keep the first failure with its reason; gives the code back. */
 int xd_connection_fail(xd_connection *c, int code, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
+/* Release the frame that the last xd_receive gave, and send the credits that are owed; XD_OK or the failure. */
+int xd_connection_settle(xd_connection *c);
+
 uint64_t xd_now_ns(void);
+
+/* What a wait does between two looks, by how long it has lasted: spin for 50 us, then as the mailbox does. */
+void xd_rest(uint64_t waited_ns);
+
+/* Fill in what the transport owes to a header whose sequence and credits are set: magic, version, epoch, checksums. */
+void xd_frame_seal(xd_header *header, uint32_t epoch, const void *payload);
+
+/* As xd_frame_read, but without a look at the payload, which need not have come. */
+int xd_header_read(const void *bytes, size_t n, uint32_t epoch, size_t max_payload, xd_header *header, char *err,
+                   size_t errlen);
