@@ -1,6 +1,7 @@
 """Settings as frozen values, checked once, at the edge; nothing below reads flags or the environment."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from expertd.errors import ConfigError
 
@@ -61,3 +62,30 @@ class ServerConfig:
     port: int = 8080
     model_id: str = "demo"
     group: GroupConfig = field(default_factory=lambda: GroupConfig(checkpoint=""))
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """How this host meets others. `folder` holds identity and paired hosts, `cache` what can be made again.
+
+    Paired hosts may call at control_host:control_port. A host or link silent for `silence_s` is gone; setting a
+    link up may take `setup_s`. `verbs_library` "" is the platform's; `lint` checks Apple's rules at every call.
+    """
+
+    folder: Path
+    cache: Path
+    control_host: str = "0.0.0.0"
+    control_port: int = 7420
+    silence_s: float = 0.8
+    setup_s: float = 20.0
+    verbs_library: str = ""
+    lint: bool = False
+
+    @property
+    def manifests(self) -> Path:
+        return self.cache / "manifests"
+
+    @property
+    def store(self) -> Path:
+        """Checkpoints that were copied from other hosts."""
+        return self.cache / "checkpoints"

@@ -7,7 +7,7 @@ type is checked before a message exists.
 
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import Any, get_args
+from typing import Any, Union, get_args
 
 import msgpack
 import msgspec
@@ -27,6 +27,10 @@ class Codec:
         self.max_frame_bytes = max_frame_bytes
         self._names: dict[type, str] = {c: c.__name__.lower() for c in classes}
         self._classes: dict[str, type] = {name: c for c, name in self._names.items()}
+
+    def extended(self, *classes: type) -> "Codec":
+        """The same conversation with more messages, for a layer below that has some of its own."""
+        return Codec(Union[(*self._names, *classes)], self.max_frame_bytes)  # noqa: UP007
 
     def encode(self, message: Any) -> bytes:
         """Give the frame of one message. Raises KeyError for a class that is not of this conversation."""

@@ -22,5 +22,5 @@ ffibuilder.set_source(
     include_dirs=["native"],
     depends=sorted(f"native/{p.name}" for p in HERE.glob("*.h")),
     extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra"],
-    libraries=[],
+    libraries=["dl"],
 )

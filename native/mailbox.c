@@ -32,40 +32,13 @@
 #include <unistd.h>
 
 #include "mailbox.h"
+#include "mailbox_layout.h"
 
-#define MAGIC 0x6578706572746401ull /* "expertd", layout 1 */
-#define LINE 128 /* bytes: Apple's cache line, and two of x86's, which its prefetcher pairs */
-#define PAGE 16384 /* bytes: Apple's page; the slots start on one */
-#ifdef __APPLE__
-#define SPIN_NS 50000ull
-#else
-#define SPIN_NS 2000ull
-#endif
-#define YIELD_NS 200000ull
-#define MAX_SLEEP_NS 1000000ull
+#define MAGIC 0x6578706572746402ull /* "expertd", layout 2 */
 #define PULSE_MS 20
 
-typedef struct {
-    _Atomic uint64_t round;
-    uint64_t digest;
-    uint64_t bytes;
-    uint32_t tag;
-} slot_head;
-
-typedef struct {
-    _Alignas(LINE) _Atomic uint64_t beat; /* 0 until the rank has opened the mailbox */
-} rank_line;
-
-typedef struct {
-    uint64_t magic;
-    uint64_t slot_bytes;
-    int num_ranks;
-    _Alignas(LINE) _Atomic int poisoned;
-    rank_line ranks[XD_MAX_RANKS];
-} header;
-
 struct xd_mailbox {
-    header *shared;
+    mailbox_header *shared;
     size_t mapped_bytes;
     int rank;
     int lifeline_fd;
@@ -80,38 +53,12 @@ struct xd_mailbox {
     pthread_t pulse;
     bool pulse_started;
     int failure;
-    char reason[200];
+    char reason[2 * XD_REASON_BYTES];
 };
 
-static uint64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
-static inline void spin_pause(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("isb"); /* `yield` is a no-op on Apple's cores, `isb` waits about 10 ns */
-#endif
-}
-
-static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-static size_t slot_stride(size_t slot_bytes) { return round_up(LINE + slot_bytes, PAGE); }
-
 static size_t total_bytes(int num_ranks, size_t slot_bytes) {
-    return round_up(sizeof(header), PAGE) + 2 * (size_t)num_ranks * slot_stride(slot_bytes);
+    return round_up(sizeof(mailbox_header), XD_PAGE) + 2 * (size_t)num_ranks * slot_stride(slot_bytes);
 }
-
-static slot_head *slot_of(const xd_mailbox *box, int rank, uint64_t round) {
-    size_t index = 2 * (size_t)rank + (round & 1);
-    return (slot_head *)((char *)box->shared + round_up(sizeof(header), PAGE) +
-                         index * slot_stride(box->shared->slot_bytes));
-}
-
-static char *payload(slot_head *slot) { return (char *)slot + LINE; }
 
 /* Creation, by the supervisor. */
 
@@ -129,7 +76,7 @@ static int anonymous_memory(void) {
 }
 
 int xd_mailbox_create(int num_ranks, size_t slot_bytes, char *err, size_t errlen) {
-    header *shared = NULL;
+    mailbox_header *shared = NULL;
     int fd = -1;
     if (num_ranks < 1 || num_ranks > XD_MAX_RANKS || slot_bytes < 1 || slot_bytes > (1ull << 32)) {
         snprintf(err, errlen, "mailbox: %d ranks with slots of %zu bytes, wanted 1 to %d ranks and at most 4 GiB",
@@ -139,12 +86,12 @@ int xd_mailbox_create(int num_ranks, size_t slot_bytes, char *err, size_t errlen
     size_t bytes = total_bytes(num_ranks, slot_bytes);
     fd = anonymous_memory();
     if (fd < 0 || ftruncate(fd, (off_t)bytes) != 0) goto failed;
-    shared = mmap(NULL, sizeof(header), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    shared = mmap(NULL, sizeof(mailbox_header), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (shared == MAP_FAILED) goto failed;
     shared->slot_bytes = slot_bytes;
     shared->num_ranks = num_ranks;
     shared->magic = MAGIC;
-    munmap(shared, sizeof(header));
+    munmap(shared, sizeof(mailbox_header));
     return fd;
 failed:
     snprintf(err, errlen, "mailbox: cannot get %zu bytes of shared memory: %s", bytes, strerror(errno));
@@ -152,14 +99,13 @@ failed:
     return -1;
 }
 
-/* Map all of a mailbox after checking that it is one; NULL and err otherwise. */
-static header *map_checked(int fd, size_t *bytes, char *err, size_t errlen) {
+mailbox_header *xd_mailbox_map(int fd, size_t *bytes, char *err, size_t errlen) {
     struct stat st;
-    if (fstat(fd, &st) != 0 || (size_t)st.st_size < sizeof(header)) {
+    if (fstat(fd, &st) != 0 || (size_t)st.st_size < sizeof(mailbox_header)) {
         snprintf(err, errlen, "mailbox: descriptor %d is not a mailbox", fd);
         return NULL;
     }
-    header *shared = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    mailbox_header *shared = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (shared == MAP_FAILED) {
         snprintf(err, errlen, "mailbox: cannot map descriptor %d: %s", fd, strerror(errno));
         return NULL;
@@ -174,25 +120,57 @@ static header *map_checked(int fd, size_t *bytes, char *err, size_t errlen) {
     return shared;
 }
 
-int xd_mailbox_poison(int fd) {
+/* Poison, and what a supervisor sees from outside. */
+
+void xd_poison(mailbox_header *shared, const char *reason) {
+    int none = REASON_NONE;
+    if (*reason && atomic_compare_exchange_strong(&shared->reason_state, &none, REASON_CLAIMED)) {
+        snprintf(shared->reason, sizeof shared->reason, "%s", reason);
+        atomic_store(&shared->reason_state, REASON_WRITTEN);
+    }
+    atomic_store(&shared->poisoned, 1);
+}
+
+const char *xd_poison_reason(mailbox_header *shared) {
+    return atomic_load(&shared->reason_state) == REASON_WRITTEN ? shared->reason : "";
+}
+
+int xd_mailbox_poison(int fd, const char *reason) {
     char err[200];
     size_t bytes;
-    header *shared = map_checked(fd, &bytes, err, sizeof err);
+    mailbox_header *shared = xd_mailbox_map(fd, &bytes, err, sizeof err);
     if (!shared) return -1;
-    atomic_store(&shared->poisoned, 1);
+    xd_poison(shared, reason);
     munmap(shared, bytes);
     return 0;
+}
+
+int xd_mailbox_pulses(int fd, uint64_t *beats, uint64_t *link_beat) {
+    char err[200];
+    size_t bytes;
+    mailbox_header *shared = xd_mailbox_map(fd, &bytes, err, sizeof err);
+    if (!shared) return -1;
+    int num_ranks = shared->num_ranks;
+    for (int r = 0; r < num_ranks; r++) beats[r] = atomic_load(&shared->ranks[r].beat);
+    *link_beat = atomic_load(&shared->link_beat);
+    munmap(shared, bytes);
+    return num_ranks;
 }
 
 /* Opening, and the pulse. */
 
 static void *pulse_main(void *arg) {
     xd_mailbox *box = arg;
+#ifdef __linux__
+    /* A rank is batch-scheduled, and a batch thread that wakes pushes no other off its core: beats came late. Without
+     * the right to change it the pulse is late under load, no worse. */
+    (void)pthread_setschedparam(pthread_self(), SCHED_OTHER, &(struct sched_param){.sched_priority = 0});
+#endif
     struct pollfd lifeline = {.fd = box->lifeline_fd, .events = POLLIN}; /* poll skips negative descriptors */
     while (!atomic_load_explicit(&box->stop, memory_order_relaxed)) {
         atomic_fetch_add_explicit(&box->shared->ranks[box->rank].beat, 1, memory_order_relaxed);
         if (poll(&lifeline, 1, PULSE_MS) > 0) { /* nobody ever writes to it: this is its end */
-            atomic_store(&box->shared->poisoned, 1);
+            xd_poison(box->shared, "the supervisor of a rank is gone");
             _exit(3);
         }
     }
@@ -206,7 +184,7 @@ xd_mailbox *xd_mailbox_open(int fd, int rank, int lifeline_fd, double step_timeo
         snprintf(err, errlen, "mailbox: out of memory");
         return NULL;
     }
-    box->shared = map_checked(fd, &box->mapped_bytes, err, errlen);
+    box->shared = xd_mailbox_map(fd, &box->mapped_bytes, err, errlen);
     if (!box->shared) goto failed;
     if (rank < 0 || rank >= box->shared->num_ranks) {
         snprintf(err, errlen, "mailbox: rank %d of %d", rank, box->shared->num_ranks);
@@ -238,29 +216,29 @@ void xd_mailbox_close(xd_mailbox *box) {
 
 /* Rounds. */
 
-/* Keep the first failure, poison the epoch, give the code back. */
+/* Keep the first failure, poison the epoch, give the code back. A rank that failed because the epoch was ended has
+ * nothing to add to its reason, but tells it. */
 static int fail(xd_mailbox *box, int code, int peer, uint32_t tag, const char *what) {
+    const char *cause = code == XD_POISONED ? xd_poison_reason(box->shared) : "";
     if (!box->failure) {
         box->failure = code;
-        snprintf(box->reason, sizeof box->reason, "rank %d, exchange %u with rank %d: %s", box->rank, tag, peer,
-                 what);
+        snprintf(box->reason, sizeof box->reason, "rank %d, exchange %u with rank %d: %s%s%s", box->rank, tag, peer,
+                 what, *cause ? ": " : "", cause);
     }
-    atomic_store(&box->shared->poisoned, 1);
+    xd_poison(box->shared, code == XD_POISONED ? "" : box->reason);
     return code;
 }
 
 static void publish(xd_mailbox *box, uint32_t tag, uint64_t digest, const void *bytes, size_t size) {
-    slot_head *slot = slot_of(box, box->rank, ++box->round);
+    slot_head *slot = slot_of(box->shared, box->rank, ++box->round);
     slot->digest = digest;
     slot->bytes = size;
     slot->tag = tag;
-    if (size) memcpy(payload(slot), bytes, size);
+    if (size) memcpy(slot_payload(slot), bytes, size);
     atomic_store_explicit(&slot->round, box->round, memory_order_release);
 }
 
-static bool has_come(const slot_head *slot, uint64_t round) {
-    return atomic_load_explicit(&slot->round, memory_order_acquire) == round;
-}
+static bool has_come(const slot_head *slot, uint64_t round) { return slot_round(slot) == round; }
 
 typedef struct {
     uint64_t beat, beat_seen_ns, looked_ns;
@@ -278,26 +256,16 @@ static bool is_silent(const xd_mailbox *box, int peer, pulse_view *view, uint64_
     return now - view->beat_seen_ns > box->pulse_timeout_ns;
 }
 
-static void rest(uint64_t waited_ns) {
-    if (waited_ns < YIELD_NS) {
-        sched_yield();
-        return;
-    }
-    uint64_t nap = waited_ns / 16;
-    if (nap > MAX_SLEEP_NS) nap = MAX_SLEEP_NS;
-    nanosleep(&(struct timespec){.tv_nsec = (long)nap}, NULL);
-}
-
 /* Wait until `peer` has published the current round, for at most timeout_ns. Adds the time to *waited_ns. */
 static int wait_round(xd_mailbox *box, int peer, uint64_t timeout_ns, uint64_t *waited_ns) {
-    const slot_head *slot = slot_of(box, peer, box->round);
+    const slot_head *slot = slot_of(box->shared, peer, box->round);
     if (has_come(slot, box->round)) return XD_OK;
     uint64_t start = now_ns(), now = start;
     pulse_view view = {0, start, start};
     int code = XD_OK;
     while (!has_come(slot, box->round)) {
         now = now_ns();
-        if (now - start < SPIN_NS) {
+        if (now - start < XD_SPIN_NS) {
             for (int i = 0; i < 16 && !has_come(slot, box->round); i++) spin_pause();
             continue;
         }
@@ -331,7 +299,7 @@ static int meet(xd_mailbox *box, int peer, uint32_t tag, uint64_t digest, uint64
     box->step_waited_ns += waited;
     box->total_waited_ns += waited;
     if (code) return fail(box, code, peer, tag, explain(code));
-    const slot_head *slot = slot_of(box, peer, box->round);
+    const slot_head *slot = slot_of(box->shared, peer, box->round);
     char what[120];
     if (slot->tag != tag || slot->bytes != bytes) {
         snprintf(what, sizeof what, "found exchange %u of %llu bytes, wanted exchange %u of %llu", slot->tag,
@@ -349,7 +317,7 @@ static size_t piece(size_t size, size_t from, size_t slot_bytes) {
 
 int xd_mailbox_exchange(xd_mailbox *box, uint32_t tag, uint64_t digest, const void *mine, const size_t *sizes,
                         void *all) {
-    header *h = box->shared;
+    mailbox_header *h = box->shared;
     if (atomic_load_explicit(&h->poisoned, memory_order_relaxed))
         return fail(box, XD_POISONED, box->rank, tag, explain(XD_POISONED));
     size_t offsets[XD_MAX_RANKS], total = 0, largest = 1;
@@ -368,7 +336,7 @@ int xd_mailbox_exchange(xd_mailbox *box, uint32_t tag, uint64_t digest, const vo
             size_t bytes = piece(sizes[r], from, h->slot_bytes);
             int code = meet(box, r, tag, digest, bytes);
             if (code) return code;
-            if (bytes) memcpy((char *)all + offsets[r] + from, payload(slot_of(box, r, box->round)), bytes);
+            if (bytes) memcpy((char *)all + offsets[r] + from, slot_payload(slot_of(box->shared, r, box->round)), bytes);
         }
     }
     box->num_exchanges++;
@@ -402,10 +370,10 @@ int64_t xd_mailbox_wait_frame(xd_mailbox *box, double idle_s, void *frame) {
     for (int r = 1; r < box->shared->num_ranks; r++) {
         if (r != box->rank && (code = meet(box, r, 0, 0, 0))) return code;
     }
-    slot_head *slot = slot_of(box, 0, box->round);
+    slot_head *slot = slot_of(box->shared, 0, box->round);
     if (slot->tag != 0) return fail(box, XD_MISMATCH, 0, 0, "found an exchange, wanted a frame");
     if (slot->bytes > box->shared->slot_bytes) return fail(box, XD_TOO_LARGE, 0, 0, "frame larger than a slot");
-    memcpy(frame, payload(slot), slot->bytes);
+    memcpy(frame, slot_payload(slot), slot->bytes);
     return (int64_t)slot->bytes;
 }
 

@@ -1,4 +1,4 @@
-/* mailbox.h: the link between ranks of one host. This header is the contract; cffi and the compiler
+/* mailbox.h: the link between ranks of one host; for those of others the link process acts (pump.h). This header is the contract; cffi and the compiler
  * read the same text.
  *
  * A mailbox is one piece of anonymous shared memory. Every rank owns two slots in it, which only that
@@ -28,8 +28,13 @@ enum {
  * descriptor (close-on-exec, already unlinked: it vanishes with its last holder). -1 on failure. */
 int xd_mailbox_create(int num_ranks, size_t slot_bytes, char *err, size_t errlen);
 
-/* Poison the epoch from outside, as the supervisor does when a rank dies. 0, or -1 if fd is no mailbox. */
-int xd_mailbox_poison(int fd);
+/* Poison the epoch from outside, as the supervisor does when a rank dies. The first reason (at most 199 bytes, "" for
+ * none) stays, and every rank that ends because of it tells it. 0, or -1 if fd is no mailbox. */
+int xd_mailbox_poison(int fd, const char *reason);
+
+/* The pulses, for one who watches from outside: beats[XD_MAX_RANKS] of the ranks (0: not opened yet), distant ones
+ * included, and of the link process (0: there is none). The number of ranks, or -1 if fd is no mailbox. */
+int xd_mailbox_pulses(int fd, uint64_t *beats, uint64_t *link_beat);
 
 /* Map the mailbox as `rank` and start this rank's pulse. Waits inside one step may add up to step_timeout_s;
  * a peer silent for pulse_timeout_s is dead. NULL on failure.

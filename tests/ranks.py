@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,34 @@ def run_ranks(
     """Start the job on every rank and wait for all; a rank that fails fails the test, with its stderr."""
     fd = mailbox.create(num_ranks, args.pop("slot_bytes", 1 << 16))
     try:
-        ranks = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    __file__,
-                    str(file),
-                    job,
-                    str(fd),
-                    str(rank),
-                    str(num_ranks),
-                    json.dumps(args),
-                ],
-                pass_fds=[fd],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(num_ranks)
-        ]
+        ranks = [start_rank(file, job, fd, rank, num_ranks, args) for rank in range(num_ranks)]
     finally:
         os.close(fd)
+    return results_of(ranks, timeout_s)
+
+
+def start_rank(
+    file: Path,
+    job: str,
+    fd: int,
+    rank: int,
+    num_ranks: int,
+    args: dict[str, Any],
+    mailbox_args: dict[str, Any] | None = None,
+) -> subprocess.Popen[str]:
+    """Start one rank on the mailbox `fd`; arguments called `..._fd` are inherited."""
+    more = [json.dumps(args), json.dumps(mailbox_args or {})]
+    return subprocess.Popen(
+        [sys.executable, __file__, str(file), job, str(fd), str(rank), str(num_ranks), *more],
+        pass_fds=[fd, *{value for name, value in args.items() if name.endswith("_fd")} - {fd}],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def results_of(ranks: Sequence["subprocess.Popen[str]"], timeout_s: float = 120) -> list[Any]:
+    """Wait for ranks and give what they gave."""
     results = []
     try:
         for rank, process in enumerate(ranks):
@@ -50,17 +58,17 @@ def run_ranks(
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.communicate()
     return results
 
 
 def main() -> None:
-    file, job, fd, rank, num_ranks, args = sys.argv[1:]
+    file, job, fd, rank, num_ranks, args, mailbox_args = sys.argv[1:]
     spec = importlib.util.spec_from_file_location("jobs", file)
     assert spec and spec.loader
     jobs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(jobs)
-    with mailbox.Mailbox(int(fd), int(rank), int(num_ranks)) as box:
+    with mailbox.Mailbox(int(fd), int(rank), int(num_ranks), **json.loads(mailbox_args)) as box:
         result = getattr(jobs, job)(box, **json.loads(args))
     print(json.dumps(result))
 

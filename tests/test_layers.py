@@ -47,9 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model")}
 WITHOUT_MLX = ("errors", "config", "wire", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
-    "expertd/cluster/supervisor.py",
-    "expertd/cluster/process.py",
-    "expertd/cluster/reply.py",
+    f"expertd/cluster/{name}.py" for name in ("supervisor", "epoch", "local", "process", "reply")
 }
 
 MAX_FILE_LINES = 600

@@ -1,6 +1,7 @@
 """`expertd run`: one prompt, one answer."""
 
 import json
+import logging
 import sys
 from contextlib import aclosing
 from pathlib import Path
@@ -46,6 +47,7 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     # Flags first: they are wrong in no time, while a hub id may take an hour to download.
     make_group(Path(), **options)
     group = make_group(find_model(model).folder, **options)
+    logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     sys.exit(_answer(group, submit, as_json))
 
 

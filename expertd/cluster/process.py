@@ -1,8 +1,8 @@
-"""One rank process as the supervisor sees it: a control socket, a lifeline, an end that is awaited.
+"""A child of the supervisor, a rank or a link process: a control socket, a lifeline, an end that is awaited.
 
-The lifeline is a pipe on which nothing is ever written. The rank holds its read end, this process alone
-holds its write end, so however we go (SIGKILL included) the rank reads the end of the pipe and exits.
-Both our ends are close-on-exec, hence no later rank can inherit one and keep an earlier rank alive.
+The lifeline is a pipe on which nothing is ever written. The child holds its read end, this process alone
+holds its write end, so however we go (SIGKILL included) the child reads the end of the pipe and exits.
+Both our ends are close-on-exec, hence no later child can inherit one and keep an earlier one alive.
 """
 
 import asyncio
@@ -12,60 +12,63 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from typing import Self
+from typing import Any, Self
 
-from expertd.engine.messages import Decoder, Message, encode
 from expertd.errors import ClusterError
+from expertd.wire import Codec
 
-# A rank has a thread that does nothing but read its control socket; one that leaves a frame unread
+# A child has a thread that does nothing but read its control socket; one that leaves a frame unread
 # for this long is stuck.
 SEND_TIMEOUT_S = 10.0
 READ_BYTES = 1 << 16
 
 
-class RankProcess:
-    """A running rank; make one with `spawn`, and always end it with `hang_up` and `wait_exit`."""
+class ChildProcess:
+    """A running child; make one with `spawn`, and always end it with `hang_up` and `wait_exit`.
+
+    `name` is what people read of it ("rank 0"); `lifeline_fd` is the lifeline's number in the child, which learns
+    it from its first message.
+    """
 
     def __init__(
         self,
-        rank: int,
+        name: str,
+        codec: Codec,
         process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         lifeline: int,
         lifeline_fd: int,
     ) -> None:
-        self.rank = rank
+        self.name = name
         self.lifeline_fd = lifeline_fd
+        self._codec = codec
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._reader, self._writer = streams
         self._lifeline: int | None = lifeline
 
     @classmethod
-    async def spawn(cls, rank: int, module: str, mailbox_fd: int) -> Self:
-        """Start `python -m module CONTROL_FD` with its control socket, the mailbox and a lifeline.
+    async def spawn(cls, name: str, module: str, codec: Codec, pass_fds: tuple[int, ...] = ()) -> Self:
+        """Start `python -m module CONTROL_FD` with its control socket, a lifeline and `pass_fds`.
 
-        Raises ClusterError when the system refuses a process.
+        `codec` is that of the conversation; descriptors keep their numbers. Raises ClusterError when the system
+        refuses a process.
         """
         ours, theirs = socket.socketpair()
         lifeline_fd, lifeline = os.pipe()
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=READ_BYTES)
+        streams = await asyncio.open_unix_connection(sock=ours, limit=READ_BYTES)
         try:
-            fds = (theirs.fileno(), mailbox_fd, lifeline_fd)
+            fds = (theirs.fileno(), lifeline_fd, *pass_fds)
             process = await _start_python(module, theirs.fileno(), fds)
         except BaseException as e:
-            writer.close()
+            streams[1].close()
             os.close(lifeline)
             if isinstance(e, OSError):
-                raise ClusterError(
-                    f"rank {rank}: cannot start a process: {e}. Free memory or processes."
-                ) from e
+                raise ClusterError(f"{name}: cannot start a process: {e}. Free memory or processes.") from e
             raise
         finally:
             theirs.close()
             os.close(lifeline_fd)
-        return cls(rank, process, reader, writer, lifeline, lifeline_fd)
+        return cls(name, codec, process, streams, lifeline, lifeline_fd)
 
     @property
     def pid(self) -> int:
@@ -75,15 +78,15 @@ class RankProcess:
     def running(self) -> bool:
         return self._process.returncode is None
 
-    def send_nowait(self, message: Message) -> None:
-        """Queue a small frame; a rank that is gone gets nothing, silently: its end is reported elsewhere."""
+    def send_nowait(self, message: Any) -> None:
+        """Queue a small frame; a child that is gone gets nothing, silently: its end is reported elsewhere."""
         if not self._writer.is_closing():
-            self._writer.write(encode(message))
+            self._writer.write(self._codec.encode(message))
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Any) -> None:
         """Send a frame and wait until most of it is on its way.
 
-        Raises ClusterError when the rank does not read it within SEND_TIMEOUT_S seconds.
+        Raises ClusterError when the child does not read it within SEND_TIMEOUT_S seconds.
         """
         self.send_nowait(message)
         try:
@@ -91,14 +94,14 @@ class RankProcess:
                 await self._writer.drain()
         except TimeoutError as e:
             raise ClusterError(
-                f"rank {self.rank} has not read its control socket for {SEND_TIMEOUT_S:g} s. Restart expertd."
+                f"{self.name} has not read its control socket for {SEND_TIMEOUT_S:g} s. Restart expertd."
             ) from e
         except OSError:
-            pass  # The rank is gone; its end is reported by whoever watches it.
+            pass  # The child is gone; its end is reported by whoever watches it.
 
-    async def messages(self) -> AsyncIterator[Message]:
-        """Yield what the rank says until it closes its socket. Raises RemoteProtocolError for garbage."""
-        decoder = Decoder()
+    async def messages(self) -> AsyncIterator[Any]:
+        """Yield what the child says until it closes its socket. Raises RemoteProtocolError for garbage."""
+        decoder = self._codec.decoder()
         while data := await self._read():
             for message in decoder.feed(data):
                 yield message
@@ -119,7 +122,7 @@ class RankProcess:
         return f"killed by {_signal_name(-code)}"
 
     def hang_up(self) -> None:
-        """Close the control socket and the lifeline: the rank ends by itself if it still can."""
+        """Close the control socket and the lifeline: the child ends by itself if it still can."""
         self._writer.close()
         if self._lifeline is not None:
             os.close(self._lifeline)
@@ -144,7 +147,7 @@ class RankProcess:
 
 
 async def _start_python(module: str, control_fd: int, fds: tuple[int, ...]) -> asyncio.subprocess.Process:
-    # -P and our own sys.path: the rank imports what we would import, not a random.py in the current
+    # -P and our own sys.path: the child imports what we would import, not a random.py in the current
     # folder. Its stdout goes to our stderr, because our stdout belongs to the answer. Its own process
     # group keeps the terminal's Ctrl-C away from it: we end it, in order.
     return await asyncio.create_subprocess_exec(

@@ -1,8 +1,13 @@
 """The rank process: `python -m expertd.cluster.rank CONTROL_FD`, spawned by the supervisor.
 
 Only this process imports MLX. Its first frame says who it is; then it loads the checkpoint, says Ready, and
-runs until its supervisor or its group ends. Its threads: the main one owns the engine and MLX; one reads
-the control socket; the mailbox's C thread beats the pulse and ends the process with its supervisor.
+lives through one epoch after the other until its supervisor ends. Its threads: the main one owns the engine and
+MLX; one reads the control socket; the mailbox's C thread beats the pulse and ends the process with its supervisor.
+
+An epoch ends for us in one of three ways, and all lead to the next Begin. A step fails: we say Ended and wait. The
+supervisor has poisoned the mailbox: the step in progress fails, or the wait for a frame does. Or Begin comes while a
+leader has nothing to do. The weights stay; caches and mailbox are the epoch's. The old mailbox is kept open until then,
+so that the pulse goes on: a rank without a pulse would be taken for a dead one.
 """
 
 import os
@@ -14,21 +19,30 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from expertd.config import GroupConfig
-from expertd.engine.messages import Decoder, Fatal, Message, Ready, Setup, encode
-from expertd.errors import ExpertdError, RemoteProtocolError
-from expertd.topology.machine import settle
+from expertd.engine.messages import Begin, Cancel, Ended, Failed, Fatal, Message, Ready, Setup, Submit, codec
+from expertd.errors import ExpertdError, LinkTimeout, RemoteProtocolError, TransportError
+from expertd.topology.machine import describe_machine, settle
+
+if TYPE_CHECKING:
+    from expertd.checkpoint.inspect import CheckpointInfo
+    from expertd.engine.engine import Engine
+    from expertd.link.mailbox import Mailbox
+    from expertd.model.model import Model
 
 # The supervisor reads at once; one that does not for this long is stuck, and its ranks must not be.
 SEND_TIMEOUT_S = 30.0
+# The mailbox is sent before the Begin that speaks of it.
+MAILBOX_TIMEOUT_S = 5.0
 
 
 class Control:
     """This rank's end of the control socket: a reading thread, and sends with a deadline."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock, self._decoder = sock, Decoder()
+        self._sock, self._decoder = sock, codec.decoder()
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
 
     def setup(self) -> Setup:
@@ -43,7 +57,7 @@ class Control:
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     def send(self, message: Message) -> None:
-        data = memoryview(encode(message))
+        data = memoryview(codec.encode(message))
         while data:
             _, writable, _ = select.select([], [self._sock], [], SEND_TIMEOUT_S)
             if not writable:
@@ -65,29 +79,134 @@ class Control:
         return data
 
 
-def _serve(setup: Setup, control: Control) -> None:
+class Rank:
+    """A loaded rank; `run` takes it through its epochs."""
+
+    def __init__(
+        self, setup: Setup, group: GroupConfig, control: Control, model: "Model", engine: "Engine"
+    ) -> None:
+        self._lifeline_fd, self._group, self._control = setup.lifeline_fd, group, control
+        self._channel = socket.socket(fileno=setup.fd_channel)
+        self._channel.settimeout(MAILBOX_TIMEOUT_S)
+        self._model, self._engine = model, engine
+        self._mailbox: Mailbox | None = None
+        self._leads = False
+
+    def run(self) -> NoReturn:
+        begin = self._wait_begin()
+        while True:
+            begin = self._live(begin)
+
+    def _live(self, begin: Begin) -> Begin:
+        """Live through one epoch; gives the Begin of the next."""
+        from expertd.engine.runner import Runner
+
+        try:
+            self._leads = begin.rank == 0
+            runner = Runner(self._model, self._enter(begin))
+            if self._leads:
+                self._engine.begin(runner, begin.split, begin.fractions)
+            else:
+                self._engine.abandon(
+                    f"another rank leads since epoch {begin.epoch}: {begin.reason}; ask again"
+                )
+            while True:
+                if following := self._take_messages():
+                    return following
+                if self._leads:
+                    self._engine.step()
+                else:
+                    runner.follow()
+        except TransportError as e:
+            self._control.send(Ended(begin.epoch, type(e).__name__, str(e)))
+        return self._wait_begin()
+
+    def _enter(self, begin: Begin) -> "Mailbox":
+        """Leave the old epoch's mailbox for the new one's. Raises TransportError when it does not come."""
+        from expertd.link.mailbox import Mailbox
+
+        self._model.attach(None)
+        if self._mailbox:
+            self._mailbox.close()
+            self._mailbox = None
+        fd = self._receive_mailbox(begin.epoch)
+        try:
+            self._mailbox = Mailbox(
+                fd,
+                begin.rank,
+                begin.num_ranks,
+                step_timeout_s=self._group.exchange_timeout_s,
+                pulse_timeout_s=self._group.pulse_timeout_s,
+                lifeline_fd=self._lifeline_fd,
+            )
+        finally:
+            os.close(fd)
+        self._model.attach(self._mailbox if begin.num_ranks > 1 else None)
+        return self._mailbox
+
+    def _receive_mailbox(self, epoch: int) -> int:
+        try:
+            number, fds, _, _ = socket.recv_fds(self._channel, 8, 1)
+        except TimeoutError as e:
+            raise LinkTimeout(f"epoch {epoch}: no mailbox came within {MAILBOX_TIMEOUT_S:g} s") from e
+        if int.from_bytes(number, "big") != epoch or len(fds) != 1:
+            raise RemoteProtocolError(f"epoch {epoch}: {len(fds)} mailboxes came, for epoch {number.hex()}")
+        return fds[0]
+
+    def _take_messages(self) -> Begin | None:
+        """Take what has come, until a Begin; a leader without work waits for it, at most IDLE_S."""
+        from expertd.engine.runner import IDLE_S
+
+        block = self._leads and self._engine.idle
+        try:
+            while True:
+                message = self._control.inbox.get(block, IDLE_S)
+                block = False
+                if isinstance(message, Begin):
+                    return message
+                self._take(message)
+        except queue.Empty:
+            return None
+
+    def _wait_begin(self) -> Begin:
+        """Wait for the next epoch; the control thread ends the process if there never is one."""
+        while True:
+            message = self._control.inbox.get()
+            if isinstance(message, Begin):
+                return message
+            self._take(message)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Submit | Cancel) and self._leads:
+            self._engine.take(message)
+        elif isinstance(message, Submit):
+            self._control.send(Failed(message.request_id, "this rank does not lead any more; ask again"))
+
+
+def _load(setup: Setup, control: Control) -> Rank:
     from expertd.checkpoint.inspect import check_checkpoint
     from expertd.engine.engine import Engine
-    from expertd.engine.runner import Runner
     from expertd.engine.text import Tokenizer
-    from expertd.link.mailbox import Mailbox
     from expertd.model.model import Model
 
     group = _group(setup)
-    mailbox = Mailbox(
-        setup.mailbox_fd,
-        setup.rank,
-        group.num_ranks,
-        step_timeout_s=group.exchange_timeout_s,
-        pulse_timeout_s=group.pulse_timeout_s,
-        lifeline_fd=setup.lifeline_fd,
-    )
     info = check_checkpoint(Path(group.checkpoint))
-    model = Model(info.folder, info.config, mailbox if group.num_ranks > 1 else None)
+    model = Model(info.folder, info.config)
     model.require(group.split)
-    runner = Runner(model, mailbox)
-    ready = Ready(
-        rank=setup.rank,
+    # Every rank may come to lead, and has no time to spare then.
+    tokenizer = Tokenizer(info.folder, info.config)
+    engine = Engine(tokenizer, info.context_length, model.splits, group.prefill_chunk, control.send)
+    control.send(_ready(setup.rank, info, model))
+    return Rank(setup, group, control, model, engine)
+
+
+def _ready(rank: int, info: "CheckpointInfo", model: "Model") -> Ready:
+    import mlx.core as mx
+
+    device = "cpu" if mx.default_device() == mx.cpu else "gpu"
+    machine = describe_machine()
+    return Ready(
+        rank=rank,
         family=info.family,
         context_length=info.context_length,
         vocab_size=int(info.config.get("vocab_size", 0)),
@@ -95,16 +214,10 @@ def _serve(setup: Setup, control: Control) -> None:
         top_k=info.top_k,
         splits=model.splits,
         load_s=model.load_s,
+        mlx_version=machine["mlx"],
+        architecture=f"cpu: {machine['cpu']}" if device == "cpu" else str(mx.device_info()["architecture"]),
+        device=device,
     )
-    if setup.rank > 0:
-        control.send(ready)
-        while True:
-            runner.follow()
-    tokenizer = Tokenizer(info.folder, info.config)
-    engine = Engine(group, runner, tokenizer, info.context_length, model.splits, control.inbox, control.send)
-    control.send(ready)
-    while True:
-        engine.step()
 
 
 def _group(setup: Setup) -> GroupConfig:
@@ -122,11 +235,11 @@ def main() -> None:
     cpus = setup.group.get("cpus")
     settle(cpus[setup.rank] if cpus else ())
     try:
-        _serve(setup, control)
+        _load(setup, control).run()
     except ExpertdError as e:
         control.send(Fatal(setup.rank, type(e).__name__, str(e)))
     except Exception as e:
-        control.send(Fatal(setup.rank, "ClusterError", f"rank {setup.rank}: {type(e).__name__}: {e}"))
+        control.send(Fatal(setup.rank, "ClusterError", f"{type(e).__name__}: {e}"))
         if os.environ.get("EXPERTD_DEBUG"):
             raise
     os._exit(1)  # MLX's stream thread may still sit in an exchange; nothing here needs a tidy end

@@ -1,51 +1,66 @@
-"""The supervisor's half of a group of ranks on this host: start them, talk to rank 0, end them all.
+"""The supervisor's half of a group: this host's ranks, the present epoch, and the way of a request to its leader.
 
-How a group lives. `Cluster.open` creates the mailbox, spawns every rank, sends each its Setup and waits
-for each one's Ready. From then on one task per rank reads its control socket and waits for its exit.
-Whatever ends the group first (a death, a Fatal, garbage on a socket, a silence that is too long, or the
-owner leaving the `async with`) goes through `_end`, which happens once and in this order: the mailbox's
-epoch is poisoned, so that no rank stays inside an exchange; every open request gets its Failed; a task
-hangs up on all ranks, sends SIGTERM, a second later SIGKILL, and reaps every one. For now one dead rank
-ends the whole group.
+How a group lives. `Cluster.open` spawns every rank, sends each its Setup and waits for each one's Ready; then the
+coordinator begins the first epoch. From then on one task per rank reads its control socket and waits for its exit,
+one looks at the ranks' pulses, and one hands changes to the coordinator, one at a time.
+
+How an epoch ends. A rank dies (`_died`: an exit, a Fatal, garbage, a pulse that stands still, a silence that is too
+long) or a living one reports that its epoch failed (Ended). Either way `end_epoch` poisons the mailbox, so that no
+rank stays inside an exchange, and the coordinator gets an event. A dead rank is killed, reaped and never comes back;
+if it was the leader, its open requests fail, because nobody else has their transcripts.
+
+How the group ends. When nobody goes on, or the owner leaves the `async with`, `_end` happens once and in this order:
+the epoch is poisoned; every open request gets its Failed; a task hangs up on all ranks, sends SIGTERM, a second later
+SIGKILL, and reaps every one.
 """
 
 import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol, Self
 
 from expertd import errors
-from expertd.cluster.process import RankProcess
-from expertd.cluster.reply import Reply
+from expertd.cluster.epoch import (
+    Coordinator,
+    Epoch,
+    EpochEnded,
+    Event,
+    Layout,
+    LocalCoordinator,
+    RankDied,
+    RanksReady,
+)
+from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
-    Cancel,
     Done,
+    Ended,
     Failed,
     Fatal,
     Message,
     Ready,
     Rejected,
-    Setup,
     Started,
     Submit,
     Token,
 )
-from expertd.errors import ClusterError, ConfigError, ExpertdError, RemoteProtocolError
+from expertd.errors import ClusterError, ExpertdError, RemoteProtocolError
 
 RANK_MODULE = "expertd.cluster.rank"
 LOAD_TIMEOUT_S = 600.0
-# A rank says nothing while it reads a long prompt, so this must exceed the longest prefill.
-SILENCE_TIMEOUT_S = 1800.0
 MAX_OPEN_REQUESTS = 64
+# A request that comes while nobody leads waits this long for the next epoch.
+LEADER_TIMEOUT_S = 10.0
+# An epoch that fails this soon counts as fruitless even if nobody asked anything (see EpochEnded).
+FRUITLESS_S = 10.0
 # The last frame of a rank (its Fatal) and its exit come in either order; each waits so long for the other.
 LAST_WORDS_S = 0.5
 KILL_AFTER_S = 1.0
 REAP_TIMEOUT_S = 5.0
+WHAT_NEXT = "look above and in the system log for the cause (out of memory?), then start expertd again"
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +70,16 @@ class MailboxModule(Protocol):
 
     def create(self, num_ranks: int, slot_bytes: int, /) -> int: ...
 
-    def poison(self, fd: int, /) -> None: ...
+    def poison(self, fd: int, reason: str, /) -> None: ...
+
+    def pulses(self, fd: int, /) -> tuple[tuple[int, ...], int]:
+        """The beats of every rank and of the link; 0 until one has begun to beat."""
+
+
+class Leader(Protocol):
+    """Whoever answers requests: a local rank 0, or a way to the host that has it."""
+
+    def generate(self, submit: Submit, /) -> AsyncGenerator[Started | Token | Done, None]: ...
 
 
 def load_mailbox() -> MailboxModule:
@@ -68,40 +92,51 @@ def load_mailbox() -> MailboxModule:
 class Cluster:
     """A running group of ranks; `async with Cluster.open(group) as cluster` is the only way to get one."""
 
-    def __init__(self, group: GroupConfig) -> None:
+    def __init__(self, group: GroupConfig, coordinator: "Callable[[Cluster], Coordinator]") -> None:
         self.group = group
         self._mailbox = load_mailbox()
-        self._mailbox_fd = self._mailbox.create(group.num_ranks, group.slot_bytes)
-        self._ranks: list[RankProcess] = []
-        self._readies: dict[int, Ready] = {}
-        self._replies: dict[str, Reply] = {}
-        self._watches: list[asyncio.Task[None]] = []
-        self._teardown: asyncio.Task[None] | None = None
+        self._coordinator = coordinator(self)
+        self._ranks: list[LocalRank] = []
+        self._epochs: list[Epoch] = []  # the present one last; before it, those that a rank has not left yet
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._leader: Leader | None = None
+        self._led = asyncio.Event()
         self._all_ready = asyncio.Event()
+        self._num_open = 0
+        self._num_fruitless = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._teardown: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[ExpertdError] = asyncio.get_running_loop().create_future()
-        self._last_word = time.monotonic()
 
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, group: GroupConfig, rank_module: str | None = None, load_timeout_s: float = LOAD_TIMEOUT_S
+        cls,
+        group: GroupConfig,
+        rank_module: str | None = None,
+        load_timeout_s: float = LOAD_TIMEOUT_S,
+        coordinator: "Callable[[Cluster], Coordinator]" = LocalCoordinator,
     ) -> AsyncIterator[Self]:
         """Start the ranks of `group`, wait until all are ready, and end all of them at the exit.
 
-        Raises what a rank names when it cannot start (CheckpointError, ConfigError, ...), ClusterError
-        when one dies or is not ready within `load_timeout_s` seconds.
+        What `coordinator` makes of the cluster decides about its epochs. Raises what a rank names when it cannot
+        start (CheckpointError, ConfigError, ...), ClusterError when one dies or is not ready within
+        `load_timeout_s` seconds.
         """
-        cluster = cls(group)
+        cluster = cls(group, coordinator)
         try:
             await cluster._start(rank_module or RANK_MODULE, load_timeout_s)
             yield cluster
         finally:
             await cluster._close()
 
+    # What is known of the group.
+
     @property
     def ready(self) -> Ready:
-        """What rank 0 said when it was ready."""
-        return self._readies[0]
+        """What this host's first living rank said when it was ready (the last one's words when none lives)."""
+        said = [rank.ready for rank in self.living or self._ranks if rank.ready]
+        return said[0]
 
     @property
     def failure(self) -> str | None:
@@ -112,147 +147,282 @@ class Cluster:
         """Wait for the end of the group, however long it lives, and give the reason in one line."""
         return str(await asyncio.shield(self._ended))
 
+    @property
+    def living(self) -> list[LocalRank]:
+        return [rank for rank in self._ranks if not rank.dead]
+
+    @property
+    def epoch(self) -> int:
+        """The number of the latest epoch; 0 before the first."""
+        return self._epochs[-1].layout.epoch if self._epochs else 0
+
+    @property
+    def running(self) -> bool:
+        """Whether the latest epoch goes on."""
+        return bool(self._epochs) and self._epochs[-1].over is None
+
+    def describe(self) -> dict[str, Any]:
+        """The state of the group in plain values: epoch, split, reason (of the last change), ranks of this host.
+
+        A rank's state is "loading", "waiting" (for an epoch), "joining" (one), "running" or "dead".
+        """
+        epoch = self._epochs[-1] if self._epochs else None
+        split = None
+        if epoch:
+            split = epoch.layout.split if epoch.layout.num_ranks > 1 else "solo"
+        return {
+            "epoch": self.epoch,
+            "split": split,
+            "reason": (epoch.over or epoch.reason or None) if epoch else None,
+            "ranks": [
+                {"id": r.id, "pid": r.pid, "rank": r.number, "state": self._state(r)} for r in self._ranks
+            ],
+        }
+
+    def _state(self, rank: LocalRank) -> str:
+        if rank.dead:
+            return "dead"
+        if not rank.ready:
+            return "loading"
+        if not (self.running and rank.sits_in(self._epochs[-1])):
+            return "waiting"
+        return "running" if rank.seats[-1].joined else "joining"
+
+    # Requests.
+
     async def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
         """Run one request: Started, Token..., Done. Leaving early cancels it on the rank.
 
-        Raises ConfigError when the rank rejects the request, ClusterError when the group fails, is dead
-        already, or has MAX_OPEN_REQUESTS open.
+        Raises ConfigError when the rank rejects the request, ClusterError when the leader dies, the group is dead
+        already, has MAX_OPEN_REQUESTS open, or has no leader for LEADER_TIMEOUT_S seconds.
         """
-        reply = self._open_reply(submit.request_id)
-        try:
-            await self._ranks[0].send(submit)
-            while True:
-                event = await reply.get()
-                if isinstance(event, Rejected):
-                    raise ConfigError(event.message)
-                if isinstance(event, Failed):
-                    raise ClusterError(event.message)
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            del self._replies[submit.request_id]
-            if not reply.ended:
-                self._ranks[0].send_nowait(Cancel(submit.request_id))
-
-    def _open_reply(self, request_id: str) -> Reply:
         if self._ended.done():
             raise ClusterError(str(self._ended.result()))
-        if len(self._replies) >= MAX_OPEN_REQUESTS:
+        if self._num_open >= MAX_OPEN_REQUESTS:
             raise ClusterError(f"{MAX_OPEN_REQUESTS} requests are open, the most at a time. Try again later.")
-        assert request_id not in self._replies, "request ids are unique"
-        if not self._replies:
-            self._last_word = time.monotonic()
-        reply = self._replies[request_id] = Reply(request_id)
-        return reply
+        self._num_open += 1
+        try:
+            leader = self._leader or await self._wait_leader()
+            async with aclosing(leader.generate(submit)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_open -= 1
+
+    async def _wait_leader(self) -> Leader:
+        try:
+            async with asyncio.timeout(LEADER_TIMEOUT_S):
+                await self._led.wait()
+        except TimeoutError:
+            pass
+        if self._ended.done():
+            raise ClusterError(str(self._ended.result()))
+        if self._leader is None:
+            reason = self.describe()["reason"] or "the group is not complete yet"
+            raise ClusterError(f"{reason}; nobody answers requests at the moment. Try again later.")
+        return self._leader
+
+    def _lead_by(self, leader: Leader | None) -> None:
+        self._leader = leader
+        if leader:
+            self._led.set()
+        else:
+            self._led.clear()
+
+    # Epochs.
+
+    async def begin(self, layout: Layout, leader: Leader | None = None) -> None:
+        """Begin an epoch, ending the one before it; requests go to its local rank 0, or to `leader`.
+
+        Raises ClusterError when there is no memory for a mailbox. If a rank of the layout is dead, the epoch is over
+        as soon as it has begun.
+        """
+        assert layout.epoch > self.epoch and len(layout.shares) == layout.num_ranks
+        self.end_epoch("another epoch begins")
+        fd = layout.mailbox_fd
+        if fd is None:
+            fd = self._mailbox.create(layout.num_ranks, self.group.slot_bytes)
+        epoch = Epoch(layout, fd, reason=(self._epochs[-1].over or "") if self._epochs else "")
+        self._epochs.append(epoch)
+        if self._ended.done():
+            self.end_epoch(str(self._ended.result()))
+            return
+        members = [self._ranks[i] for i in layout.local]
+        for number, rank in enumerate(members, start=layout.first_rank):
+            if rank.dead:
+                self.end_epoch(f"rank {number} {rank.dead}")
+            else:
+                rank.join(epoch, number)
+        first = members[0] if members and layout.first_rank == 0 and not members[0].dead else None
+        self._lead_by(first or leader)
+
+    def end_epoch(self, reason: str) -> None:
+        """Poison the present epoch, if it is not over yet; its ranks wait for the next one."""
+        if self.running:
+            epoch = self._epochs[-1]
+            epoch.over = reason
+            self._mailbox.poison(epoch.mailbox_fd, reason)
+
+    async def _coordinate(self) -> None:
+        while True:
+            event = await self._events.get()
+            try:
+                await self._coordinator.changed(event)
+            except ExpertdError as e:
+                self._end(e)
+
+    def _died(self, rank: LocalRank, what: str, error: ExpertdError | None = None) -> None:
+        """Bury a rank, once: `what` it did ("died: ..."). `error` ends the group if nobody goes on without it."""
+        if rank.dead or self._ended.done():
+            return
+        rank.dead, reason = what, f"rank {rank.number} {what}"
+        outlook = self._coordinator.outlook() if self._all_ready.is_set() else None
+        if outlook is None:
+            self._end(error or ClusterError(f"{reason}; {WHAT_NEXT}"))
+            return
+        if self._leader is rank:
+            self._lead_by(None)
+        rank.fail_requests(f"{reason}; ask again: {outlook}")
+        if self._epochs and rank.sits_in(self._epochs[-1]):
+            self.end_epoch(reason)
+        rank.seats.clear()
+        rank.hang_up()
+        rank.process.kill()
+        self._events.put_nowait(RankDied(rank.number, reason))
+
+    def _epoch_failed(self, rank: LocalRank, ended: Ended) -> None:
+        """A living rank found its epoch broken; late reports of an epoch that is over change nothing."""
+        if not self.running or ended.epoch != self.epoch or not rank.sits_in(self._epochs[-1]):
+            return
+        epoch = self._epochs[-1]
+        young = time.monotonic() - epoch.began < FRUITLESS_S
+        fruitless = not epoch.fruitful and (young or self._num_open > 0)
+        self._num_fruitless = self._num_fruitless + 1 if fruitless else 0
+        self.end_epoch(ended.message)
+        self._events.put_nowait(EpochEnded(ended.epoch, ended.message, self._num_fruitless))
+
+    # Ranks.
 
     async def _start(self, rank_module: str, load_timeout_s: float) -> None:
-        group = asdict(self.group)
+        self._watch_over(self._coordinate())
         for r in range(self.group.num_ranks):
-            rank = await RankProcess.spawn(r, rank_module, self._mailbox_fd)
+            rank = await LocalRank.spawn(r, rank_module, self.group)
             self._ranks.append(rank)
-            rank.send_nowait(Setup(r, self._mailbox_fd, rank.lifeline_fd, group))
-            self._watches.append(asyncio.create_task(self._watch(rank)))
-        self._watches.append(asyncio.create_task(self._watch_silence()))
-        await self._wait_ready(load_timeout_s)
-
-    async def _wait_ready(self, load_timeout_s: float) -> None:
-        ready = asyncio.create_task(self._all_ready.wait())
-        try:
-            either: set[asyncio.Future[Any]] = {ready, self._ended}
-            await asyncio.wait(either, timeout=load_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ready.cancel()
-        if self._ended.done():
-            raise self._ended.result()
+            self._watch_over(self._watch(rank))
+        self._watch_over(self._look_after())
+        await self._wait_for(self._all_ready, load_timeout_s)
         if not self._all_ready.is_set():
-            missing = [r.rank for r in self._ranks if r.rank not in self._readies]
+            missing = [str(r.id) for r in self._ranks if not r.ready]
             raise ClusterError(
-                f"rank {', '.join(map(str, missing))}: not ready after {load_timeout_s:g} s. "
+                f"rank {', '.join(missing)}: not ready after {load_timeout_s:g} s. "
                 "Is the checkpoint on a slow disk, or memory short? Try again with fewer --ranks."
             )
+        self._events.put_nowait(RanksReady())
+        await self._wait_for(self._led, LEADER_TIMEOUT_S)
 
-    async def _watch(self, rank: RankProcess) -> None:
-        """Hand on what the rank says until it is gone, then end the group."""
+    async def _wait_for(self, event: asyncio.Event, timeout_s: float) -> None:
+        """Wait for an event or the time. Raises what ended the group."""
+        happened = asyncio.create_task(event.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {happened, self._ended}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            happened.cancel()
+        if self._ended.done():
+            raise self._ended.result()
+
+    def _watch_over(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a task that lives as long as the group; if it fails, by a bug of ours, so does the group."""
+
+        def check(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (e := task.exception()):
+                self._end(ClusterError(f"{type(e).__name__}: {e}. This is a bug of expertd."))
+
+        task = asyncio.create_task(work)
+        task.add_done_callback(check)
+        self._tasks.append(task)
+
+    async def _watch(self, rank: LocalRank) -> None:
+        """Hand on what the rank says until it is gone."""
         said = asyncio.create_task(self._read_all(rank))
-        gone = asyncio.create_task(rank.wait_exit())
+        gone = asyncio.create_task(rank.process.wait_exit())
         try:
             await asyncio.wait({said, gone}, return_when=asyncio.FIRST_COMPLETED)
             await asyncio.wait({said, gone}, timeout=LAST_WORDS_S)
         finally:
             said.cancel()
             gone.cancel()
-        self._end(
-            ClusterError(
-                f"rank {rank.rank} died: {rank.describe_end()}; "
-                "look above and in the system log for the cause (out of memory?), then start expertd again"
-            )
-        )
+        self._died(rank, f"died: {rank.process.describe_end()}")
 
-    async def _read_all(self, rank: RankProcess) -> None:
+    async def _read_all(self, rank: LocalRank) -> None:
         try:
-            async for message in rank.messages():
-                self._dispatch(rank.rank, message)
+            async for message in rank.process.messages():
+                if rank.dead:
+                    return
+                self._hear(rank, message)
         except RemoteProtocolError as e:
-            self._end(ClusterError(f"rank {rank.rank} broke the protocol: {e}. This is a bug of expertd."))
+            self._died(rank, f"broke the protocol: {e} (a bug of expertd)")
 
-    def _dispatch(self, rank: int, message: Message) -> None:
-        if rank == 0:
-            self._last_word = time.monotonic()
+    def _hear(self, rank: LocalRank, message: Message) -> None:
+        rank.last_word = time.monotonic()
         if isinstance(message, Fatal):
-            self._end(_error_named(message.kind, message.message))
-        elif isinstance(message, Ready) and rank not in self._readies:
-            self._readies[rank] = message
-            if len(self._readies) == self.group.num_ranks:
+            self._died(rank, f"died: {message.message}", _error_named(message.kind, message.message))
+        elif isinstance(message, Ready) and not rank.ready:
+            rank.ready = message
+            if all(r.ready for r in self._ranks) and len(self._ranks) == self.group.num_ranks:
                 self._all_ready.set()
-        elif rank == 0 and isinstance(message, Started | Token | Done | Rejected | Failed):
-            # Events of a request that its reader has left are on their way until Cancel arrives.
-            if reply := self._replies.get(message.request_id):
-                reply.put(message)
+        elif isinstance(message, Ended):
+            self._epoch_failed(rank, message)
+        elif isinstance(message, Started | Token | Done | Rejected | Failed):
+            if isinstance(message, Token) and self._epochs:
+                self._epochs[-1].fruitful = True
+            rank.answer(message)
         else:
             raise RemoteProtocolError(f"unexpected {type(message).__name__}")
 
-    async def _watch_silence(self) -> None:
+    async def _look_after(self) -> None:
+        """Find the ranks that are stopped, stuck or silent though their sockets are open."""
         while not self._ended.done():
-            await asyncio.sleep(SILENCE_TIMEOUT_S / 100)
-            if self._replies and time.monotonic() - self._last_word > SILENCE_TIMEOUT_S:
-                self._end(
-                    ClusterError(
-                        f"rank 0 has said nothing for {SILENCE_TIMEOUT_S:g} s with {len(self._replies)} "
-                        "requests open. Start expertd again."
-                    )
-                )
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            for rank in self.living:
+                if what := rank.ailment(self._mailbox.pulses, now, self.group.exchange_timeout_s):
+                    self._died(rank, what)
+            self._forget_epochs()
+
+    def _forget_epochs(self) -> None:
+        """Give back the memory of epochs that all their ranks have left."""
+        for epoch in self._epochs[:-1]:
+            if not any(rank.sits_in(epoch) for rank in self.living):
+                self._epochs.remove(epoch)
+                os.close(epoch.mailbox_fd)
+
+    # The end.
 
     def _end(self, error: ExpertdError) -> None:
         """End the group, once: what the later callers found is a consequence of the first."""
         if self._ended.done():
             return
         self._ended.set_result(error)
-        self._mailbox.poison(self._mailbox_fd)
-        for reply in self._replies.values():
-            reply.put(Failed(reply.request_id, str(error)))
+        self.end_epoch(str(error))
+        self._led.set()  # whoever waits for a leader looks again
+        for rank in self._ranks:
+            rank.fail_requests(str(error))
         self._teardown = asyncio.create_task(self._stop_ranks())
 
     async def _stop_ranks(self) -> None:
         for rank in self._ranks:
             rank.hang_up()
-            rank.terminate()
-        await self._wait_exits(KILL_AFTER_S)
+            rank.process.terminate()
+        await wait_exits(self._ranks, KILL_AFTER_S)
         for rank in self._ranks:
-            rank.kill()
-        await self._wait_exits(REAP_TIMEOUT_S)
+            rank.process.kill()
+        await wait_exits(self._ranks, REAP_TIMEOUT_S)
         for rank in self._ranks:
-            if rank.running:
+            if rank.process.running:
                 _log.error(
-                    "rank %d (process %d) is stuck in the kernel and cannot be killed", rank.rank, rank.pid
+                    "rank %d (process %d) is stuck in the kernel and cannot be killed", rank.id, rank.pid
                 )
-
-    async def _wait_exits(self, timeout_s: float) -> None:
-        exits = [asyncio.create_task(rank.wait_exit()) for rank in self._ranks if rank.running]
-        if exits:
-            await asyncio.wait(exits, timeout=timeout_s)
-        for task in exits:
-            task.cancel()
 
     async def _close(self) -> None:
         self._end(ClusterError("expertd is stopping"))
@@ -262,18 +432,21 @@ class Cluster:
         except asyncio.CancelledError:
             # The second Ctrl-C: no more grace, but still no process left behind.
             for rank in self._ranks:
-                rank.kill()
+                rank.process.kill()
             await self._teardown
             raise
         finally:
-            for task in self._watches:
+            for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._watches, return_exceptions=True)
-            os.close(self._mailbox_fd)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for epoch in self._epochs:
+                os.close(epoch.mailbox_fd)
+            self._epochs.clear()
 
 
-def _error_named(kind: str, message: str) -> ExpertdError:
-    cls = getattr(errors, kind, None)
-    if isinstance(cls, type) and issubclass(cls, ExpertdError):
+def _error_named(kind: str, message: str) -> ExpertdError | None:
+    """The user's error that a rank named; None for a failure of its own."""
+    cls = getattr(errors, kind, ClusterError)
+    if isinstance(cls, type) and issubclass(cls, ExpertdError) and cls is not ClusterError:
         return cls(message)
-    return ClusterError(message)
+    return None

@@ -3,9 +3,13 @@
 `step` is the architecture in four beats: schedule (which sequence), plan (what to compute, and under which
 split), run (the MLX graph with the exchanges inside), deliver (sample, detokenize, send). Requests are
 served one after another, in the order of their arrival.
+
+The engine outlives epochs. `begin` puts it on the new epoch's runner, whose caches are empty: every sequence is
+prefilled again from its transcript (the prompt and what was generated) and goes on with the next token. None is
+repeated and none is missing, because a token counts only once its whole step has succeeded, and what is sampled
+depends on the logits, the seed and the position alone.
 """
 
-import queue
 import secrets
 import time
 from collections import deque
@@ -14,10 +18,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from expertd.config import GroupConfig
 from expertd.engine.messages import Cancel, Failed, Message, Rejected, Started, Submit, Token
 from expertd.engine.plan import Plan
-from expertd.engine.runner import IDLE_S, Runner
+from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, prompt_ids
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
@@ -27,30 +30,60 @@ from expertd.split.cut import choose
 
 @dataclass
 class Engine:
-    """`inbox` brings Submit and Cancel from another thread; `send` gives events to the supervisor."""
+    """`send` gives events to the supervisor; `begin` comes before the first `step`."""
 
-    group: GroupConfig
-    runner: Runner
     tokenizer: Tokenizer
     context_length: int
     splits: list[str]
-    inbox: "queue.SimpleQueue[Message]"
+    prefill_chunk: int
     send: Callable[[Message], None]
+    _runner: Runner | None = None
+    _split: str = "solo"
+    _fractions: tuple[float, ...] = (1.0,)
     _waiting: deque[Sequence] = field(default_factory=deque)
     _released: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _logits: list[mx.array] = field(default_factory=list)
 
-    def step(self) -> None:
-        """Advance one sequence by one step; waits at most IDLE_S when there is no work.
+    @property
+    def idle(self) -> bool:
+        """Whether `step` would find nothing to do."""
+        return not self._waiting
 
-        Raises TransportError when the group is broken: the engine is then of no further use.
+    def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
+        """Go on in a new epoch: no sequence has a cache in `runner`, and steps are divided by `split`."""
+        self._runner, self._split, self._fractions = runner, split, fractions
+        self._released = []
+        for sequence in self._waiting:
+            sequence.num_computed = 0
+
+    def abandon(self, reason: str) -> None:
+        """Fail every open request: another rank leads now, and knows nothing of them."""
+        for sequence in self._waiting:
+            self.send(Failed(sequence.submit.request_id, reason))
+        self._waiting.clear()
+        self._logits, self._runner = [], None
+
+    def take(self, message: Submit | Cancel) -> None:
+        """Queue a request, or mark one as cancelled."""
+        if isinstance(message, Submit):
+            self._admit(message)
+            return
+        for sequence in self._waiting:
+            if sequence.submit.request_id == message.request_id:
+                sequence.cancelled = True
+
+    def step(self) -> None:
+        """Advance one sequence by one step, if there is one.
+
+        Raises TransportError when the epoch is over; the step then has not happened, and `begin` comes next.
         """
+        assert self._runner is not None
         sequence = self._schedule()
         if sequence is None:
             return
         plan = self._plan(sequence)
-        logits = self.runner.lead(plan)
+        logits = self._runner.lead(plan)
         sequence.num_computed += len(plan.tokens)
         if logits is not None:
             self._deliver(sequence, logits, plan.split.name)
@@ -58,22 +91,9 @@ class Engine:
     # Beat 1: schedule.
 
     def _schedule(self) -> Sequence | None:
-        self._take_messages(block=not self._waiting)
         while self._waiting and self._waiting[0].cancelled:
             self._finish(self._waiting[0], "solo")
         return self._waiting[0] if self._waiting else None
-
-    def _take_messages(self, block: bool) -> None:
-        try:
-            while True:
-                message = self.inbox.get(block=block, timeout=IDLE_S)
-                block = False
-                if isinstance(message, Submit):
-                    self._admit(message)
-                elif isinstance(message, Cancel):
-                    self._cancel(message.request_id)
-        except queue.Empty:
-            return
 
     def _admit(self, submit: Submit) -> None:
         try:
@@ -97,18 +117,15 @@ class Engine:
         )
         self.send(Started(submit.request_id, len(prompt)))
 
-    def _cancel(self, request_id: str) -> None:
-        for sequence in self._waiting:
-            if sequence.submit.request_id == request_id:
-                sequence.cancelled = True
-
     # Beat 2: plan.
 
     def _plan(self, sequence: Sequence) -> Plan:
         """All but the last known token are prefilled in chunks; the last one is a decode step."""
-        if sequence.num_computed == 0:
+        if (
+            sequence.num_computed == 0 and not sequence.generated
+        ):  # after an interruption its prefill is no prompt's
             sequence.started_at = time.monotonic()
-        num_tokens = max(1, min(sequence.num_left - 1, self.group.prefill_chunk))
+        num_tokens = max(1, min(sequence.num_left - 1, self.prefill_chunk))
         at, released = sequence.num_computed, self._released
         self._released = []
         return Plan(
@@ -116,7 +133,7 @@ class Engine:
             is_new=at == 0,
             tokens=sequence.tokens[at : at + num_tokens],
             decode=sequence.num_left == 1,
-            split=choose(self.group.split, num_tokens, self.splits, self.group.fractions),
+            split=choose(self._split, num_tokens, self.splits, self._fractions),
             released=released,
         )
 
@@ -137,7 +154,7 @@ class Engine:
         self._waiting.remove(sequence)
         if sequence.num_computed:
             self._released.append(sequence.sequence_id)
-        done = sequence.done(split, self.group.num_ranks)
+        done = sequence.done(split, len(self._fractions))
         logits, self._logits = self._logits, []
         if sequence.submit.logits_file and logits:
             try:

@@ -1,20 +1,14 @@
-"""What the supervisor and rank 0 say to each other: plain values, and their framing in bytes.
+"""What a supervisor and its ranks say to each other; expertd.wire frames it.
 
-A frame is a 4-byte big-endian length and that many bytes of msgpack, a map whose key "op" names the
-message class. Nothing here does I/O: `encode` gives bytes, `Decoder.feed` takes them as they come.
-
-    supervisor -> rank   Setup (first, once), Submit, Cancel
-    rank -> supervisor   Ready or Fatal (once); then, from rank 0, per request: Started, Token..., and
-                         one of Done, Rejected (the request is wrong), Failed (we are)
+supervisor -> rank   Setup (first, once), Begin (once per epoch), Submit, Cancel
+rank -> supervisor   Ready (once), Ended (at most once per epoch), Fatal (last); from rank 0 also, per request:
+                     Started, Token..., and one of Done, Rejected (the request is wrong), Failed (we are)
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import msgpack
-
-from expertd.errors import RemoteProtocolError
+from expertd.wire import Codec
 
 # A request carries a prompt; 64 MiB is far above any context length and far below any memory.
 MAX_FRAME_BYTES = 64 << 20
@@ -22,12 +16,34 @@ MAX_FRAME_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Setup:
-    """The first frame to each rank: who it is and what it serves. `group` is GroupConfig as a map."""
+    """The first frame to each rank: which one it is on its host, and what it serves. `group` is GroupConfig as a map.
+
+    Every epoch's mailbox comes over the socket `fd_channel`, as a descriptor beside the epoch's number in 8 bytes,
+    big-endian.
+    """
 
     rank: int
-    mailbox_fd: int
     lifeline_fd: int
+    fd_channel: int
     group: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Begin:
+    """A new epoch, in which the receiver is `rank` of as many ranks as there are `fractions` (they add up to 1).
+
+    The one before it is over, whatever the rank knew of it; `reason` says why, for people.
+    """
+
+    epoch: int
+    rank: int
+    split: str
+    fractions: tuple[float, ...]
+    reason: str
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.fractions)
 
 
 @dataclass(frozen=True)
@@ -57,7 +73,11 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Ready:
-    """The rank has loaded the checkpoint. `splits` are those that this model's family supports."""
+    """The rank has loaded the checkpoint and waits for its first epoch; `rank` is that of its Setup.
+
+    `splits` are those that this model's family supports. Ranks of one `mlx_version` on one `architecture` of one
+    `device` ("cpu" or "gpu") compute the same bits.
+    """
 
     rank: int
     family: str = ""
@@ -67,11 +87,23 @@ class Ready:
     top_k: int = 0
     splits: list[str] = field(default_factory=list)
     load_s: float = 0.0
+    mlx_version: str = ""
+    architecture: str = ""
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The rank's epoch failed; it keeps its weights and waits for a Begin. `kind` names a TransportError's class."""
+
+    epoch: int
+    kind: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Fatal:
-    """The rank cannot go on; `kind` is the class name of an ExpertdError."""
+    """The rank cannot go on and ends; `kind` is the class name of an ExpertdError."""
 
     rank: int
     kind: str
@@ -97,8 +129,8 @@ class Token:
 class Done:
     """The end of a request; `finish_reason` is "stop", "length" or "cancelled".
 
-    `prefill_tokens_per_s` counts prompt tokens until the first token is sampled,
-    `decode_tokens_per_s` the tokens after the first (0 when there is none).
+    `prefill_tokens_per_s` counts prompt tokens until the first token is sampled, `decode_tokens_per_s` the tokens
+    after the first (0 when there is none), interruptions included. `split` and `ranks` are those of the end.
     """
 
     request_id: str
@@ -123,43 +155,5 @@ class Failed:
     message: str
 
 
-Message = Setup | Submit | Cancel | Ready | Fatal | Started | Token | Done | Rejected | Failed
-_CLASSES: dict[str, Any] = {c.__name__.lower(): c for c in Message.__args__}
-
-
-def encode(message: Message) -> bytes:
-    """Give the frame of one message."""
-    body = msgpack.packb({"op": type(message).__name__.lower(), **asdict(message)})
-    return len(body).to_bytes(4, "big") + body
-
-
-class Decoder:
-    """Turns received bytes into messages, whatever the pieces they come in."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield each message that `data` completes.
-
-        Raises RemoteProtocolError when the bytes are no frame of ours; the connection is then dead.
-        """
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            size = int.from_bytes(self._buffer[:4], "big")
-            if size > MAX_FRAME_BYTES:
-                raise RemoteProtocolError(f"frame of {size} bytes, at most {MAX_FRAME_BYTES} allowed")
-            if len(self._buffer) < 4 + size:
-                return
-            body = bytes(self._buffer[4 : 4 + size])
-            del self._buffer[: 4 + size]
-            yield _parse(body)
-
-
-def _parse(body: bytes) -> Message:
-    try:
-        values = msgpack.unpackb(body)
-        message: Message = _CLASSES[values.pop("op")](**values)
-    except Exception as e:
-        raise RemoteProtocolError(f"not a message of ours: {e}") from e
-    return message
+Message = Setup | Begin | Submit | Cancel | Ready | Ended | Fatal | Started | Token | Done | Rejected | Failed
+codec = Codec(Message, MAX_FRAME_BYTES)

@@ -1,4 +1,4 @@
-"""Carries out plans, the same way on every rank: owns the model's caches and decides nothing."""
+"""Carries out plans, the same way on every rank: owns an epoch's caches and decides nothing."""
 
 import mlx.core as mx
 
@@ -6,11 +6,14 @@ from expertd.engine.plan import Plan
 from expertd.link.mailbox import Mailbox
 from expertd.model.model import Cache, Model
 
-# Between two looks at signals and the supervisor, a rank without work waits this long for a frame.
+# Between two looks at its control socket, a rank without work waits this long for a frame. A new epoch does not wait
+# for it: its supervisor poisons the old one first, and poison ends any wait within a millisecond.
 IDLE_S = 0.5
 
 
 class Runner:
+    """One epoch's caches, all empty at its begin, over that epoch's mailbox."""
+
     def __init__(self, model: Model, mailbox: Mailbox) -> None:
         self._model, self._mailbox = model, mailbox
         self._caches: dict[int, Cache] = {}

@@ -1,34 +1,18 @@
 """The mailbox: how ranks of one host swap bytes. The C header native/mailbox.h is the contract.
 
-The supervisor creates the memory and hands the descriptor to its ranks; a rank opens it. This is also the
-one place where C's codes become exceptions.
+The supervisor creates the memory and hands the descriptor to its ranks; a rank opens it.
 """
 
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
-from expertd.errors import (
-    ClusterError,
-    ExpertdError,
-    LinkDown,
-    LinkTimeout,
-    LocalProtocolError,
-    RemoteProtocolError,
-)
+from expertd.errors import ClusterError, LocalProtocolError
+from expertd.link import codes
 from expertd.native._transport import ffi, lib
 
 # A rank beats every 20 ms. GroupConfig says how long a silence is death in a served group.
 PULSE_TIMEOUT_S = 0.5
-
-_ERRORS: dict[int, type[ExpertdError]] = {
-    lib.XD_TIMEOUT: LinkTimeout,
-    lib.XD_PEER_DEAD: LinkDown,
-    lib.XD_POISONED: LinkDown,
-    lib.XD_MISMATCH: RemoteProtocolError,
-    lib.XD_DIVERGED: RemoteProtocolError,
-    lib.XD_TOO_LARGE: LocalProtocolError,
-}
 
 
 def create(num_ranks: int, slot_bytes: int) -> int:
@@ -36,17 +20,32 @@ def create(num_ranks: int, slot_bytes: int) -> int:
 
     It has no name, so nothing is left behind whoever dies. Raises ClusterError when there is no memory.
     """
-    err = ffi.new("char[200]")
+    err = codes.buffer()
     fd: int = lib.xd_mailbox_create(num_ranks, slot_bytes, err, len(err))
     if fd < 0:
-        raise ClusterError(_text(err))
+        raise ClusterError(codes.text(err))
     return fd
 
 
-def poison(fd: int) -> None:
-    """End the epoch: every rank inside an exchange returns at once, every later one fails."""
-    if lib.xd_mailbox_poison(fd) != 0:
+def poison(fd: int, reason: str = "") -> None:
+    """End the epoch: every rank inside an exchange returns at once, every later one fails.
+
+    The ranks' LinkDown tells the first reason that was given.
+    """
+    if lib.xd_mailbox_poison(fd, reason.encode()) != 0:
         raise LocalProtocolError(f"descriptor {fd} is not a mailbox")
+
+
+def pulses(fd: int) -> tuple[tuple[int, ...], int]:
+    """Give every rank's beat, distant ones included, and the link process's: counters that advance while they live.
+
+    0 means that it has not opened the mailbox yet. For who watches from outside; made to be called ten times a second.
+    """
+    beats, link_beat = ffi.new("uint64_t[]", lib.XD_MAX_RANKS), ffi.new("uint64_t *")
+    num_ranks = lib.xd_mailbox_pulses(fd, beats, link_beat)
+    if num_ranks < 0:
+        raise LocalProtocolError(f"descriptor {fd} is not a mailbox")
+    return tuple(beats[rank] for rank in range(num_ranks)), link_beat[0]
 
 
 class Mailbox:
@@ -61,10 +60,10 @@ class Mailbox:
         pulse_timeout_s: float = PULSE_TIMEOUT_S,
         lifeline_fd: int = -1,
     ) -> None:
-        err = ffi.new("char[200]")
+        err = codes.buffer()
         box = lib.xd_mailbox_open(fd, rank, lifeline_fd, step_timeout_s, pulse_timeout_s, err, len(err))
         if box == ffi.NULL:
-            raise ClusterError(_text(err))
+            raise ClusterError(codes.text(err))
         self._box, self.rank, self.num_ranks = box, rank, num_ranks
         if (made_for := lib.xd_mailbox_num_ranks(box)) != num_ranks:  # C trusts our lists to have this length
             self.close()
@@ -101,10 +100,10 @@ class Mailbox:
 
     def check(self) -> None:
         """Raise the first failure of this epoch, if there was one; to be asked after every evaluation."""
-        err = ffi.new("char[200]")
+        err = codes.buffer()
         code = lib.xd_mailbox_failure(self._open, err, len(err))
         if code:
-            raise _ERRORS[code](_text(err))
+            raise codes.error(code, codes.text(err))
 
     def statistics(self) -> dict[str, float]:
         """Exchanges done and seconds waited in them, since opening."""
@@ -136,7 +135,3 @@ class Mailbox:
             return
         self.check()
         raise LocalProtocolError(f"the mailbox gave code {code} without a reason")
-
-
-def _text(err: object) -> str:
-    return str(ffi.string(err).decode(errors="replace"))

@@ -37,10 +37,13 @@ SORT_FROM = 64
 
 
 class StepState:
-    """What the divided modules read while a step's graph is built: the split, the link, the exchange's number."""
+    """What the divided modules read while a step's graph is built: the split, the link, the exchange's number.
 
-    def __init__(self, link: Link | None) -> None:
-        self.link = link
+    The link is replaced at every epoch; the modules only ever ask for the present one.
+    """
+
+    def __init__(self) -> None:
+        self.link: Link | None = None
         self.split = StepSplit("solo", (1.0,))
         self._num_exchanges = 0
 

@@ -16,11 +16,11 @@ Cache = list[Any]
 
 
 class Model:
-    """One rank's copy of the whole model. `link` None means that it never meets another rank."""
+    """One rank's copy of the whole model; it is alone until `attach` gives it a link to others."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], link: Link | None = None) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         start = time.monotonic()
-        self._state = StepState(link)
+        self._state = StepState()
         self._model = load(folder, config)
         self.splits = divide(self._model, self._state)
         self.load_s = time.monotonic() - start
@@ -32,6 +32,13 @@ class Model:
                 f"--split {split}: this model's family supports {', '.join(self.splits)}. "
                 "Choose one of these or `auto`."
             )
+
+    def attach(self, link: Link | None) -> None:
+        """Meet the other ranks over `link` from now on, or nobody (None).
+
+        Caches that an earlier link filled must be dropped first: what MLX has not evaluated of them may call it.
+        """
+        self._state.link = link
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence, of the kinds that the family's layers need."""

@@ -182,7 +182,7 @@ async def show_model(service: Service, request: Request) -> Response:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET /health: 200 while requests can be answered, 503 before and after."""
+    """GET /health: 200 while requests can be answered, 503 before and after; `group` is its present state."""
     group = service.config.group
     ready = service.cluster.ready if service.cluster else None
     failure = service.cluster.failure if service.cluster else None
@@ -194,6 +194,7 @@ async def health(service: Service, request: Request) -> Response:
         "split": group.split,
         "context_length": ready.context_length if ready else None,
         "uptime_s": round(time.monotonic() - service.started, 3),
+        "group": service.cluster.describe() if service.cluster else None,
     }
     return JSONResponse(
         {**body, "reason": failure} if failure else body, status_code=200 if status == "ok" else 503

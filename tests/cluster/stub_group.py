@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import struct
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,18 +17,26 @@ from expertd.config import GroupConfig
 
 
 class StubMailbox:
-    """The shape of expertd.link.mailbox without its compiled half; `poisoned` counts calls."""
+    """The shape of expertd.link.mailbox without its compiled half: a file in which stub ranks count their beats.
+
+    `poisoned` has the reason of every call.
+    """
 
     def __init__(self) -> None:
-        self.poisoned = 0
+        self.poisoned: list[str] = []
 
     def create(self, num_ranks: int, slot_bytes: int) -> int:
         with tempfile.TemporaryFile() as file:
+            file.truncate(8 * num_ranks)
             return os.dup(file.fileno())
 
-    def poison(self, fd: int) -> None:
+    def poison(self, fd: int, reason: str) -> None:
         os.fstat(fd)
-        self.poisoned += 1
+        self.poisoned.append(reason)
+
+    def pulses(self, fd: int) -> tuple[tuple[int, ...], int]:
+        data = os.pread(fd, os.fstat(fd).st_size, 0)
+        return struct.unpack(f"{len(data) // 8}Q", data), 0
 
 
 def use_stub(mailbox: StubMailbox | None = None) -> None:

@@ -1,11 +1,14 @@
 """A rank without MLX: it speaks the wire protocol and answers with the words of the prompt.
 
 Words that start with @ are switches: `@slow:0.05` (seconds per token), `@repeat:1000`, `@reject:why`,
-`@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@hang`. A file `stub.json` in the
-checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit", "fatal", "mute", "deaf". Each rank
-writes what it receives to `rank<r>.log`, one JSON object per line.
+`@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@ended:why`, `@hang`. A file `stub.json` in
+the checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit", "fatal", "mute", "deaf"; or how it takes
+epochs: "unsteady" (each with another rank in it fails), "hopeless" (each fails), "absent" (joins none). Each rank
+writes what it receives to `rank<r>.log`, one JSON object per line. In its epoch it counts beats into the stub mailbox;
+an epoch that ends interrupts no answer.
 """
 
+import itertools
 import json
 import os
 import signal
@@ -18,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from expertd.engine.messages import (
+    Begin,
     Cancel,
-    Decoder,
     Done,
+    Ended,
     Failed,
     Fatal,
     Message,
@@ -30,7 +34,7 @@ from expertd.engine.messages import (
     Started,
     Submit,
     Token,
-    encode,
+    codec,
 )
 
 CONTEXT_LENGTH = 5000
@@ -42,13 +46,16 @@ class Rank:
         self.setup = setup
         self.lock = threading.Lock()
         self.cancelled: set[str] = set()
+        self.answering: set[str] = set()
+        self.channel = socket.socket(fileno=setup.fd_channel)
+        self.begun: Begin | None = None
         folder = Path(setup.group["checkpoint"])
         self.log = (folder / f"rank{setup.rank}.log").open("a")
         switches = folder / "stub.json"
         self.mood = json.loads(switches.read_text()).get(str(setup.rank), "") if switches.exists() else ""
 
     def say(self, message: Message) -> None:
-        self.write(encode(message))
+        self.write(codec.encode(message))
 
     def write(self, data: bytes) -> None:
         with self.lock:
@@ -75,8 +82,31 @@ class Rank:
         print(json.dumps({"op": type(message).__name__, **asdict(message)}), file=self.log, flush=True)
         if isinstance(message, Cancel):
             self.cancelled.add(message.request_id)
+        elif isinstance(message, Begin):
+            self.begin(message)
         elif isinstance(message, Submit):
+            self.answering.add(message.request_id)
             threading.Thread(target=self.answer, args=(message,), daemon=True).start()
+
+    def begin(self, begin: Begin) -> None:
+        number, (mailbox,), _, _ = socket.recv_fds(self.channel, 8, 1)
+        assert int.from_bytes(number, "big") == begin.epoch
+        self.begun = begin
+        if self.mood != "absent":
+            threading.Thread(target=self.beat, args=(begin, mailbox), daemon=True).start()
+        for request_id in self.answering if begin.rank > 0 else set():
+            self.cancelled.add(request_id)
+            self.say(Failed(request_id, "another rank leads"))
+        if self.mood == "hopeless" or (self.mood == "unsteady" and begin.num_ranks > 1):
+            self.say(Ended(begin.epoch, "LinkDown", "the link is torn"))
+
+    def beat(self, begin: Begin, mailbox: int) -> None:
+        for count in itertools.count(1):
+            os.pwrite(mailbox, count.to_bytes(8, "little"), 8 * begin.rank)
+            if self.begun is not begin:
+                os.close(mailbox)
+                return
+            time.sleep(0.02)
 
     def answer(self, submit: Submit) -> None:
         text = submit.prompt if submit.messages is None else submit.messages[-1]["content"]
@@ -104,6 +134,9 @@ class Rank:
             self.write(b"\0\0\0\x05hello")
         if "fatal" in switches:
             self.say(Fatal(0, switches["fatal"], "rank 1 went away"))
+        if "ended" in switches:
+            assert self.begun
+            self.say(Ended(self.begun.epoch, "LinkDown", switches["ended"]))
         while "hang" in switches and submit.request_id not in self.cancelled:
             time.sleep(0.01)
 
@@ -122,13 +155,15 @@ class Rank:
             reason = "cancelled"
         if "fail" in words:
             self.say(Failed(submit.request_id, "the step failed"))
-        split, ranks = self.setup.group["split"], self.setup.group["num_ranks"]
+        assert self.begun
+        split, ranks = self.begun.split, self.begun.num_ranks
         self.say(Done(submit.request_id, reason, len(words), count, 100.0, 10.0, split, ranks))
+        self.answering.discard(submit.request_id)
 
 
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    decoder = Decoder()
+    decoder = codec.decoder()
     rank: Rank | None = None
     while data := control.recv(1 << 16):
         for message in decoder.feed(data):

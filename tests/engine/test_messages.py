@@ -9,9 +9,10 @@ import pytest
 
 from expertd.engine.messages import (
     MAX_FRAME_BYTES,
+    Begin,
     Cancel,
-    Decoder,
     Done,
+    Ended,
     Failed,
     Fatal,
     Message,
@@ -21,20 +22,22 @@ from expertd.engine.messages import (
     Started,
     Submit,
     Token,
-    encode,
+    codec,
 )
 from expertd.errors import RemoteProtocolError
 
 MESSAGES: list[Message] = [
-    Setup(rank=1, mailbox_fd=5, lifeline_fd=6, group={"checkpoint": "/x", "shares": [0.5, 0.5]}),
+    Setup(rank=1, lifeline_fd=5, fd_channel=6, group={"checkpoint": "/x", "shares": [0.5, 0.5]}),
     Submit("r1", prompt="a \u0000 日本 👍"),
     Submit(
         "r2", messages=[{"role": "user", "content": "hi"}], max_tokens=3, temperature=0.7, top_p=0.9, seed=-5
     ),
     Submit("r3", prompt="", stop=["\n", "</s>"], ignore_end=True, logits_file="/tmp/x.safetensors"),
     Cancel("r1"),
+    Begin(epoch=3, rank=1, split="auto", fractions=(0.25, 0.75), reason="rank 1 died: killed by SIGKILL"),
+    Ended(3, "LinkDown", "rank 0, exchange 1 with rank 1: it is dead"),
     Ready(0),
-    Ready(3, "mixtral", 4096, 257, 8, 2, ["solo", "experts"], 1.25),
+    Ready(3, "mixtral", 4096, 257, 8, 2, ["solo", "experts"], 1.25, "0.32.4", "applegpu_g15d", "gpu"),
     Fatal(2, "CheckpointError", "checkpoint /x: gone"),
     Started("r1", 17),
     Token("r1", [1, 2, 2**31], "text"),
@@ -50,24 +53,24 @@ def test_every_class_is_tried() -> None:
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_round_trip(message: Message) -> None:
-    assert list(Decoder().feed(encode(message))) == [message]
+    assert list(codec.decoder().feed(codec.encode(message))) == [message]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_pieces(seed: int) -> None:
     rng = random.Random(seed)
-    data = b"".join(map(encode, MESSAGES))
+    data = b"".join(map(codec.encode, MESSAGES))
     cuts = sorted(rng.randrange(len(data) + 1) for _ in range(rng.choice([0, 3, 50, 500])))
-    decoder, found = Decoder(), []
+    decoder, found = codec.decoder(), []
     for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True):
         found += decoder.feed(data[a:b])
     assert found == MESSAGES
 
 
 def test_byte_by_byte_comes_as_soon_as_whole() -> None:
-    decoder = Decoder()
+    decoder = codec.decoder()
     for message in MESSAGES:
-        frame = encode(message)
+        frame = codec.encode(message)
         assert [m for i in range(len(frame) - 1) for m in decoder.feed(frame[i : i + 1])] == []
         assert list(decoder.feed(frame[-1:])) == [message]
 
@@ -91,11 +94,11 @@ def mutate(frame: bytes, rng: random.Random) -> bytes:
 
 def test_mutated_frames_parse_or_are_refused() -> None:
     rng = random.Random(4)
-    frames = [encode(m) for m in MESSAGES]
+    frames = [codec.encode(m) for m in MESSAGES]
     num_refused = 0
     for _ in range(3000):
         try:
-            for message in Decoder().feed(mutate(rng.choice(frames), rng)):
+            for message in codec.decoder().feed(mutate(rng.choice(frames), rng)):
                 assert type(message) in Message.__args__
         except RemoteProtocolError as e:
             assert "\n" not in str(e)
@@ -119,7 +122,7 @@ def test_mutated_frames_parse_or_are_refused() -> None:
 def test_other_values_are_refused(values: Any) -> None:
     body = msgpack.packb(values)
     with pytest.raises(RemoteProtocolError, match="not a message of ours"):
-        list(Decoder().feed(len(body).to_bytes(4, "big") + body))
+        list(codec.decoder().feed(len(body).to_bytes(4, "big") + body))
 
 
 def test_oversized_frame_is_refused_without_memory() -> None:
@@ -127,10 +130,10 @@ def test_oversized_frame_is_refused_without_memory() -> None:
     try:
         for size in (MAX_FRAME_BYTES + 1, 2**32 - 1):
             with pytest.raises(RemoteProtocolError, match=f"frame of {size} bytes"):
-                list(Decoder().feed(size.to_bytes(4, "big") + b"x"))
+                list(codec.decoder().feed(size.to_bytes(4, "big") + b"x"))
         # A length inside the body: msgpack must not believe it either.
         with pytest.raises(RemoteProtocolError):
-            list(Decoder().feed((5).to_bytes(4, "big") + b"\xdd" + (2**31).to_bytes(4, "big")))
+            list(codec.decoder().feed((5).to_bytes(4, "big") + b"\xdd" + (2**31).to_bytes(4, "big")))
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -73,18 +72,7 @@ def rank_process(
     fd: int, rank: int, num_ranks: int, job: str, **args: Any
 ) -> Iterator[subprocess.Popen[str]]:
     """One rank in a process of its own, past the first line that its job prints."""
-    command = [
-        sys.executable,
-        ranks.__file__,
-        str(JOBS),
-        job,
-        str(fd),
-        str(rank),
-        str(num_ranks),
-        json.dumps(args),
-    ]
-    fds = {fd, *(value for name, value in args.items() if name.endswith("_fd"))}
-    process = subprocess.Popen(command, pass_fds=fds, stdout=subprocess.PIPE, text=True)
+    process = ranks.start_rank(JOBS, job, fd, rank, num_ranks, args)
     try:
         assert process.stdout
         assert process.stdout.readline()
@@ -328,6 +316,34 @@ def test_poison_forbids_frames_that_have_come_already() -> None:
             b.wait_frame(DEADLINE_S)
 
 
+def test_poison_tells_its_first_reason() -> None:
+    with memory(2) as fd, Mailbox(fd, 0, 2, **PATIENT) as a, Mailbox(fd, 1, 2, **PATIENT) as b:
+        mailbox.poison(fd)
+        mailbox.poison(fd, "rank 1 was killed by SIGKILL " + "x" * 1000)
+        mailbox.poison(fd, "something later")
+        for box in (a, b):
+            with pytest.raises(LinkDown, match="ended this epoch: rank 1 was killed by SIGKILL x+$"):
+                box.exchange(b"a", [1, 1])
+
+
+def test_the_reason_of_a_rank_is_told_by_the_others() -> None:
+    with open_group(3, step_timeout_s=0.1) as (a, b, c):
+        with pytest.raises(LinkTimeout, match="rank 0, exchange 5 with rank 1: it lives"):
+            a.exchange(b"a", [1, 1, 1], tag=5)
+        for box in (b, c):
+            with pytest.raises(LinkDown, match=r"rank ., exchange 5 .*: rank 0, exchange 5 with rank 1: it lives"):
+                box.exchange(b"a", [1, 1, 1], tag=5)
+
+
+def test_pulses_are_seen_from_outside() -> None:
+    with memory(3) as fd, Mailbox(fd, 1, 3):
+        (first, before, last), link_beat = mailbox.pulses(fd)
+        assert (first, last, link_beat) == (0, 0, 0)
+        deadline = time.monotonic() + DEADLINE_S
+        while mailbox.pulses(fd)[0][1] < before + 3:
+            assert time.monotonic() < deadline
+
+
 def test_first_reason_stays() -> None:
     with open_group(2, step_timeout_s=0.1) as (a, b):
         with pytest.raises(LinkTimeout) as first:
@@ -412,6 +428,8 @@ def test_other_descriptors_are_refused() -> None:
                 Mailbox(fd, 0, 1)
             with pytest.raises(LocalProtocolError, match=f"descriptor {fd} "):
                 mailbox.poison(fd)
+            with pytest.raises(LocalProtocolError, match=f"descriptor {fd} "):
+                mailbox.pulses(fd)
 
 
 def test_other_layouts_are_refused() -> None:

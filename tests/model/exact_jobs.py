@@ -31,23 +31,26 @@ NUM_DECODED = 4
 def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
     """Digests by checkpoint and by "split shares chunks"; solo is computed beside the splits."""
     link = mailbox if mailbox.num_ranks > 1 else None
-    return {folder: _all_splits(mailbox, link, Path(folder)) for folder in checkpoints}
+    return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS) for folder in checkpoints}
 
 
 def run_over_mlx(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
     """The same over MLX's ring, whose ranks meet through the mailbox."""
     from expertd.model.mlx_link import gather_over, open_ring
 
-    link = open_ring(mailbox.rank, gather_over(mailbox))
-    return {folder: _all_splits(mailbox, link, Path(folder)) for folder in checkpoints}
+    link, chunks = open_ring(mailbox.rank, gather_over(mailbox)), {"several": CHUNKS["several"]}
+    return {folder: _all_splits(mailbox, link, Path(folder), chunks) for folder in checkpoints}
 
 
-def _all_splits(mailbox: Mailbox, link: Link | None, folder: Path) -> dict[str, str]:
-    model = Model(folder, normalise_config(read_config(folder)), link)
+def _all_splits(
+    mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]]
+) -> dict[str, str]:
+    model = Model(folder, normalise_config(read_config(folder)))
+    model.attach(link)
     digests = {}
     for name in model.splits if link else ["solo"]:
         for fractions in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
-            for label, chunks in (DEMO_CHUNKS if "demo" in folder.name else CHUNKS).items():
+            for label, chunks in (DEMO_CHUNKS if "demo" in folder.name else cases).items():
                 digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
                 digests[f"{name} {fractions} {label}"] = digest
     return digests

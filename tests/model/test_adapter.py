@@ -120,7 +120,7 @@ class FakeModel(nn.Module):
 
 
 def divided(*blocks: nn.Module) -> list[str]:
-    return divide(FakeModel(*blocks), StepState(None))
+    return divide(FakeModel(*blocks), StepState())
 
 
 def test_splits_of_a_family() -> None:
@@ -138,7 +138,7 @@ def test_dividing_keeps_types_names_and_values() -> None:
     names = list(_flat(model.parameters()))
     x = mx.arange(8, dtype=mx.float32).reshape(2, 4)
     before = block(x)
-    divide(model, StepState(None))
+    divide(model, StepState())
     assert isinstance(block, Block)
     assert isinstance(block.switch, SwitchGLU)
     assert list(_flat(model.parameters())) == names

@@ -1,0 +1,181 @@
+"""One rank of this host through all its epochs: its process, its pulse, and the requests it answers as leader."""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from expertd.cluster.epoch import Epoch
+from expertd.cluster.process import ChildProcess
+from expertd.cluster.reply import Event, Reply
+from expertd.config import GroupConfig
+from expertd.engine.messages import (
+    Begin,
+    Cancel,
+    Done,
+    Failed,
+    Ready,
+    Rejected,
+    Setup,
+    Started,
+    Submit,
+    Token,
+    codec,
+)
+from expertd.errors import ClusterError, ConfigError
+
+# A rank's C thread beats every 20 ms, whatever its Python or MLX are at. Silence means that the process is stopped
+# or its machine is; the group's own wait (GroupConfig.pulse_timeout_s) is the second line.
+PULSE_SILENCE_S = 0.8
+LOOK_S = 0.1
+# A look that was late by this much tells of ourselves being stopped, not of the ranks.
+LATE_S = 0.2
+# A rank says nothing while it reads a long prompt, so this must exceed the longest prefill.
+SILENCE_TIMEOUT_S = 1800.0
+
+# As mailbox.pulses: the beats of every rank of a mailbox, and of its link.
+Pulses = Callable[[int], tuple[tuple[int, ...], int]]
+
+
+class Pulse:
+    """Tells from looks at a counter whether what counts it stands still."""
+
+    def __init__(self) -> None:
+        self._beats = 0
+        self._seen = self._looked = time.monotonic()
+
+    def is_silent(self, beats: int, now: float) -> bool:
+        """Look once. Never silent before the first beat; a late look starts the silence afresh."""
+        if beats != self._beats or beats == 0 or now - self._looked > LOOK_S + LATE_S:
+            self._beats, self._seen = beats, now
+        self._looked = now
+        return now - self._seen > PULSE_SILENCE_S
+
+
+@dataclass
+class Seat:
+    """A rank's place in an epoch; `joined` once its pulse was seen there."""
+
+    epoch: Epoch
+    number: int
+    joined: bool = False
+
+
+class LocalRank:
+    """A rank process of this host. `id` never changes; `number` is what the rank is in its latest epoch.
+
+    `dead` says how it ended ("died: ..."). `seats` are the epochs in which its pulse may beat: it keeps an old mailbox
+    open until it has the next one, so that a rank busy with the rest of a broken step is not taken for a dead one.
+    """
+
+    def __init__(self, rank_id: int, process: ChildProcess, fd_channel: socket.socket) -> None:
+        self.id = rank_id
+        self.process = process
+        self.ready: Ready | None = None
+        self.dead: str | None = None
+        self.seats: list[Seat] = []
+        self.pulse = Pulse()
+        self.replies: dict[str, Reply] = {}
+        self.last_word = time.monotonic()
+        self._fd_channel = fd_channel
+
+    @classmethod
+    async def spawn(cls, rank_id: int, module: str, group: GroupConfig) -> Self:
+        """Start a rank and send it its Setup. Raises ClusterError when the system refuses a process."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            try:
+                process = await ChildProcess.spawn(f"rank {rank_id}", module, codec, (theirs.fileno(),))
+            except BaseException:
+                ours.close()
+                raise
+            process.send_nowait(Setup(rank_id, process.lifeline_fd, theirs.fileno(), asdict(group)))
+        return cls(rank_id, process, ours)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def number(self) -> int:
+        return self.seats[-1].number if self.seats else self.id
+
+    def join(self, epoch: Epoch, number: int) -> None:
+        """Hand over the epoch's mailbox and tell the rank that it is `number` there."""
+        self.seats.append(Seat(epoch, number))
+        layout = epoch.layout
+        # A rank that is gone, or so stuck that its buffer is full, does not join: that has its own watch.
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._fd_channel, [layout.epoch.to_bytes(8, "big")], [epoch.mailbox_fd])
+        self.process.send_nowait(Begin(layout.epoch, number, layout.split, layout.fractions, epoch.reason))
+
+    def sits_in(self, epoch: Epoch | None) -> bool:
+        return any(seat.epoch is epoch for seat in self.seats)
+
+    def ailment(self, pulses: Pulses, now: float, join_timeout_s: float) -> str | None:
+        """Look at a rank whose process runs: why it must be given up as dead, None when it seems well.
+
+        To be called every LOOK_S seconds.
+        """
+        beats = [pulses(seat.epoch.mailbox_fd)[0][seat.number] for seat in self.seats]
+        if self.pulse.is_silent(sum(beats), now):
+            return f"stopped answering: no pulse for {PULSE_SILENCE_S:g} s"
+        if beats and beats[-1]:
+            self.seats[-1].joined = True
+            del self.seats[:-1]
+        elif beats and now - (epoch := self.seats[-1].epoch).began > join_timeout_s:
+            return f"did not join epoch {epoch.layout.epoch} within {join_timeout_s:g} s"
+        if self.replies and now - self.last_word > SILENCE_TIMEOUT_S:
+            return f"has said nothing for {SILENCE_TIMEOUT_S:g} s with {len(self.replies)} requests open"
+        return None
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
+        """Run one request on this rank, the leader. As Cluster.generate."""
+        if self.dead:
+            raise ClusterError(f"rank {self.number} {self.dead}; ask again")
+        assert submit.request_id not in self.replies, "request ids are unique"
+        if not self.replies:
+            self.last_word = time.monotonic()
+        reply = self.replies[submit.request_id] = Reply(submit.request_id)
+        try:
+            await self.process.send(submit)
+            while True:
+                event = await reply.get()
+                if isinstance(event, Rejected):
+                    raise ConfigError(event.message)
+                if isinstance(event, Failed):
+                    raise ClusterError(event.message)
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            del self.replies[submit.request_id]
+            if not reply.ended:
+                self.process.send_nowait(Cancel(submit.request_id))
+
+    def answer(self, event: Event) -> None:
+        """Give an event to the request's reader, unless it has left and its Cancel is still on the way."""
+        if reply := self.replies.get(event.request_id):
+            reply.put(event)
+
+    def fail_requests(self, reason: str) -> None:
+        for reply in self.replies.values():
+            reply.put(Failed(reply.request_id, reason))
+
+    def hang_up(self) -> None:
+        """Close all connections: the rank ends by itself if it still can."""
+        self.process.hang_up()
+        self._fd_channel.close()
+
+
+async def wait_exits(ranks: list[LocalRank], timeout_s: float) -> None:
+    """Wait until all have ended and are reaped, at most `timeout_s` seconds."""
+    exits = [asyncio.create_task(rank.process.wait_exit()) for rank in ranks if rank.process.running]
+    if exits:
+        await asyncio.wait(exits, timeout=timeout_s)
+    for task in exits:
+        task.cancel()

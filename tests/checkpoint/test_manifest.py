@@ -1,0 +1,145 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from expertd.checkpoint.manifest import FileEntry, check_manifest, make_manifest
+from expertd.checkpoint.store import Incoming, find_same, read_piece
+from expertd.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
+    (folder / "tokenizer.json").write_text("[]")
+    (folder / "run_me.py").write_text("not ours")
+    (folder / "model.safetensors.part").write_text("not ours")
+    return folder
+
+
+def hashed(folder: Path, cache: Path) -> int:
+    """Bytes that making the manifest reads."""
+    totals = [0]
+    make_manifest(folder, cache, lambda done, total: totals.append(done))
+    return max(totals)
+
+
+def test_only_data_files_count(folder: Path, tmp_path: Path) -> None:
+    manifest = make_manifest(folder, tmp_path / "cache")
+    assert [f.name for f in manifest.files] == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert manifest.total_bytes == 100_004
+
+
+def test_nothing_is_read_twice(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert hashed(folder, cache) == 100_004
+    assert hashed(folder, cache) == 0
+    (folder / "tokenizer.json").write_text("[1]")
+    assert hashed(folder, cache) == 3
+
+
+def test_a_changed_byte_changes_the_hash(folder: Path, tmp_path: Path) -> None:
+    before = make_manifest(folder, tmp_path / "cache").content_hash
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[50_000] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    assert make_manifest(folder, tmp_path / "cache").content_hash != before
+
+
+@pytest.mark.parametrize(
+    "kept", [b"", b"{", b"[]", b'{"config.json": 1}', b'{"../x": {"seen": [1], "sha256": "00"}}']
+)
+def test_damaged_cache_is_made_anew(folder: Path, tmp_path: Path, kept: bytes) -> None:
+    cache = tmp_path / "cache"
+    wanted = make_manifest(folder, cache)
+    (file,) = cache.iterdir()
+    file.write_bytes(kept)
+    assert make_manifest(folder, cache) == wanted
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../config.json", "/etc/passwd.json", "a/b.json", "run.py", ".hidden.json", "", "x\n.json", "a" * 300],
+)
+def test_hostile_names_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        check_manifest([FileEntry(name, 1, "0" * 64)])
+
+
+@pytest.mark.parametrize("change", [{"size": -1}, {"sha256": "0"}, {"sha256": "../" * 21 + "x"}])
+def test_hostile_entries_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(CheckpointError):
+        check_manifest([replace(FileEntry("config.json", 1, "0" * 64), **change)])
+    with pytest.raises(CheckpointError, match="0 files"):
+        check_manifest([])
+    with pytest.raises(CheckpointError, match="twice"):
+        check_manifest([FileEntry("a.json", 1, "0" * 64), FileEntry("A.json", 1, "0" * 64)])
+
+
+def fetch(incoming: Incoming, folder: Path, piece_bytes: int, num_pieces: int = 1 << 30) -> None:
+    for file, offset in incoming.missing():
+        while offset < file.size or file.size == 0:
+            if num_pieces == 0:
+                return
+            data = read_piece(folder, file, offset, piece_bytes)
+            incoming.write(file, offset, data)
+            offset, num_pieces = offset + len(data), num_pieces - 1
+            if offset == file.size:
+                break
+
+
+def test_interrupted_copy_goes_on_where_it_stopped(folder: Path, tmp_path: Path) -> None:
+    manifest = make_manifest(folder, tmp_path / "cache")
+    fetch(Incoming(manifest, tmp_path / "store"), folder, 1000, num_pieces=50)
+    again = Incoming(manifest, tmp_path / "store")
+    assert 48_000 < again.num_received < 52_000
+    assert find_same(manifest, [], tmp_path / "store", tmp_path / "cache2") is None
+    fetch(again, folder, 1000)
+    arrived = again.finish(tmp_path / "cache2")
+    assert hashed(arrived, tmp_path / "cache2") == 0
+    assert find_same(manifest, [], tmp_path / "store", tmp_path / "cache2") == arrived
+    assert (arrived / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_damaged_copy_is_refused_and_fetched_again(folder: Path, tmp_path: Path) -> None:
+    manifest = make_manifest(folder, tmp_path / "cache")
+    incoming = Incoming(manifest, tmp_path / "store")
+    fetch(incoming, folder, 1 << 20)
+    damaged = tmp_path / "store" / f"{manifest.content_hash}.part" / "model.safetensors"
+    damaged.write_bytes(b"x" * 100_000)
+    with pytest.raises(CheckpointError, match=r"^model.safetensors: arrived damaged"):
+        incoming.finish(tmp_path / "cache2")
+    assert [f.name for f, _ in incoming.missing()] == ["model.safetensors"]
+    fetch(incoming, folder, 1 << 20)
+    assert incoming.finish(tmp_path / "cache2").is_dir()
+
+
+def test_pieces_must_follow_each_other(folder: Path, tmp_path: Path) -> None:
+    manifest = make_manifest(folder, tmp_path / "cache")
+    incoming = Incoming(manifest, tmp_path / "store")
+    with pytest.raises(CheckpointError, match="do not follow"):
+        incoming.write(manifest.files[1], 10, b"x")
+    with pytest.raises(CheckpointError, match="do not follow"):
+        incoming.write(manifest.files[0], 0, b"{} and more")
+
+
+def test_full_disk_is_said_before_anything_is_fetched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_manifest(folder, tmp_path / "cache")
+    monkeypatch.setattr("expertd.checkpoint.store.SPARE_BYTES", 1 << 60)
+    with pytest.raises(CheckpointError, match=r"GB free, wanted .* --store"):
+        Incoming(manifest, tmp_path / "store")
+
+
+def test_found_among_folders_by_hash(folder: Path, tmp_path: Path) -> None:
+    manifest = make_manifest(folder, tmp_path / "cache")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    found = find_same(manifest, [other, folder], tmp_path / "store", tmp_path / "cache")
+    assert found == folder
