@@ -93,7 +93,9 @@ class Channel:
         frame = self._codec.encode(message)
         if len(frame) - 4 > self._codec.max_frame_bytes:
             size = f"{len(frame) - 4} bytes, at most {self._codec.max_frame_bytes}"
-            raise LocalProtocolError(f"host {self.peer.name}: a {type(message).__name__} has {size} are allowed")
+            raise LocalProtocolError(
+                f"host {self.peer.name}: a {type(message).__name__} has {size} are allowed"
+            )
         self._write(frame)
         try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
@@ -172,13 +174,21 @@ class Channel:
                 return self.disconnect(f"nothing heard for {self._silence_s:g} s")
             last = now
             # What is still unsent will be heard as well; adding to it would only fill memory.
-            if not self._spoke and not self._writer.is_closing() and not self._writer.transport.get_write_buffer_size():
+            if (
+                not self._spoke
+                and not self._writer.is_closing()
+                and not self._writer.transport.get_write_buffer_size()
+            ):
                 self._writer.write(frame)
             self._spoke = False
 
     def _reading(self) -> bool:
         transport = self._writer.transport
-        return transport.is_closing() or not isinstance(transport, asyncio.ReadTransport) or transport.is_reading()
+        return (
+            transport.is_closing()
+            or not isinstance(transport, asyncio.ReadTransport)
+            or transport.is_reading()
+        )
 
 
 async def connect(

@@ -85,7 +85,12 @@ async def find(
 def own_addresses() -> list[str]:
     """Give the addresses under which other machines may reach this one: IPv4 first, a cable's own last."""
     status = psutil.net_if_stats()
-    up = [a for name, all_ in psutil.net_if_addrs().items() if name in status and status[name].isup for a in all_]
+    up = [
+        a
+        for name, all_ in psutil.net_if_addrs().items()
+        if name in status and status[name].isup
+        for a in all_
+    ]
     found = {ipaddress.ip_address(a.address) for a in up if a.family in (socket.AF_INET, socket.AF_INET6)}
     usable = [a for a in found if not a.is_loopback and not (a.version == 6 and a.is_link_local)]
     return [str(a) for a in sorted(usable, key=lambda a: (a.version, a.is_link_local, int(a)))]

@@ -122,9 +122,9 @@ def _make_identity() -> bytes:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     )
     certificate = builder.sign(key, None)
-    return key.private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
-    ) + certificate.public_bytes(Encoding.PEM)
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + certificate.public_bytes(
+        Encoding.PEM
+    )
 
 
 def make_peer(name: str, certificate: bytes, address: str) -> Peer:
@@ -169,7 +169,9 @@ class PeerStore:
             if name in (peer.name, peer.host_id):
                 return peer
         known = ", ".join(p.name for p in peers) or "none"
-        raise ConfigError(f"{name}: no paired host has this name or id (paired: {known}). Run `expertd hosts`.")
+        raise ConfigError(
+            f"{name}: no paired host has this name or id (paired: {known}). Run `expertd hosts`."
+        )
 
     def add(self, peer: Peer) -> Peer:
         """Store a host, in place of an earlier entry with its id; another host's name gets a number added."""
@@ -269,5 +271,7 @@ def _take(fd: int, folder: Path) -> None:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > deadline:
-                raise ConfigError(f"{folder}: another expertd has it locked for {LOCK_TIMEOUT_S:g} s.") from None
+                raise ConfigError(
+                    f"{folder}: another expertd has it locked for {LOCK_TIMEOUT_S:g} s."
+                ) from None
             time.sleep(0.02)

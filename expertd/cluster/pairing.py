@@ -138,7 +138,9 @@ def parse_code(text: str) -> bytes:
     """Give the digits of a code as the user typed it. Raises ConfigError, which does not repeat it."""
     digits = re.sub(r"[\s-]", "", text)
     if not re.fullmatch(rf"[0-9]{{{CODE_DIGITS}}}", digits):
-        raise ConfigError(f"CODE: wanted the {CODE_DIGITS} digits that `expertd pair` shows, such as 1234-5678.")
+        raise ConfigError(
+            f"CODE: wanted the {CODE_DIGITS} digits that `expertd pair` shows, such as 1234-5678."
+        )
     return digits.encode()
 
 
@@ -162,7 +164,9 @@ class _Conversation:
         """Wait for the next message. Raises LinkDown, or RemoteProtocolError when it is another one."""
         message = await self._receive()
         if not isinstance(message, wanted):
-            raise RemoteProtocolError(f"{self._who}: {type(message).__name__} came, wanted {wanted.__name__}.")
+            raise RemoteProtocolError(
+                f"{self._who}: {type(message).__name__} came, wanted {wanted.__name__}."
+            )
         return message
 
     async def answer(self, wanted: type[T]) -> T:
@@ -343,5 +347,7 @@ async def _prove(conversation: _Conversation, identity: Identity, digits: bytes,
     await conversation.send(Confirm(_mac(key, "caller", transcript)))
     confirm = await conversation.answer(Confirm)
     if not hmac.compare_digest(confirm.mac, _mac(key, "listener", transcript)):
-        raise ClusterError("the other machine could not prove that it knows the code: another one may be in between.")
+        raise ClusterError(
+            "the other machine could not prove that it knows the code: another one may be in between."
+        )
     return welcome.name

@@ -134,9 +134,7 @@ class Door:
         finally:
             await close(writer)
 
-    async def _streams(
-        self, connection: socket.socket
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def _streams(self, connection: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         try:
             context = self._context()
         except BaseException:

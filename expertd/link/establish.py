@@ -37,7 +37,9 @@ class Link:
         if self._side:
             self._side.swap(b"", timeout_s)
         else:
-            _checked(self.connection, self.report.host, lambda: self.connection.swap(b"", 0, timeout_s=timeout_s))
+            _checked(
+                self.connection, self.report.host, lambda: self.connection.swap(b"", 0, timeout_s=timeout_s)
+            )
 
     def close(self) -> None:
         """Give everything back; the side connection last, for the other end watches it."""
@@ -63,7 +65,9 @@ class Side:
                 raise SetupFailed("XD_CORRUPT", f"side connection: a message of {size} bytes", self._host)
             return self._read(size, deadline)
         except TimeoutError:
-            raise SetupFailed("XD_TIMEOUT", f"host {self._host} lives but does not answer", self._host) from None
+            raise SetupFailed(
+                "XD_TIMEOUT", f"host {self._host} lives but does not answer", self._host
+            ) from None
         except OSError as e:
             raise SetupFailed("XD_CLOSED", f"side connection to host {self._host}: {e}", self._host) from e
 
@@ -86,9 +90,14 @@ def establish(setup: LinkSetup, peer: LinkPeer, sock: socket.socket, deadline: f
     stage_s = _stage_s(setup)
 
     def test() -> LinkReport:
-        connection.swap(b"", 0, timeout_s=max(0.0, deadline - time.monotonic()))  # it may be busy with another host still
+        connection.swap(
+            b"", 0, timeout_s=max(0.0, deadline - time.monotonic())
+        )  # it may be busy with another host still
         connection.warm_up(stage_s)
-        measured = [_self_test(connection, setup.host < peer.host, queue, n, stage_s) for queue, n in NUM_TESTS_TCP.items()]
+        measured = [
+            _self_test(connection, setup.host < peer.host, queue, n, stage_s)
+            for queue, n in NUM_TESTS_TCP.items()
+        ]
         return _report(peer.host, "tcp", peer.interface, 1, measured[0], measured[1])
 
     try:
@@ -103,7 +112,9 @@ def _stage_s(setup: LinkSetup) -> float:
     return setup.setup_s / 6
 
 
-def _self_test(connection: Connection, lower: bool, queue: int, num_messages: int, timeout_s: float) -> list[float]:
+def _self_test(
+    connection: Connection, lower: bool, queue: int, num_messages: int, timeout_s: float
+) -> list[float]:
     """Each end in turn is first, so that each has figures: sorted half round trips in us."""
     round_trips: list[float] = []
     for first in (lower, not lower):
@@ -179,7 +190,9 @@ class _Verbs:
         lower = self._setup.host < self._peer.host
         self._in_step("warm-up", lambda: connection.warm_up(self._stage_s))
         measured = [
-            self._in_step(step, lambda q=queue: _self_test(connection, lower, q, NUM_TESTS_VERBS[q], self._stage_s))
+            self._in_step(
+                step, lambda q=queue: _self_test(connection, lower, q, NUM_TESTS_VERBS[q], self._stage_s)
+            )
             for step, queue in (("latency test", LATENCY), ("bulk test", BULK))
         ]
         report = _report(self._peer.host, "verbs", self._name, attempt, measured[0], measured[1])
@@ -202,7 +215,9 @@ class _Verbs:
 
     def _open(self, bulk_frames: int) -> None:
         err = codes.buffer()
-        texts = [ffi.new("char[]", t.encode()) for t in (self._setup.verbs_library, "", self._peer.local_address)]
+        texts = [
+            ffi.new("char[]", t.encode()) for t in (self._setup.verbs_library, "", self._peer.local_address)
+        ]
         config = ffi.new(
             "xd_verbs_config *",
             {

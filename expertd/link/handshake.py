@@ -172,7 +172,9 @@ async def meet(
     expected = {p.host for p in peers if p.host > identity.host}
     met: dict[int, socket.socket] = {}
     if expected and listener is None:
-        raise SetupFailed("XD_UNAVAILABLE", f"host {min(expected)} would call, but no address to listen on was given")
+        raise SetupFailed(
+            "XD_UNAVAILABLE", f"host {min(expected)} would call, but no address to listen on was given"
+        )
     try:
         async with asyncio.timeout(timeout_s):
             if expected and listener:

@@ -2,8 +2,10 @@
 
 For comparison, and where our own link cannot run. Not the default, because MLX's engine has neither deadlines nor
 liveness: a rank inside a collective waits for as long as its peers are silent, a follower waits for its next plan in
-one, and the ring's threads keep a core busy all that time. Here it is the supervisor that notices a dead rank and
-ends the others. Nor are two routers' choices compared. A process can open one group in its life.
+one, and the ring's threads keep a core busy all that time. The ring raises when a neighbour's socket ends (mlx
+0.32.4). A peer that is stopped or two seats away, or a dead one under JACCL, is for the supervisor to find, which kills
+it and every rank that then does not come to the next epoch. Nor are two routers' choices compared. A process can join
+one group in its life: what is left of a broken one goes on over the mailbox, as one rank.
 """
 
 import json
@@ -69,8 +71,9 @@ class MlxLink:
     def check(self) -> None:
         """Nothing to tell: what fails in MLX's engine raises in the evaluation itself, or never ends."""
 
-    def close(self) -> None:
-        """MLX keeps a group until the process ends."""
+    def failure(self, e: RuntimeError) -> LinkDown:
+        """What MLX raised in an evaluation, as an error of the link."""
+        return LinkDown(f"rank {self.rank}, --link mlx: {_one_line(e)}")
 
     def _broadcast(self, data: bytes, num_bytes: int) -> bytes:
         """Rank 0's `data`, of num_bytes after padding. A gather, because that is what every back end has."""
@@ -79,7 +82,7 @@ class MlxLink:
         try:
             mx.eval(everything)
         except RuntimeError as e:
-            raise LinkDown(f"rank {self.rank}, --link mlx: {_one_line(e)}") from e
+            raise self.failure(e) from e
         return bytes(memoryview(everything)[:num_bytes])
 
 

@@ -133,7 +133,9 @@ def peer_of(listening: LinkListening, host: int, of: int) -> LinkPeer:
     return LinkPeer(host, ADDRESS, listening.port if host < of else 0, ADDRESS, LOOPBACK)
 
 
-def connect(hosts: Sequence[Host], through: Callable[[int, LinkPeer], LinkPeer] = lambda _, peer: peer) -> None:
+def connect(
+    hosts: Sequence[Host], through: Callable[[int, LinkPeer], LinkPeer] = lambda _, peer: peer
+) -> None:
     """Tell every link process where the others listen; `through(caller, peer)` may lead a call elsewhere."""
     listening = [host.hear() for host in hosts]
     for host, said in zip(hosts, listening, strict=True):
@@ -202,5 +204,3 @@ def run_hosts(
                 process.communicate()
             raise
         return ranks.results_of(processes, timeout_s)
-
-

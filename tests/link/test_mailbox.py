@@ -331,7 +331,9 @@ def test_the_reason_of_a_rank_is_told_by_the_others() -> None:
         with pytest.raises(LinkTimeout, match="rank 0, exchange 5 with rank 1: it lives"):
             a.exchange(b"a", [1, 1, 1], tag=5)
         for box in (b, c):
-            with pytest.raises(LinkDown, match=r"rank ., exchange 5 .*: rank 0, exchange 5 with rank 1: it lives"):
+            with pytest.raises(
+                LinkDown, match=r"rank ., exchange 5 .*: rank 0, exchange 5 with rank 1: it lives"
+            ):
                 box.exchange(b"a", [1, 1, 1], tag=5)
 
 

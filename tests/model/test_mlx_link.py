@@ -1,7 +1,9 @@
 """The splits over MLX's own engine: the same bits; what is missing is said; a dead peer hangs nobody for ever."""
 
+import asyncio
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from expertd.cluster.supervisor import Cluster
+from expertd.config import GroupConfig
+from expertd.engine.messages import Done, Submit, Token
 from expertd.errors import ClusterError, ConfigError, RemoteProtocolError
 from expertd.model import mlx_link
 from tests.ranks import run_ranks
@@ -51,6 +56,29 @@ def test_frames_of_any_length_reach_every_rank_in_order() -> None:
 def test_one_process_cannot_join_a_second_group() -> None:
     kind, text = run_ranks(FRAME_JOBS, "twice", 2, {})[0]
     assert kind == "RemoteProtocolError" and "one group only: start the ranks again" in text
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_its_peer_the_leader_goes_on_alone(tiny: str, number: int) -> None:
+    """A dead peer ends its sockets, a stopped one is killed by the supervisor: the same answer either way."""
+
+    async def answer(num_ranks: int, fault: int | None) -> tuple[str, int]:
+        text, group = "", GroupConfig(tiny, num_ranks, link="mlx")
+        async with asyncio.timeout(60), Cluster.open(group) as cluster:
+            submit = Submit("r", prompt="Once", max_tokens=300, temperature=0.0, ignore_end=True)
+            async for event in cluster.generate(submit):
+                if isinstance(event, Token):
+                    text += event.text
+                    if fault and len(text) > 20:
+                        os.kill(cluster.living[1].pid, fault)
+                        fault = None
+                if isinstance(event, Done):
+                    return text, event.ranks
+        raise AssertionError("the answer has no end")
+
+    assert asyncio.run(answer(2, number)) == asyncio.run(answer(1, None))
 
 
 class FakeDistributed(SimpleNamespace):
