@@ -14,6 +14,8 @@ from typing import Any
 
 from expertd.link import mailbox
 
+ROOT = Path(__file__).parents[1]
+
 
 def run_ranks(
     file: Path, job: str, num_ranks: int, args: dict[str, Any], timeout_s: float = 120
@@ -40,6 +42,7 @@ def start_rank(
     more = [json.dumps(args), json.dumps(mailbox_args or {})]
     return subprocess.Popen(
         [sys.executable, __file__, str(file), job, str(fd), str(rank), str(num_ranks), *more],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         pass_fds=[fd, *{value for name, value in args.items() if name.endswith("_fd")} - {fd}],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
