@@ -11,7 +11,8 @@ The bytes that came are compared with the right ones after each block. Buffers a
 Floors. Mailbox: the barest swap through shared memory (copy in, flag, spin, copy out). TCP: the same bytes on a bare
 socket with TCP_NODELAY, the better of spinning and blocking. Our TCP also computes a CRC32C of all that it sends and
 receives, which the floor does not: its cost, measured apart, is in the column `crc`, and the ratio is given with and
-without it.
+without it. `linked` is the way of ranks on two hosts: mailbox, link process, TCP, link process, mailbox; what its two
+hops cost is its difference to `tcp`.
 """
 
 import json
@@ -26,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from expertd.bench.hosts import two_hosts
 from expertd.bench.link_side import SLOT_BYTES, Job
 from expertd.bench.processes import free_ports, wait_for_all
 from expertd.errors import ClusterError, ConfigError
@@ -50,7 +52,7 @@ def run(repeats: int, json_file: Path | None) -> None:
 
 def measure(sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
     """Measure in processes that have all ended when this returns or raises (see `run`)."""
-    cores = own_cores(2)
+    cores = own_cores(4) or own_cores(2)
     with tempfile.TemporaryDirectory(prefix="expertd-bench-") as name:
         folder = Path(name)
         library = _compile(folder)
@@ -58,7 +60,7 @@ def measure(sizes: tuple[int, ...], repeats: int) -> dict[str, Any]:
             rows = _run_sides(stack, folder, library, cores, sizes, repeats)
     for row in rows:
         row["ratios"] = _ratios(row)
-    return {"machine": describe_machine(), "pinned_to": cores, "repeats": repeats, "rows": rows}
+    return {"machine": describe_machine(), "cores": cores, "repeats": repeats, "rows": rows}
 
 
 def _compile(folder: Path) -> Path:
@@ -92,10 +94,16 @@ def _run_sides(
     stack.callback(os.close, write_end)
     pairs = {name: _tcp_pair(stack) for name in ("connection", "socket")}
     (folder / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+    linked = two_hosts(stack, SLOT_BYTES, cores[2:] or cores)
     processes: list[subprocess.Popen[bytes]] = []
     stack.callback(_end, processes)
     for side in range(2):
-        ours = {**fds, "lifeline": lifeline, **{name: pair[side].fileno() for name, pair in pairs.items()}}
+        ours = {
+            **fds,
+            "lifeline": lifeline,
+            "linked": linked[side],
+            **{name: pair[side].fileno() for name, pair in pairs.items()},
+        }
         job = Job(side, str(library), ours, cores[side : side + 1], list(sizes), repeats)
         processes.append(_spawn(job, folder))
     wait_for_all(processes, folder, DEADLINE_S)
@@ -153,19 +161,27 @@ def _ratios(row: dict[str, Any]) -> dict[str, Any]:
             if row["bytes"] in GOAL_SIZES and pattern == "swap":
                 ratio |= {"goal": goal, "met": ratio["ratio_without_crc"] <= goal}
             ratios[f"{ours}_{pattern}"] = ratio
+    for pattern in ("swap", "one_way"):
+        hop = row["linked"][pattern]["p50_us"] - row["tcp"][pattern]["p50_us"]
+        ratios[f"linked_{pattern}"] = {"hop_us": round(hop, 3)}
     return ratios
 
 
 def format_report(report: dict[str, Any]) -> str:
     """The tables, for people."""
-    cores = report["pinned_to"]
-    placed = (
-        f"pinned to cores {cores}" if cores else "not pinned (too few cores, or a system without pinning)"
-    )
-    lines = [summarize(report["machine"]), f"two processes, {placed}; medians of all rounds, in µs"]
+    lines = [summarize(report["machine"]), _placing(report["cores"]), "Medians of all rounds, in µs."]
     for pattern, title in (("swap", "swap: both sides at once"), ("one_way", "one way: half a round trip")):
         lines += ["", title, *_table(report["rows"], pattern)]
     return "\n".join(lines) + "\n"
+
+
+def _placing(cores: list[int]) -> str:
+    if not cores:
+        return "Not pinned (fewer than two cores, or a system without pinning)."
+    text = f"The two sides are pinned to cores {cores[0]} and {cores[1]}"
+    if len(cores) == 2:
+        return f"{text}; `linked` has more processes than cores: a link process shares the core of its side."
+    return f"{text}, their link processes to {cores[2]} and {cores[3]}."
 
 
 def _table(rows: list[dict[str, Any]], pattern: str) -> list[str]:
@@ -182,6 +198,8 @@ def _table(rows: list[dict[str, Any]], pattern: str) -> list[str]:
 
 
 def _verdict(ratio: dict[str, Any], kind: str) -> str:
+    if "hop_us" in ratio:
+        return f"  two hops: {ratio['hop_us']:+.2f} on tcp"
     text = f"  {ratio['ratio']:.2f}x ({ratio['rounds'][0]:.2f}..{ratio['rounds'][1]:.2f})"
     if kind == "tcp":
         text += f", {ratio['ratio_without_crc']:.2f}x without crc"

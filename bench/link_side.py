@@ -31,7 +31,10 @@ Timed = Callable[[str, int, int], Microseconds]
 
 @dataclass(frozen=True)
 class Job:
-    """What one side is told; `cores` is empty when it is not pinned. `fds`: mailbox, memory, connection, socket."""
+    """What one side is told; `cores` is empty when it is not pinned.
+
+    `fds` are mailbox, memory, connection, socket, linked (the mailbox of one of two hosts) and lifeline.
+    """
 
     side: int
     library: str
@@ -106,19 +109,20 @@ class _Loops:
 
     def links(self) -> Iterator[tuple[str, Timed]]:
         fds, side = self._job.fds, self._job.side
-        yield "mailbox", self._timed(self._mailbox())
+        yield "mailbox", self._timed(self._mailbox("mailbox"))
         yield "memory", self._timed(self._lib.xb_memory(fds["memory"], SLOT_BYTES, side, TIMEOUT_S))
         yield "tcp", self._timed(self._connection())
+        yield "linked", self._timed(self._mailbox("linked"))
         yield "spinning", self._timed(self._lib.xb_socket(fds["socket"], 1, side, TIMEOUT_S))
         yield "blocking", self._timed(self._lib.xb_socket(fds["socket"], 0, side, TIMEOUT_S))
         yield "crc", self._timed(self._lib.xb_checksum(_address("xd_crc32c"), side))
 
-    def _mailbox(self) -> Any:
+    def _mailbox(self, name: str) -> Any:
         from expertd.link.mailbox import Mailbox
 
         fds, side = self._job.fds, self._job.side
         box = self._stack.enter_context(
-            Mailbox(fds["mailbox"], side, 2, TIMEOUT_S, PULSE_TIMEOUT_S, fds["lifeline"])
+            Mailbox(fds[name], side, 2, TIMEOUT_S, PULSE_TIMEOUT_S, fds["lifeline"])
         )
         return self._lib.xb_mailbox(_address("xd_mailbox_exchange"), box.address, side, TIMEOUT_S)
 
