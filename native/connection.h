@@ -58,6 +58,10 @@ int xd_connection_fail(xd_connection *c, int code, const char *format, ...) __at
 /* Release the frame that the last xd_receive gave, and send the credits that are owed; XD_OK or the failure. */
 int xd_connection_settle(xd_connection *c);
 
+/* Move out what the back end has kept: XD_OK when nothing is left, XD_AGAIN, or the failure. Who returns to a caller that may
+ * not touch the connection for a while calls this first: the peer waits for those bytes. */
+int xd_connection_flush(xd_connection *c);
+
 uint64_t xd_now_ns(void);
 
 /* What a wait does between two looks, by how long it has lasted: spin for 50 us, then as the mailbox does. */

@@ -74,6 +74,23 @@ static int await(test *t, uint32_t tag, uint64_t number, char *payload) {
     return XD_OK;
 }
 
+/* Wait until all is out, then free. XD_AGAIN when the deadline came first. Reading, too, as only that notices a peer that is
+ * gone; a living one waits for our last bytes and sends nothing. */
+static int finish(test *t, int code) {
+    uint64_t start = xd_now_ns(), now = start;
+    while (code == XD_OK && (code = xd_connection_flush(t->c)) == XD_AGAIN && now < t->deadline_ns) {
+        const void *bytes;
+        xd_header header;
+        code = xd_receive(t->c, &header, &bytes);
+        if (code == XD_OK) code = xd_connection_fail(t->c, XD_MISMATCH, "self-test: a frame came too early");
+        if (code == XD_AGAIN) code = XD_OK;
+        xd_rest(now - start);
+        now = xd_now_ns();
+    }
+    free(t->payload);
+    return code;
+}
+
 static int dead(test *t, int code, const char *which) {
     static const char *const NAMES[XD_NUM_QUEUES] = {"latency", "bulk"};
     if (code != XD_AGAIN) return code;
@@ -96,8 +113,7 @@ int xd_warm_up(xd_connection *c, double timeout_s) {
     for (int queue = XD_NUM_QUEUES - 1; queue >= 0 && code == XD_OK; queue--) {
         test t;
         if ((code = begin(&t, c, queue, deadline_ns))) return code;
-        code = warm_up_queue(&t);
-        free(t.payload);
+        code = dead(&t, finish(&t, warm_up_queue(&t)), "nothing can be sent to the peer");
     }
     return code;
 }
@@ -129,8 +145,8 @@ int xd_self_test(xd_connection *c, int first, int queue, int num_messages, doubl
     if (!back) code = xd_connection_fail(c, XD_DEVICE, "self-test: out of memory");
     for (int i = 0; i < num_messages && code == XD_OK; i++)
         code = first ? ping(&t, (uint64_t)i + 1, back, &round_trip_us[i]) : answer(&t, (uint64_t)i + 1);
-    if (code == XD_AGAIN) code = xd_connection_fail(c, XD_TIMEOUT, "self-test: no answer in %.3f s", timeout_s);
     free(back);
-    free(t.payload);
+    code = finish(&t, code);
+    if (code == XD_AGAIN) code = xd_connection_fail(c, XD_TIMEOUT, "self-test: no answer in %.3f s", timeout_s);
     return code;
 }

@@ -108,7 +108,10 @@ static int post(xd_connection *c, xd_header *header, const void *payload) {
     return XD_OK;
 }
 
-static int flush(xd_connection *c) { return c->backend->flush ? c->backend->flush(c) : XD_OK; }
+int xd_connection_flush(xd_connection *c) {
+    if (c->failure) return c->failure;
+    return c->backend->flush ? c->backend->flush(c) : XD_OK;
+}
 
 /* Release the frame in the caller's hands; only now is its credit owed. */
 static int let_go(xd_connection *c) {
@@ -123,7 +126,7 @@ static int let_go(xd_connection *c) {
 static int send_credits(xd_connection *c) {
     for (int queue = 0; queue < XD_NUM_QUEUES; queue++) {
         xd_queue *q = &c->queues[queue];
-        if (q->taken - q->told < (q->our_grant + 1) / 2 || flush(c) != XD_OK) continue;
+        if (q->taken - q->told < (q->our_grant + 1) / 2 || xd_connection_flush(c) != XD_OK) continue;
         xd_header header = {.kind = XD_CREDIT, .queue = (uint8_t)queue};
         int code = post(c, &header, NULL);
         if (code && code != XD_AGAIN) return code;
@@ -150,7 +153,7 @@ int xd_send(xd_connection *c, const xd_header *header, const void *payload) {
         c->statistics.starved++;
         return XD_AGAIN;
     }
-    if ((code = flush(c))) return code; /* before the cost of a checksum */
+    if ((code = xd_connection_flush(c))) return code; /* before the cost of a checksum */
     xd_header sealed = *header;
     code = post(c, &sealed, payload);
     if (code == XD_OK) q->spent++;
@@ -272,10 +275,10 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
     uint64_t start = 0;
     for (;;) {
         int sending = s.is_out ? XD_AGAIN : send_piece(c, &s);
-        int taking = s.is_in && s.is_out ? XD_AGAIN : take_piece(c, &s);
+        int taking = take_piece(c, &s);
         if (sending && sending != XD_AGAIN) return sending;
         if (taking && taking != XD_AGAIN) return taking;
-        if (s.is_out && s.is_in && flush(c) == XD_OK) return xd_connection_settle(c);
+        if (s.is_out && s.is_in && xd_connection_flush(c) == XD_OK) return xd_connection_settle(c);
         uint64_t now = xd_now_ns();
         if (!start) start = now;
         if ((double)(now - start) > timeout_s * 1e9) /* also when much comes, but not what was wanted */

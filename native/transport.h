@@ -71,11 +71,12 @@ int xd_frame_read(const void *bytes, size_t n, uint32_t epoch, size_t max_payloa
                   size_t errlen);
 
 /* A connection over a connected, authenticated TCP socket, which it takes over (TCP_NODELAY, non-blocking; closed with
- * it). NULL and err on failure. */
+ * it). NULL and err on failure, and the socket is then still the caller's. */
 xd_connection *xd_tcp_open(int fd, uint32_t epoch, char *err, size_t errlen);
 
 /* Send one frame: header->kind, queue, source, tag, round, digest, offset, total, length, and the payload, which may be
- * re-used when this returns. XD_OK; XD_AGAIN when there is no credit or no room; else the failure. */
+ * re-used when this returns. XD_OK; XD_AGAIN when there is no credit or no room; else the failure. What the socket did not
+ * take at once goes out with later calls of xd_send and xd_receive. */
 int xd_send(xd_connection *c, const xd_header *header, const void *payload);
 
 /* Take the next frame that has come, of either queue: XD_OK with *header and *payload, which stays valid until the next
@@ -92,7 +93,8 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
             double timeout_s);
 
 /* Full-size frames of each queue both ways until each direction has delivered; both ends call it. XD_OK, XD_TIMEOUT
- * with the dead direction named in the failure, or the failure. */
+ * with the dead direction named in the failure, or the failure. Frames of different queues may overtake each other over
+ * verbs, so both ends meet at a barrier of the side connection after this and the self-tests, and before other use. */
 int xd_warm_up(xd_connection *c, double timeout_s);
 
 /* `num_messages` full-size frames of one queue there and back, contents checked; both ends call it, one of them as

@@ -64,7 +64,10 @@ class Connection:
 
     @classmethod
     def from_socket(cls, sock: socket.socket, epoch: int) -> Self:
-        """Take over a connected TCP socket, which is detached. Raises ClusterError, and then it is still the caller's."""
+        """Take over a connected TCP socket, which is detached.
+
+        Raises ClusterError when it cannot be used; it is then still the caller's.
+        """
         err = codes.buffer()
         handle = lib.xd_tcp_open(sock.fileno(), epoch, err, len(err))
         if handle == ffi.NULL:
