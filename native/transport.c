@@ -272,7 +272,7 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
     if (size > UINT32_MAX || their_size > UINT32_MAX)
         return xd_connection_fail(c, XD_TOO_LARGE, "exchange %u: %zu and %zu bytes, at most 4 GiB", tag, size, their_size);
     swap s = {.mine = mine, .theirs = theirs, .size = size, .their_size = their_size, .tag = tag};
-    uint64_t start = 0;
+    uint64_t start = 0, moved = 0;
     for (;;) {
         int sending = s.is_out ? XD_AGAIN : send_piece(c, &s);
         int taking = take_piece(c, &s);
@@ -281,9 +281,11 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
         if (s.is_out && s.is_in && xd_connection_flush(c) == XD_OK) return xd_connection_settle(c);
         uint64_t now = xd_now_ns();
         if (!start) start = now;
+        if (!sending || !taking) moved = now;
         if ((double)(now - start) > timeout_s * 1e9) /* also when much comes, but not what was wanted */
             return xd_connection_fail(c, XD_TIMEOUT, "exchange %u: %zu of %zu bytes came in %.3f s", tag, s.came,
                                       their_size, timeout_s);
-        if (sending && taking) xd_rest(now - start);
+        /* Since bytes last moved, not since the start: 1 MiB takes longer than a spin, and its middle is no time to nap. */
+        if (sending && taking) xd_rest(now - (moved ? moved : start));
     }
 }
