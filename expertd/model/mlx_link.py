@@ -83,7 +83,7 @@ class MlxLink:
             mx.eval(everything)
         except RuntimeError as e:
             raise self.failure(e) from e
-        return bytes(memoryview(everything)[:num_bytes])
+        return np.array(everything[:num_bytes]).tobytes()
 
 
 def gather_over(mailbox: Mailbox) -> Gather:

@@ -58,5 +58,5 @@ def test_ratios_take_the_better_floor_and_give_the_checksum_apart() -> None:
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(ConfigError, match="no C compiler 'no-such-compiler'.* Install one, or set CC"):
+    with pytest.raises(ConfigError, match=r"no C compiler 'no-such-compiler'.* Install one, or set CC"):
         link._compile(tmp_path)
