@@ -14,7 +14,6 @@ right values once per size.
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from expertd.bench.processes import free_ports, wait_for_all
 from expertd.config import MAX_RANKS
 from expertd.errors import ClusterError, ConfigError, ExpertdError
 from expertd.topology.machine import describe_machine, own_cores, settle, summarize
@@ -141,12 +141,12 @@ def _run_ranks(num_ranks: int, cores: list[int], sizes_kib: list[int], repeats: 
     ranks: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory(prefix="expertd-bench-") as name:
         folder = Path(name)
-        (folder / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{p}"] for p in _free_ports(num_ranks)]))
+        (folder / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{p}"] for p in free_ports(num_ranks)]))
         try:
             for rank in range(num_ranks):
                 job = Job(rank, num_ranks, mailbox_fd, lifeline_fd, cores, sizes_kib, repeats)
                 ranks.append(_spawn(job, folder))
-            _wait(ranks, folder)
+            wait_for_all(ranks, folder, DEADLINE_S)
             return [json.loads((folder / f"{rank}.out").read_text()) for rank in range(num_ranks)]
         finally:
             for process in ranks:
@@ -154,15 +154,6 @@ def _run_ranks(num_ranks: int, cores: list[int], sizes_kib: list[int], repeats: 
                 process.wait()
             for fd in (mailbox_fd, lifeline_fd, lifeline):
                 os.close(fd)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports free a moment ago: MLX's ring takes numbers only. Held together, they are all different."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def _spawn(job: Job, folder: Path) -> subprocess.Popen[bytes]:
@@ -177,25 +168,6 @@ def _spawn(job: Job, folder: Path) -> subprocess.Popen[bytes]:
             pass_fds=[job.mailbox_fd, job.lifeline_fd],
             process_group=0,  # the terminal's Ctrl-C is ours alone
         )
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Wait until all ranks have ended well. Raises ClusterError with a failed one's last words."""
-    deadline = time.monotonic() + DEADLINE_S
-    while any(code is None for code in [process.poll() for process in ranks]):
-        _check_exits(ranks, folder)
-        if time.monotonic() > deadline:
-            raise ClusterError(f"not done after {DEADLINE_S:g} s. Try fewer --repeats or a quieter machine.")
-        time.sleep(0.05)
-    _check_exits(ranks, folder)
-
-
-def _check_exits(ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    for rank, process in enumerate(ranks):
-        if process.poll():
-            said = (folder / f"{rank}.err").read_text(errors="replace").split("\n")
-            last = next((line for line in reversed(said) if line.strip()), "it said nothing")
-            raise ClusterError(f"rank {rank} ended with code {process.returncode}: {last.strip()[:300]}")
 
 
 # A rank: the three kinds of chains, taking turns.

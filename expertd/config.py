@@ -10,6 +10,7 @@ MAX_RANKS = 4
 CONTROL_PORT = 7420
 PAIRING_PORT = 7421
 SPLITS = ("auto", "solo", "experts", "tokens")
+LINKS = ("auto", "verbs", "tcp", "mlx")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class GroupConfig:
     fractions of a split (empty: equal); they need not add up to 1. `cpus[r]` pins rank r to those
     processors (empty: not pinned). Waits inside one step may add up to `exchange_timeout_s`; a rank
     whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
-    processes on two cores a living rank was silent for longer).
+    processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
+    on one host and the fastest link between two, "mlx" is MLX's own engine.
     """
 
     checkpoint: str
@@ -32,6 +34,7 @@ class GroupConfig:
     exchange_timeout_s: float = 60.0
     pulse_timeout_s: float = 1.5
     cpus: tuple[tuple[int, ...], ...] = ()
+    link: str = "auto"
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ranks <= MAX_RANKS:
@@ -40,6 +43,8 @@ class GroupConfig:
             )
         if self.split not in SPLITS:
             raise ConfigError(f"--split {self.split}: unknown split. Choose one of {', '.join(SPLITS)}.")
+        if self.link not in LINKS:
+            raise ConfigError(f"--link {self.link}: unknown link. Choose one of {', '.join(LINKS)}.")
         if self.shares and (
             len(self.shares) != self.num_ranks or min(self.shares) < 0 or sum(self.shares) <= 0
         ):

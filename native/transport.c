@@ -273,7 +273,7 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
         return xd_connection_fail(c, XD_TOO_LARGE, "exchange %u: %zu and %zu bytes, at most 4 GiB", tag, size, their_size);
     swap s = {.mine = mine, .theirs = theirs, .size = size, .their_size = their_size, .tag = tag};
     bool is_gone = false; /* the peer, before our last bytes were out: reading will say why */
-    uint64_t start = 0;
+    uint64_t start = 0, moved = 0;
     for (;;) {
         int sending = s.is_out ? XD_AGAIN : send_piece(c, &s);
         /* No look beyond the end: once our last bytes are out, what comes may be the next swap's. */
@@ -287,9 +287,11 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
         }
         uint64_t now = xd_now_ns();
         if (!start) start = now;
+        if (!sending || !taking) moved = now;
         if ((double)(now - start) > timeout_s * 1e9) /* also when much comes, but not what was wanted */
             return xd_connection_fail(c, XD_TIMEOUT, "exchange %u: %zu of %zu bytes came in %.3f s", tag, s.came,
                                       their_size, timeout_s);
-        if (sending && taking) xd_rest(now - start);
+        /* Since bytes last moved, not since the start: 1 MiB takes longer than a spin, and its middle is no time to nap. */
+        if (sending && taking) xd_rest(now - (moved ? moved : start));
     }
 }

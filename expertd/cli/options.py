@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertd.config import MAX_RANKS, SPLITS, GroupConfig, HostsConfig
+from expertd.config import LINKS, MAX_RANKS, SPLITS, GroupConfig, HostsConfig
 from expertd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def group_options(command: F) -> F:
-    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin."""
+    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin, --link."""
     options = (
         click.option("--ranks", default=1, show_default=True, help=f"Processes, 1 to {MAX_RANKS}."),
         click.option(
@@ -30,6 +30,13 @@ def group_options(command: F) -> F:
         ),
         click.option("--shares", metavar="A,B", help="Each rank's share, such as 2,1 [default: equal]."),
         click.option("--pin", is_flag=True, help="Give each rank one processor of its own (Linux)."),
+        click.option(
+            "--link",
+            type=click.Choice(LINKS),
+            default="auto",
+            show_default=True,
+            help="How ranks swap rows; mlx: MLX's own engine, for comparison.",
+        ),
     )
     for option in reversed(options):
         command = option(command)

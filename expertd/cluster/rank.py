@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from expertd.checkpoint.inspect import CheckpointInfo
     from expertd.engine.engine import Engine
     from expertd.link.mailbox import Mailbox
+    from expertd.model.mlx_link import MlxLink
     from expertd.model.model import Model
 
 # The supervisor reads at once; one that does not for this long is stuck, and its ranks must not be.
@@ -121,8 +122,8 @@ class Rank:
             self._control.send(Ended(begin.epoch, type(e).__name__, str(e)))
         return self._wait_begin()
 
-    def _enter(self, begin: Begin) -> "Mailbox":
-        """Leave the old epoch's mailbox for the new one's. Raises TransportError when it does not come."""
+    def _enter(self, begin: Begin) -> "Mailbox | MlxLink":
+        """Leave the old epoch's mailbox for the new one's; gives the link. Raises TransportError when none comes."""
         from expertd.link.mailbox import Mailbox
 
         self._model.attach(None)
@@ -141,8 +142,17 @@ class Rank:
             )
         finally:
             os.close(fd)
-        self._model.attach(self._mailbox if begin.num_ranks > 1 else None)
-        return self._mailbox
+        link = self._link_over(self._mailbox)
+        self._model.attach(link if begin.num_ranks > 1 else None)
+        return link
+
+    def _link_over(self, mailbox: "Mailbox") -> "Mailbox | MlxLink":
+        """What plans and rows travel by: the mailbox, or MLX's own engine, whose ranks meet through it."""
+        if self._group.link != "mlx" or mailbox.num_ranks == 1:
+            return mailbox
+        from expertd.model.mlx_link import gather_over, open_ring
+
+        return open_ring(mailbox.rank, gather_over(mailbox))
 
     def _receive_mailbox(self, epoch: int) -> int:
         try:

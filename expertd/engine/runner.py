@@ -4,6 +4,7 @@ import mlx.core as mx
 
 from expertd.engine.plan import Plan
 from expertd.link.mailbox import Mailbox
+from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Cache, Model
 
 # Between two looks at its control socket, a rank without work waits this long for a frame. A new epoch does not wait
@@ -12,10 +13,10 @@ IDLE_S = 0.5
 
 
 class Runner:
-    """One epoch's caches, all empty at its begin, over that epoch's mailbox."""
+    """One epoch's caches, all empty at its begin, over that epoch's link."""
 
-    def __init__(self, model: Model, mailbox: Mailbox) -> None:
-        self._model, self._mailbox = model, mailbox
+    def __init__(self, model: Model, link: Mailbox | MlxLink) -> None:
+        self._model, self._link = model, link
         self._caches: dict[int, Cache] = {}
 
     def lead(self, plan: Plan) -> mx.array | None:
@@ -23,13 +24,13 @@ class Runner:
 
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
-        if self._mailbox.num_ranks > 1:
-            self._mailbox.send_frame(plan.encode())
+        if self._link.num_ranks > 1:
+            self._link.send_frame(plan.encode())
         return self._execute(plan)
 
     def follow(self) -> None:
         """Other ranks: carry out one plan, if one comes within IDLE_S."""
-        frame = self._mailbox.wait_frame(IDLE_S)
+        frame = self._link.wait_frame(IDLE_S)
         if frame is not None:
             self._execute(Plan.decode_frame(frame))
 
@@ -38,10 +39,17 @@ class Runner:
             self._caches.pop(sequence_id, None)
         if plan.is_new:
             self._caches[plan.sequence_id] = self._model.new_cache()
-        cache, logits = self._caches[plan.sequence_id], None
-        if plan.decode:
-            logits = self._model.decode(plan.tokens[0], cache, plan.split)
-        else:
-            self._model.prefill(plan.tokens, cache, plan.split)
-        self._mailbox.check()
+        logits = self._compute(plan, self._caches[plan.sequence_id])
+        self._link.check()
         return logits
+
+    def _compute(self, plan: Plan, cache: Cache) -> mx.array | None:
+        try:
+            if plan.decode:
+                return self._model.decode(plan.tokens[0], cache, plan.split)
+            self._model.prefill(plan.tokens, cache, plan.split)
+            return None
+        except RuntimeError as e:
+            if not isinstance(self._link, MlxLink):
+                raise
+            raise self._link.failure(e) from e

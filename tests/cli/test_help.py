@@ -51,6 +51,7 @@ def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
         (["--ranks", "2", "--shares", "1,2,3"], "wanted 2 numbers"),
         (["--prefill-chunk", "0"], "--prefill-chunk 0"),
         (["--logits", "/no/such/folder/l"], "--logits /no/such/folder/l: no folder /no/such/folder"),
+        (["--link", "carrier"], "'carrier' is not one of"),
         (["--split", "heads"], "'heads' is not one of"),
         (["--temperature", "9"], "9.0 is not in the range"),
         (["--nope"], "No such option"),

@@ -10,6 +10,7 @@ import numpy as np
 
 from expertd.checkpoint.config import normalise_config, read_config
 from expertd.link.mailbox import Mailbox
+from expertd.model.exchange import Link
 from expertd.model.model import Model
 from expertd.split.cut import StepSplit
 
@@ -29,17 +30,27 @@ NUM_DECODED = 4
 
 def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
     """Digests by checkpoint and by "split shares chunks"; solo is computed beside the splits."""
-    return {folder: _all_splits(mailbox, Path(folder)) for folder in checkpoints}
-
-
-def _all_splits(mailbox: Mailbox, folder: Path) -> dict[str, str]:
     link = mailbox if mailbox.num_ranks > 1 else None
+    return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS) for folder in checkpoints}
+
+
+def run_over_mlx(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
+    """The same over MLX's ring, whose ranks meet through the mailbox."""
+    from expertd.model.mlx_link import gather_over, open_ring
+
+    link, chunks = open_ring(mailbox.rank, gather_over(mailbox)), {"several": CHUNKS["several"]}
+    return {folder: _all_splits(mailbox, link, Path(folder), chunks) for folder in checkpoints}
+
+
+def _all_splits(
+    mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]]
+) -> dict[str, str]:
     model = Model(folder, normalise_config(read_config(folder)))
     model.attach(link)
     digests = {}
     for name in model.splits if link else ["solo"]:
         for fractions in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
-            for label, chunks in (DEMO_CHUNKS if "demo" in folder.name else CHUNKS).items():
+            for label, chunks in (DEMO_CHUNKS if "demo" in folder.name else cases).items():
                 digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
                 digests[f"{name} {fractions} {label}"] = digest
     return digests

@@ -1,0 +1,62 @@
+"""The benchmark of the links: it runs, its figures have their places, and what it cannot do is said."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from expertd.bench import link, link_side
+from expertd.errors import ConfigError
+
+
+def test_every_link_is_measured_beside_its_floor() -> None:
+    report = link.measure((64, 4 << 10), repeats=1)
+    assert [row["bytes"] for row in report["rows"]] == [64, 4 << 10]
+    for row in report["rows"]:
+        for name in ("mailbox", "memory", "tcp", "linked", "spinning", "blocking"):
+            for pattern in ("swap", "one_way"):
+                figures = row[name][pattern]
+                assert 0 < figures["min_us"] <= figures["p50_us"] <= figures["p99_us"] <= figures["p999_us"]
+        assert row["crc"]["swap"]["p50_us"] > 0 and row["ring"]["swap"]["p50_us"] > 0
+    assert "goal" not in report["rows"][0]["ratios"]["tcp_swap"]
+    assert report["rows"][1]["ratios"]["mailbox_swap"]["goal"] == 1.3
+    text = link.format_report(report)
+    assert "4 KiB  mailbox" in text and "goal 1.3: " in text and "two hops: " in text
+
+
+def test_percentiles() -> None:
+    figures = link_side.summarize([[3.0, 1.0, 2.0], [9.0, 8.0, 7.0]])
+    assert (figures["min_us"], figures["p50_us"], figures["p99_us"]) == (1.0, 7.0, 9.0)
+    assert figures["p999_us"] is None and figures["rounds_us"] == [2.0, 8.0]
+    assert link_side.summarize([[float(n) for n in range(1000)]])["p999_us"] == 999.0
+
+
+def test_ratios_take_the_better_floor_and_give_the_checksum_apart() -> None:
+    def kind(us: float) -> dict[str, Any]:
+        return {p: {"p50_us": us, "rounds_us": [us, 2 * us]} for p in ("swap", "one_way")}
+
+    times = {
+        "mailbox": 1.2,
+        "memory": 1.0,
+        "tcp": 16.0,
+        "spinning": 10.0,
+        "blocking": 12.0,
+        "crc": 2.0,
+        "linked": 20.0,
+    }
+    ratios = link._ratios({"bytes": 16 << 10, **{name: kind(us) for name, us in times.items()}})
+    assert ratios["mailbox_swap"]["met"] and ratios["mailbox_swap"]["ratio"] == 1.2
+    tcp = ratios["tcp_swap"]
+    assert (tcp["floor_p50_us"], tcp["ratio"], tcp["ratio_without_crc"], tcp["met"]) == (
+        10.0,
+        1.6,
+        1.4,
+        False,
+    )
+    assert ratios["linked_swap"]["hop_us"] == 4.0 and "goal" not in ratios["tcp_one_way"]
+
+
+def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"no C compiler 'no-such-compiler'.* Install one, or set CC"):
+        link._compile(tmp_path)
