@@ -172,5 +172,6 @@ def test_doctor_prints_each_rung_and_what_is_wrong(monkeypatch: pytest.MonkeyPat
     assert done.return_value == 1 and "expertd cannot run here: mailbox." in done.output
 
 
-def test_advice_on_what_is_well_is_not_printed() -> None:
-    assert "->" not in doctor.line(Rung("hand-off", "ok", "170 us", "", 1.0))
+def test_line_without_advice_has_no_arrow() -> None:
+    assert "->" not in doctor.line(Rung("mailbox", "ok", "9 us", "", 1.0))
+    assert doctor.line(Rung("hand-off", "ok", "170 us", "look here", 1.0)).endswith("-> look here")

@@ -299,6 +299,15 @@ def test_rungs_of_rdma_with_a_provider(
     assert Fabric(tmp_path, provider).breaches() == []
 
 
+def test_driver_that_hangs_is_given_up(
+    provider: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in Fabric(tmp_path, provider).environment("10.0.0.1", "hang:alloc_pd").items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(JobError, match=r"no answer in 1.5 s"):
+        run_job("open_device", {"device": "rdma_en2", "local_ip": "10.0.0.1", "path": str(provider)}, 1.5)
+
+
 def test_linux_without_rdma_is_fine() -> None:
     report = climb(replace(mac({"library": NO_LIBRARY}), system="Linux"))
     assert {r.state for r in report.rungs} <= {"ok", "not here", "skipped"}
