@@ -76,14 +76,13 @@ def collect_host(
 ) -> Host:
     """Give this host as it is now. Never fails, and takes at most a COMMAND_TIMEOUT_S per command (four on macOS)."""
     notes: list[str] = []
-    machine = describe_machine()
     parts = _macos_parts(run, notes) if system == "Darwin" else _linux_parts(root)
     interfaces, thunderbolt, rdma_switch = parts
     return Host(
         host_id=host_id,
         name=platform.node().removesuffix(".local"),
-        processor=machine["cpu"],
-        system=machine["os"],
+        processor=describe_machine()["cpu"],
+        system=f"{system} {platform.release()} {platform.machine()}",
         interfaces=interfaces,
         thunderbolt=thunderbolt,
         rdma=parsers_linux.read_infiniband(root),

@@ -52,7 +52,7 @@ def _show(rung: "Rung") -> None:
 def line(rung: "Rung") -> str:
     """One rung as text, with its advice on a line of its own."""
     text = f"{rung.state:8}  {rung.name:21}  {rung.found}"
-    return f"{text}\n{'':33}-> {rung.next}" if rung.next and rung.state != "ok" else text
+    return f"{text}\n{'':33}-> {rung.next}" if rung.next else text
 
 
 def summary(report: "Report") -> str:

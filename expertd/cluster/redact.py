@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_TOKEN = re.compile(r"[0-9A-Fa-f:.]*[0-9A-Fa-f:][0-9A-Fa-f:.]*(?:-[0-9A-Fa-f]+){0,4}")
-_UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-_MAC = re.compile(r"[0-9A-Fa-f]{2}([:-][0-9A-Fa-f]{2}){5}")
-NAMES = ("name", "peer_name", "host_id")  # keys of a Host and of its ports
+_HEX = "[0-9A-Fa-f]"
+_IDENTITY = re.compile(rf"{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}")
+_MAC = re.compile(rf"{_HEX}{{2}}(?::{_HEX}{{2}}){{5}}")
+_IPV4 = r"(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?!\d)"
+_IPV6 = rf"{_HEX}{{0,4}}:{_HEX}{{0,4}}:[0-9A-Fa-f:.]*"
+_TOKEN = re.compile(rf"{_IDENTITY.pattern}|\b{_MAC.pattern}\b|{_IPV6}|{_IPV4}")
 
 
 def redact(value: dict[str, Any], secrets: Iterable[str] = ()) -> dict[str, Any]:
@@ -47,15 +49,12 @@ class _Redactor:
         return _TOKEN.sub(lambda m: self._token(m[0]), text)
 
     def _token(self, token: str) -> str:
-        bare = token.rstrip(".:")
-        kind = (
-            "identity"
-            if _UUID.fullmatch(bare)
-            else "address"
-            if _MAC.fullmatch(bare) or _is_address(bare)
-            else ""
-        )
-        return self._word(kind, bare) + token[len(bare) :] if kind else token
+        if _IDENTITY.fullmatch(token):
+            return self._word("identity", token)
+        bare = token if _is_address(token) else token.rstrip(".:")  # a sentence may go on after it
+        if not (_MAC.fullmatch(bare) or _is_address(bare)):
+            return token
+        return self._word("address", bare) + token[len(bare) :]
 
     def _word(self, kind: str, text: str) -> str:
         number = 1 + sum(word.startswith(f"<{kind} ") for word in self._seen.values())
