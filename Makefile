@@ -5,7 +5,10 @@ READY := .venv/.installed
 DEMO := build/demo-2bit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test check bench fuzz format clean
+.PHONY: help demo smoke test check bench fuzz soak cross format clean
+FUZZ_S ?= 60
+FUZZED := tests/native/fuzz_frame.c $(addprefix native/,crc32c.c frame.c transport.c tcp.c self_test.c)
+FUZZ_FLAGS := -std=c11 -g -O1 -Inative
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -44,10 +47,26 @@ bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's rin
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
 
-fuzz: $(READY) ## Fuzz the decoder of messages for a minute (Linux)
+fuzz: $(READY) ## Fuzz the frames, then the messages, for FUZZ_S seconds each (60); libFuzzer where there is clang
+	mkdir -p build/fuzz/corpus
+	if command -v clang >/dev/null; then \
+	  clang $(FUZZ_FLAGS) -fsanitize=fuzzer,address,undefined $(FUZZED) -o build/fuzz/frame -lpthread && \
+	  build/fuzz/frame -max_total_time=$(FUZZ_S) -max_len=16384 build/fuzz/corpus; \
+	else \
+	  cc $(FUZZ_FLAGS) -DRANDOM_INPUTS -fsanitize=address,undefined -fno-sanitize-recover=all $(FUZZED) \
+	    -o build/fuzz/frame -lpthread && build/fuzz/frame $(FUZZ_S); \
+	fi
 	$(BIN)/python -m pip install --quiet atheris
-	mkdir -p build/fuzz-wire
-	$(BIN)/python -m tests.fuzz_wire -max_total_time=60 -max_len=4096 build/fuzz-wire
+	mkdir -p build/fuzz/messages
+	$(BIN)/python -m tests.fuzz_wire -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/messages
+
+soak: $(READY) ## Swap a million times over TCP and over the mailbox; compare every byte, watch memory
+	$(BIN)/python -m expertd.bench.soak tcp
+	$(BIN)/python -m expertd.bench.soak mailbox
+
+cross: $(READY) ## Compile the C code for a Mac, from any machine (downloads a compiler of 100 MB)
+	$(BIN)/python -m pip install --quiet --editable '.[cross]'
+	$(BIN)/python -m pytest tests/native/test_compiles_for_macos.py
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix
