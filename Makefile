@@ -5,7 +5,10 @@ READY := .venv/.installed
 DEMO := build/demo-2bit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test check bench format clean
+.PHONY: help demo smoke test check bench fuzz soak cross format clean
+FUZZ_S ?= 60
+FUZZED := tests/native/fuzz_frame.c $(addprefix native/,crc32c.c frame.c transport.c tcp.c self_test.c)
+FUZZ_FLAGS := -std=c11 -g -O1 -Inative
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -42,6 +45,24 @@ bench: $(DEMO) ## Measure: exchange latency beside MLX's ring, decode and prefil
 	$(BIN)/python -m expertd.bench.exchange --json build/bench-exchange.json
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
+
+fuzz: ## Feed mutated frames to the transport for FUZZ_S seconds (60), by libFuzzer where there is clang
+	mkdir -p build/fuzz/corpus
+	if command -v clang >/dev/null; then \
+	  clang $(FUZZ_FLAGS) -fsanitize=fuzzer,address,undefined $(FUZZED) -o build/fuzz/frame -lpthread && \
+	  build/fuzz/frame -max_total_time=$(FUZZ_S) -max_len=16384 build/fuzz/corpus; \
+	else \
+	  cc $(FUZZ_FLAGS) -DRANDOM_INPUTS -fsanitize=address,undefined -fno-sanitize-recover=all $(FUZZED) \
+	    -o build/fuzz/frame -lpthread && build/fuzz/frame $(FUZZ_S); \
+	fi
+
+soak: $(READY) ## Swap a million times over TCP and over the mailbox; compare every byte, watch memory
+	$(BIN)/python -m expertd.bench.soak tcp
+	$(BIN)/python -m expertd.bench.soak mailbox
+
+cross: $(READY) ## Compile the C code for a Mac, from any machine (downloads a compiler of 100 MB)
+	$(BIN)/python -m pip install --quiet --editable '.[cross]'
+	$(BIN)/python -m pytest tests/native/test_compiles_for_macos.py
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix

@@ -20,8 +20,9 @@ typedef struct {
     int (*poll)(xd_connection *c, int *queue, const void **bytes, size_t *n);
     /* The frame given by the last poll has been used: its receive may be posted again. XD_OK or a recorded failure. */
     int (*release)(xd_connection *c, int queue);
-    /* Move forward what `post` could not finish: XD_OK when all is out and `post` would find room, else XD_AGAIN. Never
-     * records a failure: that is left to `poll`, which first gives what had come. NULL where post always finishes. */
+    /* Move forward what `post` could not finish: XD_OK when all is out and `post` would find room, else XD_AGAIN;
+     * XD_CLOSED when nothing goes out any more. Never records a failure: that is left to `poll`, which first gives what had
+     * come. NULL where post always finishes. */
     int (*flush)(xd_connection *c);
     /* Free all that the back end owns, but not the connection itself. */
     void (*close)(xd_connection *c);
@@ -58,8 +59,8 @@ int xd_connection_fail(xd_connection *c, int code, const char *format, ...) __at
 /* Release the frame that the last xd_receive gave, and send the credits that are owed; XD_OK or the failure. */
 int xd_connection_settle(xd_connection *c);
 
-/* Move out what the back end has kept: XD_OK when nothing is left, XD_AGAIN, or the failure. Who returns to a caller that may
- * not touch the connection for a while calls this first: the peer waits for those bytes. */
+/* The back end's flush, or the failure. Who returns to a caller that may not touch the connection for a while brings this to
+ * XD_OK first: the peer waits for those bytes. It does not read meanwhile: once they are out, what comes is the next one's. */
 int xd_connection_flush(xd_connection *c);
 
 uint64_t xd_now_ns(void);

@@ -60,10 +60,11 @@ static size_t write_out(tcp *t, const struct iovec *pieces, int num_pieces) {
 
 static int tcp_flush(xd_connection *c) {
     tcp *t = c->state;
-    if (t->send_errno) return XD_AGAIN;
-    if (t->sent == t->kept) return XD_OK;
-    struct iovec rest = {t->unsent + t->sent, t->kept - t->sent};
-    t->sent += write_out(t, &rest, 1);
+    if (t->sent < t->kept && !t->send_errno) {
+        struct iovec rest = {t->unsent + t->sent, t->kept - t->sent};
+        t->sent += write_out(t, &rest, 1);
+    }
+    if (t->send_errno) return XD_CLOSED;
     return t->sent == t->kept ? XD_OK : XD_AGAIN;
 }
 
@@ -80,8 +81,7 @@ static void keep(tcp *t, const xd_header *header, const void *payload, size_t ta
 static int tcp_post(xd_connection *c, int queue, const xd_header *header, const void *payload) {
     (void)queue;
     tcp *t = c->state;
-    int code = tcp_flush(c);
-    if (code) return code;
+    if (tcp_flush(c) != XD_OK) return XD_AGAIN;
     struct iovec pieces[2] = {{(void *)header, XD_HEADER_BYTES}, {(void *)payload, header->length}};
     size_t taken = write_out(t, pieces, header->length ? 2 : 1);
     if (taken == 0) return XD_AGAIN;

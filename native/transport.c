@@ -153,7 +153,7 @@ int xd_send(xd_connection *c, const xd_header *header, const void *payload) {
         c->statistics.starved++;
         return XD_AGAIN;
     }
-    if ((code = xd_connection_flush(c))) return code; /* before the cost of a checksum */
+    if (xd_connection_flush(c) != XD_OK) return XD_AGAIN; /* before the cost of a checksum */
     xd_header sealed = *header;
     code = post(c, &sealed, payload);
     if (code == XD_OK) q->spent++;
@@ -272,13 +272,19 @@ int xd_swap(xd_connection *c, uint32_t tag, const void *mine, size_t size, void 
     if (size > UINT32_MAX || their_size > UINT32_MAX)
         return xd_connection_fail(c, XD_TOO_LARGE, "exchange %u: %zu and %zu bytes, at most 4 GiB", tag, size, their_size);
     swap s = {.mine = mine, .theirs = theirs, .size = size, .their_size = their_size, .tag = tag};
+    bool is_gone = false; /* the peer, before our last bytes were out: reading will say why */
     uint64_t start = 0;
     for (;;) {
         int sending = s.is_out ? XD_AGAIN : send_piece(c, &s);
-        int taking = take_piece(c, &s);
+        /* No look beyond the end: once our last bytes are out, what comes may be the next swap's. */
+        int taking = s.is_in && s.is_out && !is_gone ? XD_AGAIN : take_piece(c, &s);
         if (sending && sending != XD_AGAIN) return sending;
         if (taking && taking != XD_AGAIN) return taking;
-        if (s.is_out && s.is_in && xd_connection_flush(c) == XD_OK) return xd_connection_settle(c);
+        if (s.is_out && s.is_in) {
+            int left = xd_connection_flush(c);
+            if (left == XD_OK) return xd_connection_settle(c);
+            is_gone = left == XD_CLOSED;
+        }
         uint64_t now = xd_now_ns();
         if (!start) start = now;
         if ((double)(now - start) > timeout_s * 1e9) /* also when much comes, but not what was wanted */

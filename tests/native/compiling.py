@@ -1,0 +1,43 @@
+"""Compile C beside the package: the sources in native/ with a driver of these tests, under the sanitizers."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parents[1] / "native"
+TRANSPORT = ("crc32c.c", "frame.c", "transport.c", "tcp.c", "self_test.c")
+STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}")
+SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+PROBE = "int main(void) { return 0; }\n"
+
+
+def compiler() -> str:
+    """A compiler that can link the sanitizers; skips the test, with the reason, where there is none."""
+    cc = shutil.which("cc")
+    if cc is None:
+        pytest.skip("no C compiler: `cc` is not found")
+    command = [cc, *SANITIZE, "-x", "c", "-", "-o", "/dev/null"]
+    probe = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+    if probe.returncode:
+        pytest.skip(f"cc cannot link the sanitizers: {probe.stderr.strip().splitlines()[-1]}")
+    return cc
+
+
+def build(out: Path, driver: str, sources: Iterable[str], *flags: str) -> Path:
+    """Compile a driver of this folder with sources of native/."""
+    files = [HERE / driver, *(NATIVE / name for name in sources)]
+    command = [compiler(), *STRICT, *SANITIZE, *flags, *map(str, files), "-o", str(out), "-lpthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def run(program: Path, *args: str, timeout_s: float = 120) -> str:
+    """What it prints; a sanitizer's report, or any other end than 0, fails the test."""
+    done = subprocess.run([program, *args], capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return done.stdout

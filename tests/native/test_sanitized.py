@@ -1,0 +1,24 @@
+"""The C code under AddressSanitizer and UndefinedBehaviorSanitizer, driven by C: no Python between."""
+
+import re
+from pathlib import Path
+
+from tests.native.compiling import TRANSPORT, build, run
+
+FUZZ_S = 2
+
+
+def test_transport(tmp_path: Path) -> None:
+    assert run(build(tmp_path / "drive", "drive.c", TRANSPORT)) == "ok\n"
+
+
+def test_mailbox(tmp_path: Path) -> None:
+    assert run(build(tmp_path / "drive", "drive_mailbox.c", ["mailbox.c"])) == "ok\n"
+
+
+def test_mutated_frames(tmp_path: Path) -> None:
+    """The short form of `make fuzz`."""
+    program = build(tmp_path / "fuzz", "fuzz_frame.c", TRANSPORT, "-DRANDOM_INPUTS")
+    found = re.fullmatch(r"ok: (\d+) inputs\n", run(program, str(FUZZ_S)))
+    assert found
+    assert int(found[1]) > 100
