@@ -5,21 +5,23 @@ there how it went, so both go on, or both try again with fresh queue pairs; a di
 dead, and only new ones help. Three attempts, for repeated ones can wedge a port until the machine is started again.
 """
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from expertd.errors import ExpertdError
+from expertd.errors import ClusterError, ExpertdError
 from expertd.link import codes
 from expertd.link.connection import BULK, LATENCY, Connection
 from expertd.link.handshake import SetupFailed
 from expertd.link.messages import LinkPeer, LinkReport, LinkSetup
+from expertd.link.verbs import Config, Verbs
 from expertd.native._transport import ffi, lib
 
 PAUSES_S = (0.0, 0.25, 1.0)  # before each attempt
-LATENCY_FRAMES, BULK_FRAMES, SAFE_BULK_FRAMES = 4, 32, 4
-LATENCY_DEPTH, BULK_DEPTH = 16, 8
+BULK_FRAMES, SAFE_BULK_FRAMES = 32, 4
 # Messages of the self-test, in each direction.
 NUM_TESTS_TCP = {LATENCY: 50, BULK: 10}
 NUM_TESTS_VERBS = {LATENCY: 200, BULK: 200}
@@ -37,7 +39,9 @@ class Link:
         if self._side:
             self._side.swap(b"", timeout_s)
         else:
-            _checked(self.connection, self.report.host, lambda: self.connection.swap(b"", 0, timeout_s=timeout_s))
+            _checked(
+                self.connection, self.report.host, lambda: self.connection.swap(b"", 0, timeout_s=timeout_s)
+            )
 
     def close(self) -> None:
         """Give everything back; the side connection last, for the other end watches it."""
@@ -56,14 +60,16 @@ class Side:
         """Raises SetupFailed when the other end is gone or says nothing for timeout_s."""
         deadline = time.monotonic() + timeout_s
         try:
-            self.sock.settimeout(timeout_s)
+            self.sock.settimeout(max(0.001, timeout_s))
             self.sock.sendall(len(mine).to_bytes(2, "little") + mine)
             size = int.from_bytes(self._read(2, deadline), "little")
             if size > MAX_SIDE_BYTES:
                 raise SetupFailed("XD_CORRUPT", f"side connection: a message of {size} bytes", self._host)
             return self._read(size, deadline)
         except TimeoutError:
-            raise SetupFailed("XD_TIMEOUT", f"host {self._host} lives but does not answer", self._host) from None
+            raise SetupFailed(
+                "XD_TIMEOUT", f"host {self._host} lives but does not answer", self._host
+            ) from None
         except OSError as e:
             raise SetupFailed("XD_CLOSED", f"side connection to host {self._host}: {e}", self._host) from e
 
@@ -83,13 +89,17 @@ def establish(setup: LinkSetup, peer: LinkPeer, sock: socket.socket, deadline: f
     if setup.kind == "verbs":
         return _Verbs(setup, peer, sock, deadline).establish()
     connection = Connection.from_socket(sock, setup.epoch)
-    stage_s = _stage_s(setup)
+    step_s = _step_s(setup)
 
     def test() -> LinkReport:
-        connection.swap(b"", 0, timeout_s=max(0.0, deadline - time.monotonic()))  # it may be busy with another host still
-        connection.warm_up(stage_s)
-        measured = [_self_test(connection, setup.host < peer.host, queue, n, stage_s) for queue, n in NUM_TESTS_TCP.items()]
-        return _report(peer.host, "tcp", peer.interface, 1, measured[0], measured[1])
+        # It may still be busy with another host.
+        connection.swap(b"", 0, timeout_s=max(0.0, deadline - time.monotonic()))
+        connection.warm_up(step_s)
+        latency, bulk = (
+            _self_test(connection, setup.host < peer.host, queue, num_messages, step_s)
+            for queue, num_messages in NUM_TESTS_TCP.items()
+        )
+        return _report(peer.host, "tcp", peer.interface, 1, latency, bulk)
 
     try:
         return Link(connection, None, _checked(connection, peer.host, test))
@@ -98,12 +108,14 @@ def establish(setup: LinkSetup, peer: LinkPeer, sock: socket.socket, deadline: f
         raise
 
 
-def _stage_s(setup: LinkSetup) -> float:
-    """The time for one step: three attempts, each of which fails at one of them, take half of what there is."""
-    return setup.setup_s / 6
+def _step_s(setup: LinkSetup) -> float:
+    """The time for one step: three attempts, each failing at one of them, take less than half of what there is."""
+    return setup.setup_s / 8
 
 
-def _self_test(connection: Connection, lower: bool, queue: int, num_messages: int, timeout_s: float) -> list[float]:
+def _self_test(
+    connection: Connection, lower: bool, queue: int, num_messages: int, timeout_s: float
+) -> list[float]:
     """Each end in turn is first, so that each has figures: sorted half round trips in us."""
     round_trips: list[float] = []
     for first in (lower, not lower):
@@ -124,20 +136,21 @@ def _checked(connection: Connection, host: int, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except ExpertdError as e:
-        raise SetupFailed(_code_name(connection), f"host {host}: {e}", host) from e
+        raise SetupFailed(_code_name(connection, e), f"host {host}: {e}", host) from e
 
 
-def _code_name(connection: Connection | None) -> str:
+def _code_name(connection: Connection | None, e: ExpertdError) -> str:
+    """What to call a failure: as the connection does, if there was one."""
     code = lib.xd_connection_failure(connection.handle, ffi.NULL, 0) if connection else lib.XD_OK
-    return codes.name(code) if code else "XD_DEVICE"
+    return codes.name(code) if code else "XD_UNAVAILABLE" if isinstance(e, ClusterError) else "XD_DEVICE"
 
 
-class _Attempt(Exception):
-    """A step of an attempt has failed, here or at the other end: "XD_NAME reason"."""
+class _StepFailed(Exception):
+    """A step of an attempt has failed, here or at the other end."""
 
-    def __init__(self, step: str, reason: str) -> None:
+    def __init__(self, step: str, code: str, reason: str) -> None:
         super().__init__(reason)
-        self.step, self.reason = step, reason
+        self.step, self.code, self.reason = step, code, reason
 
 
 class _Verbs:
@@ -145,104 +158,63 @@ class _Verbs:
 
     def __init__(self, setup: LinkSetup, peer: LinkPeer, sock: socket.socket, deadline: float) -> None:
         self._setup, self._peer, self._deadline = setup, peer, deadline
-        self._side, self._stage_s = Side(sock, peer.host), _stage_s(setup)
-        self._verbs = self._device = None
+        self._side = Side(sock, peer.host)
         self._connection: Connection | None = None
 
     def establish(self) -> Link:
-        bulk_frames, failed = BULK_FRAMES, _Attempt("", "")
+        failed, bulk_frames = _StepFailed("", "", ""), BULK_FRAMES
         for attempt, pause_s in enumerate(PAUSES_S, 1):
             time.sleep(pause_s)
             if attempt == len(PAUSES_S) or failed.step == "bulk test":
                 bulk_frames = SAFE_BULK_FRAMES
             try:
-                return self._attempt(attempt, bulk_frames)
-            except _Attempt as e:
+                with contextlib.ExitStack() as opened:
+                    link = self._attempt(attempt, bulk_frames, opened)
+                    opened.pop_all()
+                    return link
+            except _StepFailed as e:
                 failed = e
-            finally:
-                if failed.reason:
-                    self._clean_up()
-            if failed.reason.startswith("XD_UNAVAILABLE"):
+            if failed.step == "open":  # another try will find the same
                 break
-        code, _, reason = failed.reason.partition(" ")
-        raise SetupFailed(code, f"host {self._peer.host}, verbs, {failed.step}: {reason}", self._peer.host)
+        reason = f"host {self._peer.host}, verbs, {failed.step}: {failed.reason}"
+        raise SetupFailed(failed.code, reason, self._peer.host)
 
-    def _attempt(self, attempt: int, bulk_frames: int) -> Link:
-        self._in_step("open", lambda: self._open(bulk_frames))
-        local = ffi.new("xd_verbs_endpoint *")
-        lib.xd_verbs_local(self._verbs, local)
-        theirs = self._side.swap(bytes(ffi.buffer(local)), self._left_s())
-        self._in_step("connect", lambda: self._connect(theirs))
-        self._in_step("start", self._start)
-        connection = self._connection
-        assert connection
-        lower = self._setup.host < self._peer.host
-        self._in_step("warm-up", lambda: connection.warm_up(self._stage_s))
-        measured = [
-            self._in_step(step, lambda q=queue: _self_test(connection, lower, q, NUM_TESTS_VERBS[q], self._stage_s))
+    def _attempt(self, attempt: int, bulk_frames: int, opened: contextlib.ExitStack) -> Link:
+        setup, side_fd, step_s = self._setup, self._side.sock.fileno(), _step_s(self._setup)
+        self._connection = None
+        config = Config(
+            local_ip=self._peer.local_address,
+            library=setup.verbs_library,
+            bulk_frames=bulk_frames,
+            lint=setup.lint,
+        )
+        verbs = self._in_step("open", lambda: opened.enter_context(Verbs(config)))
+        theirs = self._side.swap(verbs.local, self._left_s())
+        self._in_step("connect", lambda: verbs.connect(theirs))
+        handle = self._in_step("start", lambda: verbs.start(setup.epoch, side_fd))
+        connection = self._connection = opened.enter_context(Connection(handle))
+        self._in_step("warm-up", lambda: connection.warm_up(step_s))
+        lower = setup.host < self._peer.host
+        latency, bulk = (
+            self._in_step(step, partial(_self_test, connection, lower, queue, NUM_TESTS_VERBS[queue], step_s))
             for step, queue in (("latency test", LATENCY), ("bulk test", BULK))
-        ]
-        report = _report(self._peer.host, "verbs", self._name, attempt, measured[0], measured[1])
-        return Link(connection, self._side, report)
+        )
+        return Link(
+            connection, self._side, _report(self._peer.host, "verbs", verbs.device, attempt, latency, bulk)
+        )
 
     def _in_step(self, step: str, work: Callable[[], Any]) -> Any:
         """Do our half of a step, tell the other end how it went, and hear how it went there."""
         failure, result = "", None
         try:
             result = work()
-        except SetupFailed as e:
-            failure = f"{e.code} {e.reason}"
         except ExpertdError as e:
-            failure = f"{_code_name(self._connection)} {e}"
+            failure = f"{_code_name(self._connection, e)} {e}"
         theirs = self._side.swap(failure.encode()[:MAX_SIDE_BYTES], self._left_s()).decode(errors="replace")
         if failure or theirs:
-            code_name, _, reason = theirs.partition(" ")
-            raise _Attempt(step, failure or f"{code_name} it says: {reason}")
+            code, _, reason = (failure or theirs).partition(" ")
+            raise _StepFailed(step, code, reason if failure else f"it says: {reason}")
         return result
-
-    def _open(self, bulk_frames: int) -> None:
-        err = codes.buffer()
-        texts = [ffi.new("char[]", t.encode()) for t in (self._setup.verbs_library, "", self._peer.local_address)]
-        config = ffi.new(
-            "xd_verbs_config *",
-            {
-                "library": texts[0],
-                "device": texts[1],
-                "local_ip": texts[2],
-                "latency_frames": LATENCY_FRAMES,
-                "bulk_frames": bulk_frames,
-                "latency_depth": LATENCY_DEPTH,
-                "bulk_depth": BULK_DEPTH,
-                "lint": self._setup.lint,
-            },
-        )
-        self._verbs = lib.xd_verbs_open(config, err, len(err))
-        if self._verbs == ffi.NULL:
-            self._verbs = None
-            raise SetupFailed("XD_UNAVAILABLE", codes.text(err))
-        self._name = codes.text(lib.xd_verbs_name(self._verbs))
-
-    def _connect(self, theirs: bytes) -> None:
-        err, remote = codes.buffer(), ffi.new("xd_verbs_endpoint *")
-        if len(theirs) != ffi.sizeof("xd_verbs_endpoint"):
-            raise SetupFailed("XD_CORRUPT", f"an endpoint of {len(theirs)} bytes")
-        ffi.memmove(remote, theirs, len(theirs))
-        if code := lib.xd_verbs_connect(self._verbs, remote, err, len(err)):
-            raise SetupFailed(codes.name(code), codes.text(err))
-
-    def _start(self) -> None:
-        err, verbs, self._verbs = codes.buffer(), self._verbs, None
-        pointer = lib.xd_verbs_start(verbs, self._setup.epoch, self._side.sock.fileno(), err, len(err))
-        if pointer == ffi.NULL:
-            raise SetupFailed("XD_DEVICE", codes.text(err))
-        self._connection = Connection(pointer)
-
-    def _clean_up(self) -> None:
-        if self._connection:
-            self._connection.close()
-        elif self._verbs:
-            lib.xd_verbs_close(self._verbs)
-        self._connection = self._verbs = None
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - time.monotonic())

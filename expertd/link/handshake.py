@@ -1,7 +1,7 @@
 """How the link processes of an epoch find each other: sockets, pinned to their cable, and mutual proof.
 
-Of two hosts the one with the higher index calls. Each end proves that it knows the epoch's secret, which the supervisors
-carried over their own authenticated channel, without showing it:
+Of two hosts the one with the higher index calls. Each end proves that it knows the epoch's secret, which the
+supervisors carried over their own authenticated channel, without showing it:
 
     caller -> listener   HELLO: magic, epoch, caller's and listener's host index, nonce (32 bytes)
     listener -> caller   nonce (32), proof of the listener (32)
@@ -172,7 +172,9 @@ async def meet(
     expected = {p.host for p in peers if p.host > identity.host}
     met: dict[int, socket.socket] = {}
     if expected and listener is None:
-        raise SetupFailed("XD_UNAVAILABLE", f"host {min(expected)} would call, but no address to listen on was given")
+        raise SetupFailed(
+            "XD_UNAVAILABLE", f"host {min(expected)} would call, but no address to listen on was given"
+        )
     try:
         async with asyncio.timeout(timeout_s):
             if expected and listener:

@@ -104,6 +104,8 @@ def run(setup: LinkSetup, control: Control, ending: Ending) -> int:
         down = LinkDown(e.host, "setup", e.code, e.reason)
     except ExpertdError as e:
         down = LinkDown(-1, "setup", "XD_UNAVAILABLE", str(e))
+    except Exception as e:  # a mistake of ours, which must not end as silence
+        down = LinkDown(-1, "setup", "XD_DEVICE", f"host {setup.host}: {type(e).__name__}: {e}")
     watchdog.cancel()
     if down:
         control.send(down)

@@ -1,4 +1,4 @@
-"""The pump: carries the rounds of this host's mailbox to and from other hosts. The C header native/pump.h is the contract."""
+"""The pump: carries rounds between this host's mailbox and other hosts. native/pump.h is the contract."""
 
 from expertd.errors import ClusterError, LocalProtocolError
 from expertd.link import codes

@@ -34,11 +34,15 @@ DEADLINE_S = 60.0
 # A live peer must not be taken for dead because the machine that runs the tests is busy.
 PATIENT_S = 20.0
 
+Environment = dict[str, str]
+
 
 class Host:
     """One host: its mailbox, its link process, and what that has said so far."""
 
-    def __init__(self, index: int, num_ranks: Sequence[int], slot_bytes: int) -> None:
+    def __init__(
+        self, index: int, num_ranks: Sequence[int], slot_bytes: int, environment: Environment
+    ) -> None:
         self.index, self.num_ranks = index, list(num_ranks)
         self.ranks = range(sum(num_ranks[:index]), sum(num_ranks[: index + 1]))
         self.mailbox_fd = mailbox.create(sum(num_ranks), slot_bytes)
@@ -51,6 +55,7 @@ class Host:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "expertd.link.process", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), self.mailbox_fd, self._lifeline_fd),
+                env={**os.environ, **environment},
             )
 
     def set_up(self, **settings: Any) -> None:
@@ -147,12 +152,15 @@ def connect(
 
 
 @contextlib.contextmanager
-def spawn_hosts(num_ranks: Sequence[int], slot_bytes: int = 1 << 16) -> Iterator[list[Host]]:
-    """Link processes that have not been told anything yet."""
+def spawn_hosts(
+    num_ranks: Sequence[int], slot_bytes: int = 1 << 16, environments: Sequence[Environment] = ()
+) -> Iterator[list[Host]]:
+    """Link processes that have not been told anything yet; `environments` has what is special for each."""
     with contextlib.ExitStack() as stack:
         hosts = []
         for index in range(len(num_ranks)):
-            hosts.append(Host(index, num_ranks, slot_bytes))
+            environment = environments[index] if environments else {}
+            hosts.append(Host(index, num_ranks, slot_bytes, environment))
             stack.callback(hosts[-1].close)
         yield hosts
 
@@ -162,10 +170,11 @@ def open_hosts(
     num_ranks: Sequence[int],
     slot_bytes: int = 1 << 16,
     through: Callable[[int, LinkPeer], LinkPeer] = lambda _, peer: peer,
+    environments: Sequence[Environment] = (),
     **settings: Any,
 ) -> Iterator[list[Host]]:
     """Hosts whose link is up; `settings` are fields of LinkSetup."""
-    with spawn_hosts(num_ranks, slot_bytes) as hosts:
+    with spawn_hosts(num_ranks, slot_bytes, environments) as hosts:
         secret = secrets.token_bytes(32)
         for host in hosts:
             host.set_up(secret=secret, **settings)
@@ -184,10 +193,11 @@ def run_hosts(
     args: dict[str, Any] | None = None,
     timeout_s: float = 120,
     slot_bytes: int = 1 << 16,
+    environments: Sequence[Environment] = (),
     **settings: Any,
 ) -> list[Any]:
     """Run the job on every rank of every host and wait for all; a rank that fails fails the test."""
-    with spawn_hosts(num_ranks, slot_bytes) as hosts:
+    with spawn_hosts(num_ranks, slot_bytes, environments) as hosts:
         secret = secrets.token_bytes(32)
         processes = [host.start_rank(file, job, rank, args) for host in hosts for rank in host.ranks]
         try:

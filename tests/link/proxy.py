@@ -1,5 +1,6 @@
 """A man in the middle of a TCP link: it passes everything on, and does something wrong to one frame."""
 
+import contextlib
 import socket
 import struct
 import threading
@@ -53,10 +54,8 @@ class Proxy:
         except OSError:
             pass
         for sock in (source, target):
-            try:
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def close(self) -> None:
         self._server.close()

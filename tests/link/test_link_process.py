@@ -257,7 +257,7 @@ def test_a_replayed_call_is_refused() -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_link_process_that_dies_or_hangs(sign: signal.Signals) -> None:
     with working([1, 1], silence_s=SILENCE_S) as (hosts, processes):
         hosts[1].process.send_signal(sign)
@@ -348,13 +348,11 @@ def flip(at: int) -> Wrong:
     "wrong, code",
     [
         (flip(70), "XD_CORRUPT"),  # the payload
-        (flip(6), "XD_CORRUPT"),  # the queue
         (flip(24), "XD_CORRUPT"),  # the round
-        (flip(62), "XD_CORRUPT"),  # a checksum
         (lambda frame: b"", "XD_LOST"),
         (lambda frame: frame[:-1], "XD_CORRUPT"),
     ],
-    ids=["payload", "queue", "round", "checksum", "lost", "cut"],
+    ids=["payload", "round", "lost", "cut"],
 )
 def test_a_frame_that_suffers_on_its_way(wrong: Wrong, code: str) -> None:
     proxy = Proxy(wrong, number=20)

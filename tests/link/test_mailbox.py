@@ -322,7 +322,7 @@ def test_poison_tells_its_first_reason() -> None:
         mailbox.poison(fd, "rank 1 was killed by SIGKILL " + "x" * 1000)
         mailbox.poison(fd, "something later")
         for box in (a, b):
-            with pytest.raises(LinkDown, match="ended this epoch: rank 1 was killed by SIGKILL x+$"):
+            with pytest.raises(LinkDown, match=r"ended this epoch: rank 1 was killed by SIGKILL x+$"):
                 box.exchange(b"a", [1, 1])
 
 

@@ -443,7 +443,7 @@ def test_a_closed_connection_is_refused() -> None:
 
 def test_what_is_no_stream_is_refused_and_stays_the_callers() -> None:
     with socket.socket(type=socket.SOCK_DGRAM) as datagrams:
-        with pytest.raises(ClusterError, match="TCP: descriptor .* cannot be used"):
+        with pytest.raises(ClusterError, match=r"TCP: descriptor .* cannot be used"):
             Connection.from_socket(datagrams, EPOCH)
         assert datagrams.fileno() >= 0
 
