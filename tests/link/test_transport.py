@@ -521,7 +521,7 @@ def test_warm_up_and_self_test(buffer_bytes: int) -> None:
 def test_warm_up_names_the_dead_direction() -> None:
     with (
         connections() as (left, _),
-        pytest.raises(LinkTimeout, match="queue latency: nothing comes from the peer"),
+        pytest.raises(LinkTimeout, match="queue bulk: nothing comes from the peer"),
     ):
         left.warm_up(0.05)
     with against_hand() as (connection, hand):
