@@ -1,7 +1,7 @@
-/* verbs_lint.c: Apple's rules, asserted. Linux drivers forgive nearly all of these, so tests on Linux check them here.
- * Each function gives the rule that the call would break, or NULL. Two rules need no check because one place alone could
- * break them: no queue pair is moved to ERR (verbs_setup.c knows INIT, RTR and RTS), and all are destroyed before memory
- * is deregistered (xd_verbs_close). */
+/* verbs_lint.c: Apple's rules, asserted. Linux drivers forgive nearly all of these, so tests on Linux check them
+ * here. Each function gives the rule that the call would break, or NULL. Two rules need no check because one place
+ * alone could break them: no queue pair is moved to ERR (verbs_setup.c knows INIT, RTR and RTS), and all are
+ * destroyed before memory is deregistered (xd_verbs_close). */
 
 #include "verbs_private.h"
 

@@ -1,7 +1,7 @@
 /* verbs_load.c: the verbs library, its devices and their addresses.
  *
- * The library is never unloaded: drivers keep handlers of their own in the process. Every call into it may block for ever
- * (Apple's provider does when it is wedged), so all of this runs in a process that somebody may kill. */
+ * The library is never unloaded: drivers keep handlers of their own in the process. Every call into it may block for
+ * ever (Apple's provider does when it is wedged), so all of this runs in a process that somebody may kill. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -63,9 +63,7 @@ int xd_verbs_errno(int result) {
     return result < 0 ? -result : result;
 }
 
-int xd_verbs_mtu_bytes(enum ibv_mtu mtu) {
-    return mtu >= IBV_MTU_256 && mtu <= IBV_MTU_4096 ? 128 << (int)mtu : 0;
-}
+int xd_verbs_mtu_bytes(enum ibv_mtu mtu) { return mtu >= IBV_MTU_256 && mtu <= IBV_MTU_4096 ? 128 << (int)mtu : 0; }
 
 /* Zeroed first: the exported function fills only what the oldest version of the structure had. */
 int xd_verbs_port(const xd_verbs_api *api, struct ibv_context *context, struct ibv_port_attr *port) {
@@ -134,7 +132,8 @@ static void describe(const xd_verbs_api *api, struct ibv_context *context, xd_ve
                  port_state_name((int)port.state));
     else if (found == 0)
         snprintf(device->error, sizeof device->error,
-                 "it has no IPv4 address: give one to its own interface (on a Mac enN of rdma_enN; bridge0 does not count)");
+                 "it has no IPv4 address: give one to its own interface (on a Mac enN of rdma_enN; bridge0 does not "
+                 "count)");
 }
 
 static struct ibv_device **list(const xd_verbs_api *api, int *num, char *err, size_t errlen) {
@@ -142,7 +141,8 @@ static struct ibv_device **list(const xd_verbs_api *api, int *num, char *err, si
     struct ibv_device **devices = api->get_device_list(num);
     if (devices && *num > 0) return devices;
     snprintf(err, errlen,
-             "verbs: no RDMA device (%s): a Mac needs Thunderbolt 5, `rdma_ctl enable` in Recovery (check: rdma_ctl status) "
+             "verbs: no RDMA device (%s): a Mac needs Thunderbolt 5, `rdma_ctl enable` in Recovery (check: rdma_ctl "
+             "status) "
              "and a restart; on Linux look at `rdma link`. Or use TCP",
              devices ? "the list is empty" : strerror(errno));
     if (devices) api->free_device_list(devices);
@@ -189,7 +189,8 @@ static int examine(const xd_verbs_api *api, struct ibv_context *context, const c
         return NOT_READY;
     }
     if (xd_verbs_find_gid(api, context, ip, &gid) >= 0) return CHOSEN;
-    snprintf(err, errlen, "verbs: device %s has the address %s, wanted %s: addresses change when a link comes back; connect again",
+    snprintf(err, errlen,
+             "verbs: device %s has the address %s, wanted %s: addresses change when a link comes back; connect again",
              name, device.ipv4[0], ip);
     return OTHER_ADDRESS;
 }
@@ -200,7 +201,8 @@ struct ibv_context *xd_verbs_open_device(const xd_verbs_api *api, const xd_verbs
     struct ibv_context *chosen = NULL;
     struct ibv_device **devices = list(api, &num, err, errlen);
     if (!devices) return NULL;
-    snprintf(err, errlen, "verbs: no device %s among %d: see `rdma link`, on a Mac `ibv_devices`", config->device, num);
+    snprintf(err, errlen, "verbs: no device %s among %d: see `rdma link`, on a Mac `ibv_devices`", config->device,
+             num);
     for (int i = 0; i < num && !chosen; i++) {
         char why[400];
         const char *name = api->get_device_name(devices[i]);

@@ -10,8 +10,9 @@
 #if !XD_HAVE_VERBS
 
 static int unavailable(char *err, size_t errlen) {
-    snprintf(err, errlen, "verbs: expertd was built without Apple's verbs header: install Xcode 26.2 or later, then "
-                          "pip install --force-reinstall --no-binary expertd expertd. Or use TCP");
+    snprintf(err, errlen,
+             "verbs: expertd was built without Apple's verbs header: install Xcode 26.2 or later, then "
+             "pip install --force-reinstall --no-binary expertd expertd. Or use TCP");
     return XD_UNAVAILABLE;
 }
 

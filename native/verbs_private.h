@@ -1,5 +1,5 @@
-/* verbs_private.h: between verbs_load.c (library, devices), verbs_setup.c (open, connect, close), verbs_lint.c (Apple's
- * rules) and verbs.c (the data path). Not for cffi. */
+/* verbs_private.h: between verbs_load.c (library, devices), verbs_setup.c (open, connect, close), verbs_lint.c
+ * (Apple's rules) and verbs.c (the data path). Not for cffi. */
 
 #ifndef XD_VERBS_PRIVATE_H
 #define XD_VERBS_PRIVATE_H
@@ -64,6 +64,8 @@ typedef struct {
     bool sending[XD_MAX_SLOTS];   /* the send of this slot is */
 } xd_verbs_queue;
 
+static inline size_t xd_verbs_class_bytes(const xd_verbs_queue *q) { return (size_t)q->frames * XD_FRAME_BYTES; }
+
 typedef struct {
     uint8_t queue, slot;
     uint32_t bytes;
@@ -95,13 +97,13 @@ int xd_verbs_port(const xd_verbs_api *api, struct ibv_context *context, struct i
 /* Index of the entry that maps `ip`, -1 if there is none; fills *gid. */
 int xd_verbs_find_gid(const xd_verbs_api *api, struct ibv_context *context, const char *ip, union ibv_gid *gid);
 /* Open the device that is named, or else has local_ip. */
-struct ibv_context *xd_verbs_open_device(const xd_verbs_api *api, const xd_verbs_config *config, char *err, size_t errlen);
+struct ibv_context *xd_verbs_open_device(const xd_verbs_api *api, const xd_verbs_config *config, char *err,
+                                         size_t errlen);
 int xd_verbs_mtu_bytes(enum ibv_mtu mtu);
 /* The errno behind what a verbs call gave back: providers differ in its sign, and some set errno instead. */
 int xd_verbs_errno(int result);
 
 /* verbs_setup.c */
-size_t xd_verbs_class_bytes(const xd_verbs_queue *q);
 char *xd_verbs_slot(const xd_slab *slab, const xd_verbs_queue *q, uint32_t slot);
 
 /* verbs.c: post the receive of a slot. XD_OK or XD_DEVICE with err. */

@@ -1,13 +1,13 @@
 /* verbs_setup.c: from a device to two connected UC queue pairs, and back.
  *
  * Both queues use one context, PD and completion queue, and two slabs: all messages leave from one and arrive in the
- * other, each with one memory region, of the 100 that an Apple device has. Apple's provider keeps only the low 32 bits
- * of an address: a slab is aligned to its own size, a power of two, so it cannot cross a 4 GiB boundary.
+ * other, each with one memory region, of the 100 that an Apple device has. Apple's provider keeps only the low 32
+ * bits of an address: a slab is aligned to its own size, a power of two, so it cannot cross a 4 GiB boundary.
  *
- * A queue pair is used once. After a failure, or if one direction stays dead, everything is closed and opened anew, with
- * a new random PSN, so that late packets of the old pair are not taken for new ones. RTR is never tried twice on a queue
- * pair: on Apple that leaves the port half initialised. Nor is one moved to ERR before it is destroyed: on Apple no
- * memory can be deregistered after that. */
+ * A queue pair is used once. After a failure, or if one direction stays dead, everything is closed and opened anew,
+ * with a new random PSN, so that late packets of the old pair are not taken for new ones. RTR is never tried twice on
+ * a queue pair: on Apple that leaves the port half initialised. Nor is one moved to ERR before it is destroyed: on
+ * Apple no memory can be deregistered after that. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,12 +24,10 @@
 #if XD_HAVE_VERBS
 
 #define THREE_FLAGS (IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE)
-/* Frames to ask for: what a production system on Macs asks for. We use 72 and 320 of them: some grants are larger than
- * what the device then takes. */
+/* Frames to ask for: what a production system on Macs asks for. We use 72 and 320 of them: some grants are larger
+ * than what the device then takes. */
 #define REQUEST_FRAMES 1024u
 #define MIN_SLAB 16384u /* bytes: Apple's page */
-
-size_t xd_verbs_class_bytes(const xd_verbs_queue *q) { return (size_t)q->frames * XD_FRAME_BYTES; }
 
 char *xd_verbs_slot(const xd_slab *slab, const xd_verbs_queue *q, uint32_t slot) {
     return slab->memory + q->offset + slot * xd_verbs_class_bytes(q);
@@ -47,7 +45,8 @@ static int allocate(const xd_verbs *v, xd_slab *slab, size_t needed, char *err, 
     slab->bytes = MIN_SLAB;
     while (slab->bytes < needed) slab->bytes *= 2;
     if (slab->bytes > XD_MAX_SLAB || posix_memalign(&memory, slab->bytes, slab->bytes) != 0) {
-        snprintf(err, errlen, "verbs: cannot get a slab of %zu bytes, at most %d are allowed: lower the depth or the frames",
+        snprintf(err, errlen,
+                 "verbs: cannot get a slab of %zu bytes, at most %d are allowed: lower the depth or the frames",
                  slab->bytes, XD_MAX_SLAB);
         return XD_DEVICE;
     }
@@ -70,8 +69,9 @@ static int register_slab(xd_verbs *v, xd_slab *slab, char *err, size_t errlen) {
     if (slab->mr) return XD_OK;
     int code = xd_verbs_errno(errno);
     return failed(err, errlen, v, "registering memory", code,
-                  code == ENOMEM ? "an Apple device has 100 memory regions: end other programs that use RDMA, then try again"
-                                 : "restart the machine if it stays");
+                  code == ENOMEM
+                      ? "an Apple device has 100 memory regions: end other programs that use RDMA, then try again"
+                      : "restart the machine if it stays");
 }
 
 static int open_slabs(xd_verbs *v, char *err, size_t errlen) {
@@ -109,7 +109,9 @@ static int to_init(xd_verbs *v, struct ibv_qp *qp, char *err, size_t errlen) {
         attr.qp_access_flags = 0;
         code = modify(v, qp, &attr, mask);
     }
-    return code == 0 ? XD_OK : failed(err, errlen, v, "preparing a queue pair (INIT)", code, "restart the machine if it stays");
+    return code == 0
+               ? XD_OK
+               : failed(err, errlen, v, "preparing a queue pair (INIT)", code, "restart the machine if it stays");
 }
 
 static struct ibv_qp *create_qp(xd_verbs *v, uint32_t request, char *err, size_t errlen) {
@@ -130,7 +132,7 @@ static struct ibv_qp *create_qp(xd_verbs *v, uint32_t request, char *err, size_t
     return NULL;
 }
 
-/* The depth that the device granted, less one message: at the limit itself providers refuse, or accept and corrupt. */
+/* The depth that the device granted, less one message: at the limit itself providers refuse, or accept and break. */
 static int learn_depth(const xd_verbs *v, xd_verbs_queue *q, uint32_t request, char *err, size_t errlen) {
     struct ibv_qp_attr attr;
     struct ibv_qp_init_attr init;
@@ -138,7 +140,8 @@ static int learn_depth(const xd_verbs *v, xd_verbs_queue *q, uint32_t request, c
     memset(&init, 0, sizeof init);
     errno = 0;
     int code = xd_verbs_errno(v->api.query_qp(q->qp, &attr, IBV_QP_CAP, &init));
-    if (code != 0) return failed(err, errlen, v, "asking what a queue pair may hold", code, "restart the machine if it stays");
+    if (code != 0)
+        return failed(err, errlen, v, "asking what a queue pair may hold", code, "restart the machine if it stays");
     uint32_t granted = request;
     if (attr.cap.max_send_wr < granted) granted = attr.cap.max_send_wr;
     if (attr.cap.max_recv_wr < granted) granted = attr.cap.max_recv_wr;
@@ -146,7 +149,8 @@ static int learn_depth(const xd_verbs *v, xd_verbs_queue *q, uint32_t request, c
     uint32_t messages = q->budget / q->frames;
     if (messages < 2 + XD_RESERVED) {
         snprintf(err, errlen,
-                 "verbs: device %s grants %u frames in flight, wanted %u for messages of %u: use smaller bulk messages, or TCP",
+                 "verbs: device %s grants %u frames in flight, wanted %u for messages of %u: use smaller bulk "
+                 "messages, or TCP",
                  v->name, granted, (3 + XD_RESERVED) * q->frames, q->frames);
         return XD_DEVICE;
     }
@@ -173,7 +177,8 @@ static int open_cq(xd_verbs *v, char *err, size_t errlen) {
     errno = 0;
     v->cq = v->api.create_cq(v->context, (int)frames, NULL, NULL, 0);
     if (v->cq) return XD_OK;
-    return failed(err, errlen, v, "creating a completion queue", xd_verbs_errno(errno), "restart the machine if it stays");
+    return failed(err, errlen, v, "creating a completion queue", xd_verbs_errno(errno),
+                  "restart the machine if it stays");
 }
 
 static int describe_ourselves(xd_verbs *v, char *err, size_t errlen) {
@@ -184,10 +189,12 @@ static int describe_ourselves(xd_verbs *v, char *err, size_t errlen) {
     if (code != 0) return failed(err, errlen, v, "asking for the port", code, "check the cable");
     v->gid_index = xd_verbs_find_gid(&v->api, v->context, v->ip, &gid);
     if (v->gid_index < 0) {
-        snprintf(err, errlen, "verbs: device %s lost the address %s while it was opened: connect again", v->name, v->ip);
+        snprintf(err, errlen, "verbs: device %s lost the address %s while it was opened: connect again", v->name,
+                 v->ip);
         return XD_DEVICE;
     }
-    if (getentropy(random, sizeof random) != 0) return failed(err, errlen, v, "getting random bytes", errno, "try again");
+    if (getentropy(random, sizeof random) != 0)
+        return failed(err, errlen, v, "getting random bytes", errno, "try again");
     v->local.version = XD_VERBS_VERSION;
     v->local.lid = port.lid;
     v->local.mtu = (uint32_t)xd_verbs_mtu_bytes(port.active_mtu);
@@ -209,9 +216,10 @@ static int open_all(xd_verbs *v, const xd_verbs_config *config, char *err, size_
     snprintf(v->name, sizeof v->name, "%s", v->api.get_device_name(v->context->device));
     errno = 0;
     v->pd = v->api.alloc_pd(v->context);
-    if (!v->pd) return failed(err, errlen, v, "getting a protection domain", xd_verbs_errno(errno),
-                              "its port is down, or earlier runs used everything up: pull the cable and put it back; if that "
-                              "does not help, restart the machine");
+    if (!v->pd)
+        return failed(err, errlen, v, "getting a protection domain", xd_verbs_errno(errno),
+                      "its port is down, or earlier runs used everything up: pull the cable and put it back; if that "
+                      "does not help, restart the machine");
     code = open_slabs(v, err, errlen);
     if (code == XD_OK) code = open_cq(v, err, errlen);
     for (int i = 0; code == XD_OK && i < XD_NUM_QUEUES; i++) code = open_queue(v, &v->queues[i], err, errlen);
@@ -223,7 +231,8 @@ static bool in_range(int value, int lowest, int highest) { return value >= lowes
 xd_verbs *xd_verbs_open(const xd_verbs_config *config, char *err, size_t errlen) {
     if (!in_range(config->latency_frames, 1, XD_MAX_CLASS) || !in_range(config->bulk_frames, 1, XD_MAX_CLASS) ||
         !in_range(config->latency_depth, 2, XD_MAX_DEPTH) || !in_range(config->bulk_depth, 2, XD_MAX_DEPTH)) {
-        snprintf(err, errlen, "verbs: %d and %d frames, depths %d and %d; wanted 1 to %d frames and depths of 2 to %d",
+        snprintf(err, errlen,
+                 "verbs: %d and %d frames, depths %d and %d; wanted 1 to %d frames and depths of 2 to %d",
                  config->latency_frames, config->bulk_frames, config->latency_depth, config->bulk_depth, XD_MAX_CLASS,
                  XD_MAX_DEPTH);
         return NULL;
@@ -260,13 +269,16 @@ static enum ibv_mtu mtu_of(uint32_t bytes) {
 static const char *rtr_hint(int code) {
     switch (code) {
     case EINVAL:
-        return "no IPv4 address on the port itself, or the bridge owns it: give enN of rdma_enN (not bridge0) an address";
+        return "no IPv4 address on the port itself, or the bridge owns it: give enN of rdma_enN (not bridge0) an "
+               "address";
     case ETIMEDOUT:
-        return "the peer's address is not at the other end of this cable: check which ports the cable joins, and the addresses";
+        return "the peer's address is not at the other end of this cable: check which ports the cable joins, and the "
+               "addresses";
     case EBUSY:
         return "the driver has no queue left, as after an earlier crash: restart this machine";
     case ENODATA:
-        return "the port is stale after a long idle time: pull the cable and put it back; if that does not help, restart";
+        return "the port is stale after a long idle time: pull the cable and put it back; if that does not help, "
+               "restart";
     default:
         return "pull the cable and put it back; if that does not help, restart this machine";
     }
@@ -308,10 +320,11 @@ static int check_remote(const xd_verbs *v, char *err, size_t errlen) {
         same = same && theirs->frames[i] == mine->frames[i] && in_range((int)theirs->depth[i], 2, XD_MAX_DEPTH);
     if (same) return XD_OK;
     snprintf(err, errlen,
-             "verbs: the peer speaks version %u with messages of %u and %u frames, wanted version %u with %u and %u: install "
+             "verbs: the peer speaks version %u with messages of %u and %u frames, wanted version %u with %u and %u: "
+             "install "
              "the same expertd on both hosts and give both the same settings",
-             theirs->version, theirs->frames[XD_LATENCY], theirs->frames[XD_BULK], mine->version, mine->frames[XD_LATENCY],
-             mine->frames[XD_BULK]);
+             theirs->version, theirs->frames[XD_LATENCY], theirs->frames[XD_BULK], mine->version,
+             mine->frames[XD_LATENCY], mine->frames[XD_BULK]);
     return XD_MISMATCH;
 }
 
@@ -334,8 +347,8 @@ int xd_verbs_connect(xd_verbs *v, const xd_verbs_endpoint *remote, char *err, si
     return code;
 }
 
-/* If a queue pair cannot be destroyed the device may still write to the slab: then nothing more is freed. The process ends
- * soon after, and with it all that it holds. */
+/* If a queue pair cannot be destroyed the device may still write to the slab: then nothing more is freed. The process
+ * ends soon after, and with it all that it holds. */
 void xd_verbs_close(xd_verbs *v) {
     if (!v) return;
     int code = 0;

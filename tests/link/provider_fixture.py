@@ -53,5 +53,12 @@ class Fabric:
 
     def breaches(self) -> list[str]:
         """Rules that a process broke and no provider need notice."""
-        path = Path(f"{self._path}.breach")
+        return self._lines("breach")
+
+    def hanging(self) -> list[str]:
+        """The functions, of all processes, that were called and never return."""
+        return self._lines("hang")
+
+    def _lines(self, suffix: str) -> list[str]:
+        path = Path(f"{self._path}.{suffix}")
         return path.read_text().splitlines() if path.exists() else []

@@ -11,7 +11,7 @@ import pytest
 
 from expertd.errors import ClusterError
 from expertd.link import verbs
-from tests.link.provider_fixture import NATIVE, Fabric
+from tests.link.provider_fixture import HERE, NATIVE, Fabric
 from tests.link.verbs_pair import IPS, run_one, run_pair
 
 
@@ -133,6 +133,41 @@ def test_settings_out_of_range() -> None:
         ClusterError, match=r"^verbs: 4 and 129 frames, depths 16 and 8; wanted 1 to 128 frames"
     ):
         verbs.Verbs(verbs.Config("10.0.0.1", bulk_frames=129))
+
+
+# Apple's rules, as `lint` asserts them.
+
+
+def test_every_rule_is_asserted(tmp_path: Path) -> None:
+    """Each broken once, in the order of lint.c; "ok" is a call that keeps them all."""
+    if not shutil.which("cc"):
+        pytest.skip("no C compiler")
+    sources = [HERE / "provider_check" / "lint.c", NATIVE / "verbs_lint.c"]
+    own = ["-DXD_VERBS_OWN_ABI"] if sys.platform == "linux" else []
+    subprocess.run(["cc", *own, f"-I{NATIVE}", "-o", tmp_path / "lint", *sources], check=True, timeout=60)
+    done = subprocess.run([tmp_path / "lint"], check=True, capture_output=True, text=True, timeout=20)
+    assert done.stdout.splitlines() == [
+        "ok",
+        "sends are posted only after RTS",
+        "only SEND is executed",
+        "inline data are not known",
+        "one message is posted at a time",
+        "more frames to send are in flight than were granted",
+        "a message must have exactly one SGE",
+        "every message of a queue must have the same number of frames",
+        "a message must lie in its slab",
+        "a message must carry the key of its slab",
+        "ok",
+        "receives are posted only after RTS",
+        "one receive is posted at a time",
+        "more frames to receive are in flight than were granted",
+        "ok",
+        "a message with another number of frames came",
+        "ok",
+        "a memory region must begin on a page of 16 KiB",
+        "a memory region must not cross a 4 GiB boundary",
+        "a memory region must have 1 byte to 16 MiB",
+    ]
 
 
 # Our own declarations of the binary interface.

@@ -38,13 +38,21 @@ def start(
         )
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a process, if it lives, and close its pipes."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
+
+
 def outcome(process: subprocess.Popen[str], timeout_s: float = 60) -> dict[str, Any]:
     """What a process gave; {"status": n} for one that gave nothing."""
     try:
         out, err = process.communicate(timeout=timeout_s)
     finally:
-        process.kill()
-        process.wait()
+        end(process)
     if not out:
         assert "Traceback" not in err, err[-3000:]
         return {"status": process.returncode}
@@ -66,8 +74,7 @@ def run_pair(
         return [outcome(p) for p in both]
     finally:
         for p in both:
-            p.kill()
-            p.wait()
+            end(p)
 
 
 def run_one(fabric: Fabric, job: str, temper: str = "", ip: str = IPS[0], **args: Any) -> dict[str, Any]:

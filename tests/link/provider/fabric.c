@@ -1,8 +1,8 @@
 /* fabric.c: the cable of the provider, a file that processes share, and what can happen to a message on it.
  *
- * XDP_FABRIC names the file; all zeros is a fabric without queue pairs. Places are given under a file lock, which the kernel
- * takes back from the dead, and the places of the dead are given anew. Messages cross without a lock: `tail` belongs to
- * the one sender, `head` and `posted` to the owner. */
+ * XDP_FABRIC names the file; all zeros is a fabric without queue pairs. Places are given under a file lock, which the
+ * kernel takes back from the dead, and the places of the dead are given anew. Messages cross without a lock: `tail`
+ * belongs to the one sender, `head` and `posted` to the owner. */
 
 #define _GNU_SOURCE
 #include <errno.h>
@@ -63,26 +63,34 @@ bool temper_is(const char *name, const char *word) {
     return found && *found == ':' && strncmp(found + 1, word, n) == 0 && strchr(",:", found[1 + n]);
 }
 
-void act_up(const char *function) {
-    static _Atomic int calls;
-    if (temper_is("hang", function))
-        for (;;) pause();
-    if (!temper_is("segv", function)) return;
-    if (++calls >= temper("segv_call", 1)) raise(SIGSEGV); /* as when the driver took the doorbell away */
+/* Append a line to the file XDP_FABRIC.SUFFIX. */
+static void note(const char *suffix, const char *line) {
+    char path[1024], text[256];
+    const char *fabric_path = getenv("XDP_FABRIC");
+    snprintf(path, sizeof path, "%s.%s", fabric_path ? fabric_path : "provider", suffix);
+    int n = snprintf(text, sizeof text, "%s\n", line);
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND, 0600);
+    if (fd < 0 || write(fd, text, (size_t)n) != n) abort();
+    close(fd);
 }
 
 void breach(const char *format, ...) {
-    char path[1024], line[256];
-    const char *fabric_path = getenv("XDP_FABRIC");
+    char line[200];
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(line, sizeof line - 1, format, arguments);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
-    strcat(line, "\n");
-    snprintf(path, sizeof path, "%s.breach", fabric_path ? fabric_path : "provider");
-    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND, 0600);
-    if (fd < 0 || write(fd, line, strlen(line)) < 0) abort();
-    close(fd);
+    note("breach", line);
+}
+
+void act_up(const char *function) {
+    static _Atomic int calls;
+    if (temper_is("hang", function)) {
+        note("hang", function);
+        for (;;) pause();
+    }
+    if (!temper_is("segv", function)) return;
+    if (++calls >= temper("segv_call", 1)) raise(SIGSEGV); /* as when the driver took the doorbell away */
 }
 
 /* Places. */

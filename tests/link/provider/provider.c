@@ -1,19 +1,19 @@
 /* provider.c: a verbs library with the temper of Apple's, for two processes on any machine.
  *
- * It exports what a verbs library exports and puts its own post and poll into context->ops, so that the back end under test
- * is the one that is shipped; its path goes where the platform's library would. It is stricter than Linux's libraries
- * wherever Apple's is known or feared to be: frame counts must match, 10 queue pairs and 100 memory regions, UC alone,
- * WRITE accepted and never executed, receives refused before RTS, a send without a receive ends the direction. What a
- * provider need not check and we must never do is written to XDP_FABRIC.breach, for the tests to find.
+ * It exports what a verbs library exports and puts its own post and poll into context->ops, so that the back end
+ * under test is the one that is shipped; its path goes where the platform's library would. It is stricter than
+ * Linux's libraries wherever Apple's is known or feared to be: frame counts must match, 10 queue pairs and 100 memory
+ * regions, UC alone, WRITE accepted and never executed, receives refused before RTS, a send without a receive ends
+ * the direction. What a provider need not check and we must never do is written to XDP_FABRIC.breach, for the tests
+ * to find.
  *
- * XDP_FABRIC: file that the processes share. XDP_IP: addresses of this process's devices rdma_en2, rdma_en3, ... by commas.
- * XDP_TEMPER: by commas, per process (counts begin at 1):
- *   no_device, pd_null, port_down, port_down_after:N    (query_port calls), no_ipv4, gid:INDEX, gid_moves (1, 3, 1, ...)
- *   mr_three_refused, mr_local_refused, init_flags_refused, mrs_taken:N, qps_taken:N, no_uc, rtr:ERRNO
- *   grant:N (frames granted and true), truth:N (taken, whatever was granted; send_truth:N for sends alone), over:-12 |
- *   over:+12 | over:accept (and breaks),
- *   dead:N (the first N queue pairs hear nothing), any_frames (as Linux), empty:drop (as Linux), wc_error:K (completion)
- *   loss:K, duplicate:K, corrupt:K, short:K, tiny:K (sent messages), corrupt_at:BYTE, loss_rate:PERMILLE,
+ * XDP_FABRIC: file that the processes share. XDP_IP: addresses of this process's devices rdma_en2, rdma_en3, ... by
+ * commas. XDP_TEMPER: by commas, per process (counts begin at 1): no_device, pd_null, port_down, port_down_after:N
+ * (query_port calls), no_ipv4, gid:INDEX, gid_moves (1, 3, 1, ...) mr_three_refused, mr_local_refused,
+ * init_flags_refused, mrs_taken:N, qps_taken:N, no_uc, rtr:ERRNO grant:N (frames granted and true), truth:N (taken,
+ * whatever was granted; send_truth:N for sends alone), over:-12 | over:+12 | over:accept (and breaks), dead:N (the
+ * first N queue pairs hear nothing), any_frames (as Linux), empty:drop (as Linux), wc_error:K (completion) loss:K,
+ * duplicate:K, corrupt:K, short:K, tiny:K (sent messages), corrupt_at:BYTE, loss_rate:PERMILLE,
  *   duplicate_rate:PERMILLE, seed:N, silent:K (nothing after K), hang:FUNCTION, segv:FUNCTION, segv_call:N */
 
 #define _GNU_SOURCE
@@ -28,7 +28,15 @@
 
 struct ibv_comp_channel;
 
-enum { MAX_DEVICES = 4, MAX_QPS = 10, MAX_MRS = 100, NUM_GIDS = 5, QUEUE = 4096, LOWEST_GRANT = 1023, HIGHEST_GRANT = 4095 };
+enum {
+    MAX_DEVICES = 4,
+    MAX_QPS = 10,
+    MAX_MRS = 100,
+    NUM_GIDS = 5,
+    QUEUE = 4096,
+    LOWEST_GRANT = 1023,
+    HIGHEST_GRANT = 4095
+};
 
 typedef struct {
     char name[32], ip[16];
@@ -227,7 +235,8 @@ struct ibv_mr *ibv_reg_mr(struct ibv_pd *v, void *address, size_t length, int ac
     mr *m = index < MAX_MRS - taken ? calloc(1, sizeof *m) : NULL;
     if (!m) return refused(ENOMEM);
     look_at_region(address, length);
-    m->v = (struct ibv_mr){.context = v->context, .pd = v, .addr = address, .length = length, .lkey = (uint32_t)index + 7};
+    m->v = (struct ibv_mr){
+        .context = v->context, .pd = v, .addr = address, .length = length, .lkey = (uint32_t)index + 7};
     m->index = index;
     regions[index] = &m->v;
     ((pd *)v)->num_mrs++;
@@ -289,8 +298,12 @@ struct ibv_qp *ibv_create_qp(struct ibv_pd *v, struct ibv_qp_init_attr *init) {
     fabric_qp *place = fabric_enter(c->of->ip, MAX_QPS - (int)temper("qps_taken", 0), &number);
     qp *q = place ? calloc(1, sizeof *q) : NULL;
     if (!q) return NULL;
-    q->v = (struct ibv_qp){.context = v->context, .pd = v, .send_cq = init->send_cq, .recv_cq = init->recv_cq,
-                           .qp_num = number, .qp_type = init->qp_type};
+    q->v = (struct ibv_qp){.context = v->context,
+                           .pd = v,
+                           .send_cq = init->send_cq,
+                           .recv_cq = init->recv_cq,
+                           .qp_num = number,
+                           .qp_type = init->qp_type};
     q->place = place;
     q->number = ++created;
     q->grant = (uint32_t)temper("grant", init->cap.max_send_wr <= LOWEST_GRANT ? LOWEST_GRANT : HIGHEST_GRANT);
@@ -324,7 +337,8 @@ int ibv_query_qp(struct ibv_qp *v, struct ibv_qp_attr *attr, int mask, struct ib
     return 0;
 }
 
-/* An address of index 0 is a link-local one: "operation timed out", as when the peer's address is not on this cable. */
+/* An address of index 0 is a link-local one: "operation timed out", as when the peer's address is not on this cable.
+ */
 static int to_rtr(qp *q, const struct ibv_qp_attr *attr) {
     const context *c = (context *)q->v.context;
     char ip[16];
@@ -419,7 +433,8 @@ static int post_recv(struct ibv_qp *v, struct ibv_recv_wr *wr, struct ibv_recv_w
 static bool poll_send(qp *q, struct ibv_wc *wc) {
     if (q->num_sends == 0) return false;
     const work *done = &q->sends[q->send_head];
-    *wc = (struct ibv_wc){.wr_id = done->wr_id, .status = IBV_WC_SUCCESS, .opcode = IBV_WC_SEND, .qp_num = q->v.qp_num};
+    *wc =
+        (struct ibv_wc){.wr_id = done->wr_id, .status = IBV_WC_SUCCESS, .opcode = IBV_WC_SEND, .qp_num = q->v.qp_num};
     q->send_frames -= frames(done->bytes);
     q->send_head = (q->send_head + 1) % QUEUE;
     q->num_sends--;

@@ -8,8 +8,8 @@
 
 enum { FABRIC_QPS = 64, FABRIC_RING = 64, FRAME = 4096, MAX_MESSAGE = 32 * FRAME };
 
-/* A queue pair as the others see it, in shared memory. What is sent to it lies in `ring` until it takes it; one peer writes,
- * the owner reads. */
+/* A queue pair as the others see it, in shared memory. What is sent to it lies in `ring` until it takes it; one peer
+ * writes, the owner reads. */
 typedef struct fabric_qp fabric_qp;
 
 /* Temper. */
@@ -25,8 +25,8 @@ void breach(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* Fabric. */
 
-/* Take a place in the fabric for a queue pair of the device with this address: NULL and errno EBUSY when the device has
- * all that it may have. *qp_num is its number. */
+/* Take a place in the fabric for a queue pair of the device with this address: NULL and errno EBUSY when the device
+ * has all that it may have. *qp_num is its number. */
 fabric_qp *fabric_enter(const char *ip, int max_of_device, uint32_t *qp_num);
 void fabric_leave(fabric_qp *qp);
 /* From now on it takes messages of a peer that starts with this PSN. */

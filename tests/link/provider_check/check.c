@@ -68,7 +68,8 @@ static int post(int num_frames, enum ibv_wr_opcode opcode) {
 /* "kind status" of every completion there is. */
 static void print_completions(void) {
     struct ibv_wc wc;
-    while (context->ops.poll_cq(cq, 1, &wc) == 1) printf(" %s %d", wc.wr_id == 1 ? "send" : "receive", (int)wc.status);
+    while (context->ops.poll_cq(cq, 1, &wc) == 1)
+        printf(" %s %d", wc.wr_id == 1 ? "send" : "receive", (int)wc.status);
 }
 
 static int overfill(int what) {
