@@ -5,7 +5,7 @@ READY := .venv/.installed
 DEMO := build/demo-2bit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test check bench fuzz soak cross format clean
+.PHONY: help demo smoke test rxe check bench fuzz soak cross format clean
 FUZZ_S ?= 60
 FUZZED := tests/native/fuzz_frame.c $(addprefix native/,crc32c.c frame.c transport.c tcp.c self_test.c)
 FUZZ_FLAGS := -std=c11 -g -O1 -Inative
@@ -33,6 +33,10 @@ smoke: $(DEMO) ## The same, with one question over HTTP and the speed of one ran
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
+	$(BIN)/python -m tests.rxe.boot --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v tests/rxe/suite \
+		tests/test_netns.py::test_delay tests/test_netns.py::test_tcp_mends_what_the_cable_does
 
 check: $(READY) ## Run ruff and mypy
 	$(BIN)/ruff check

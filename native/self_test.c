@@ -139,7 +139,7 @@ static int warm_up(xd_connection *c, warming *all, uint64_t deadline_ns) {
     int code = XD_OK;
     while (code == XD_OK || code == XD_AGAIN) {
         bool done = true;
-        for (int queue = 0; queue < XD_NUM_QUEUES; queue++) {
+        for (int queue = XD_NUM_QUEUES - 1; queue >= 0; queue--) {
             warming *w = &all[queue];
             if ((code = say(w, true, &w->hello_sent, HELLO))) return code;
             if ((code = say(w, w->hello_came && w->hello_sent, &w->heard_sent, HEARD))) return code;

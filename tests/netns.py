@@ -62,11 +62,15 @@ class Net:
 
     def run(self, host: int, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """Start a process on a host; options are those of Popen. Its pid is the process's own."""
-        return subprocess.Popen(["ip", "netns", "exec", self.hosts[host].namespace, *argv], **options)
+        return subprocess.Popen([*self.launcher(host), *argv], **options)
+
+    def launcher(self, host: int) -> list[str]:
+        """What to put before a command so that it runs on the host; it keeps its process id."""
+        return ["ip", "netns", "exec", self.hosts[host].namespace]
 
     def call(self, host: int, argv: Sequence[str], timeout_s: float = 60) -> str:
         """Run a command on a host to its end and give its output. Raises RuntimeError when it fails."""
-        return _command(["ip", "netns", "exec", self.hosts[host].namespace, *argv], timeout_s)
+        return _command([*self.launcher(host), *argv], timeout_s)
 
     def inside(self, host: int, function: Callable[[], T]) -> T:
         """Call a function in a thread that is on the host, and give its result.

@@ -41,7 +41,12 @@ class Host:
     """One host: its mailbox, its link process, and what that has said so far."""
 
     def __init__(
-        self, index: int, num_ranks: Sequence[int], slot_bytes: int, environment: Environment
+        self,
+        index: int,
+        num_ranks: Sequence[int],
+        slot_bytes: int,
+        environment: Environment,
+        launcher: Sequence[str] = (),
     ) -> None:
         self.index, self.num_ranks = index, list(num_ranks)
         self.ranks = range(sum(num_ranks[:index]), sum(num_ranks[: index + 1]))
@@ -53,7 +58,7 @@ class Host:
         self._watcher: threading.Thread | None = None
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "expertd.link.process", str(theirs.fileno())],
+                [*launcher, sys.executable, "-P", "-m", "expertd.link.process", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(), self.mailbox_fd, self._lifeline_fd),
                 env={**os.environ, **environment},
             )

@@ -89,7 +89,22 @@ def ib_send_lat(net: netns.Net, size: int) -> float:
     for host in (0, 1):
         cable = net.hosts[host].cables[1 - host]
         index = gids(net, host).index(f"::ffff:{cable.address}")
-        argv.append(["ib_send_lat", "-c", "UC", "-s", str(size), "-n", "100", "-F", "-d", cable.device, "-x", str(index)])
+        argv.append(
+            [
+                "ib_send_lat",
+                "-c",
+                "UC",
+                "-s",
+                str(size),
+                "-n",
+                "100",
+                "-F",
+                "-d",
+                cable.device,
+                "-x",
+                str(index),
+            ]
+        )
     server = net.run(1, argv[1], stdout=subprocess.DEVNULL)
     try:
         while "18515" not in net.call(1, ["ss", "-Hltn"]):  # its port
