@@ -1,5 +1,7 @@
 """Every command of the README runs, as it stands there."""
 
+import json
+import os
 import re
 import shlex
 import signal
@@ -15,17 +17,25 @@ import pytest
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
-# Tried by the tests below (serve, curl), or the way we were started ourselves (make).
-SERVE = [c for c in COMMANDS if " serve " in c]
+# Tried by the tests below (serve, curl, two machines), or the way we were started ourselves (make).
+TWO_MACHINES = next(block.splitlines() for block in BLOCKS if "expertd pair" in block)
+SERVE = [c for c in COMMANDS if " serve " in c and c not in TWO_MACHINES]
 CURL = [c for c in COMMANDS if c.startswith("curl ")]
-PLAIN = [c for c in COMMANDS if c not in SERVE + CURL and not c.startswith("make ")]
+PLAIN = [c for c in COMMANDS if c not in SERVE + CURL + TWO_MACHINES and not c.startswith("make ")]
 
 
-def start(command: str, folder: Path) -> "subprocess.Popen[str]":
+def start(command: str, folder: Path, machine: str = "one") -> "subprocess.Popen[str]":
+    """Start a command of the README in `folder`; each machine has settings of its own there."""
     words = shlex.split(command)
     assert words[0] == "expertd", command
+    own = {f"XDG_{kind}_HOME": str(folder / machine / kind) for kind in ("CONFIG", "CACHE")}
     return subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-m", *words],
+        cwd=folder,
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -76,6 +86,44 @@ def test_serve_and_curl(tmp_path: Path, port: int) -> None:
     finally:
         server.kill()
         server.communicate()
+
+
+def test_two_machines(tmp_path: Path, port: int) -> None:
+    """The four lines, as two machines of one address: paired, served, joined, and asked at the second."""
+    pair, pair_with, serve, join = TWO_MACHINES
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        control = f"--control-port {other.getsockname()[1]}"
+        pairing = f"--port {port}"
+    offer = start(f"{pair} {pairing}", tmp_path, "first")
+    try:
+        assert offer.stdout
+        code = next(m[0] for line in offer.stdout if (m := re.search(r"\b\d{4}-\d{4}\b", line)))
+        line = pair_with.replace("192.168.10.1", "127.0.0.1").replace("1234-5678", code)
+        answer = start(f"{line} {pairing}", tmp_path, "second")
+        out, err = answer.communicate(timeout=60)
+        assert answer.returncode == 0, out + err
+        assert offer.wait(30) == 0
+    finally:
+        offer.kill()
+        offer.communicate()
+    processes = [start(f"{serve} {control} --port {port}", tmp_path, "first")]
+    try:
+        wait_healthy(processes[0], port)
+        processes.append(start(f"{join} {control} --port 0", tmp_path, "second"))
+        assert processes[1].stdout
+        url = next(m[0] for line in processes[1].stdout if (m := re.search(r"http://\S+", line)))
+        body = json.dumps({"model": "demo", "prompt": "Once upon a time", "max_tokens": 3}).encode()
+        request = urllib.request.Request(f"{url}/completions", body, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["choices"][0]["text"]
+        for process in reversed(processes):
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) in (0, 130, -signal.SIGINT)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 def wait_healthy(server: "subprocess.Popen[str]", port: int, timeout_s: float = 60) -> None:

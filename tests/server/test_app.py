@@ -261,6 +261,7 @@ def test_models_and_health(tmp_path: Path) -> None:
         body = (await client.get("/health")).json()
         assert body.pop("uptime_s") >= 0
         assert body.pop("group") == cluster.describe()
+        assert body.pop("hosts") is None
         known = {"status": "ok", "model": "demo", "ranks": 1, "split": "auto", "context_length": 5000}
         assert body == known
 
