@@ -78,8 +78,8 @@ def frame(payload: bytes = b"", **fields: Any) -> bytes:
 def read_frame(s: socket.socket) -> dict[str, int]:
     """Take one frame off a bare socket; the fields of its header."""
     head = _read(s, HEADER_BYTES)
-    names = ("magic", "version", "kind", "queue", "source", "epoch", "tag", "sequence", "round", "digest")
-    names += ("offset", "total", "length", "credits", "payload_crc")
+    names = ["magic", "version", "kind", "queue", "source", "epoch", "tag", "sequence", "round", "digest"]
+    names += ["offset", "total", "length", "credits", "payload_crc"]
     fields = dict(zip(names, _HEADER.unpack(head[:-4]), strict=True))
     _read(s, fields["length"])
     return fields

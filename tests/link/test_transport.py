@@ -1,5 +1,6 @@
 """A connection over TCP: what it delivers, what it refuses, and that every wait ends."""
 
+import functools
 import hashlib
 import itertools
 import os
@@ -498,6 +499,31 @@ def test_a_swap_passes_over_beats_and_ends_with_the_epoch() -> None:
         right.send(END, b"rank 1 died")
         with pytest.raises(LinkDown, match="the peer ended the epoch: rank 1 died"):
             left.swap(b"xyz", 3)
+
+
+def test_a_swap_does_not_look_beyond_its_end() -> None:
+    """Our last bytes are kept for want of room, and the next swap's first piece is here: it must wait its turn."""
+    mine = bytes(60_000)
+    a, hand = tcp_pair(TINY)
+    with Connection.from_socket(a, EPOCH) as connection, hand:
+        hand.sendall(frame(b"one", kind=ROUND, tag=1) + frame(b"two", kind=ROUND, tag=2, sequence=2))
+
+        def read() -> list[int]:
+            hand.settimeout(DEADLINE_S)
+            return [read_frame(hand)["length"] for _ in range(2)]
+
+        swap = functools.partial(connection.swap, timeout_s=DEADLINE_S)
+        results = together(lambda: [swap(mine, 3, tag=1), swap(mine, 3, tag=2)], read)
+    assert results == [[b"one", b"two"], [60_000, 60_000]]
+
+
+def test_a_swap_whose_last_bytes_nobody_takes_ends_with_the_peer() -> None:
+    a, hand = tcp_pair(TINY)
+    with Connection.from_socket(a, EPOCH) as connection, hand:
+        hand.sendall(frame(b"one", kind=ROUND, tag=1))
+        threading.Timer(0.05, hand.close).start()
+        with pytest.raises(LinkDown, match="the peer closed the connection"):
+            connection.swap(bytes(60_000), 3, tag=1, timeout_s=DEADLINE_S)
 
 
 # Starting.
