@@ -3,7 +3,8 @@
 import contextlib
 import socket
 import struct
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from expertd.link.connection import HEADER_BYTES, LATENCY, TEST, Connection
@@ -12,6 +13,7 @@ from expertd.native._transport import lib
 EPOCH = 7
 MAGIC, VERSION = 0x31746478, 1
 _HEADER = struct.Struct("<IBBBBIIQQQIIIII")  # all but the header's own checksum
+TINY = 4096  # bytes of socket buffers: no frame of full size goes out, or comes in, at once
 DEADLINE_S = 20.0  # far beyond what any of this takes
 
 
@@ -78,8 +80,8 @@ def frame(payload: bytes = b"", **fields: Any) -> bytes:
 def read_frame(s: socket.socket) -> dict[str, int]:
     """Take one frame off a bare socket; the fields of its header."""
     head = _read(s, HEADER_BYTES)
-    names = ("magic", "version", "kind", "queue", "source", "epoch", "tag", "sequence", "round", "digest")
-    names += ("offset", "total", "length", "credits", "payload_crc")
+    names = ["magic", "version", "kind", "queue", "source", "epoch", "tag", "sequence", "round", "digest"]
+    names += ["offset", "total", "length", "credits", "payload_crc"]
     fields = dict(zip(names, _HEADER.unpack(head[:-4]), strict=True))
     _read(s, fields["length"])
     return fields
@@ -92,3 +94,22 @@ def _read(s: socket.socket, size: int) -> bytes:
         assert piece, "the connection ended"
         data += piece
     return data
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    """Run each work on a thread of its own; what each gave, or the exception that it raised."""
+    results: list[Any] = [None] * len(works)
+
+    def run(i: int) -> None:
+        try:
+            results[i] = works[i]()
+        except Exception as e:
+            results[i] = e
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(2 * DEADLINE_S)  # every call ends before that
+        assert not thread.is_alive(), "an end waits for ever"
+    return results
