@@ -16,7 +16,7 @@ SHIPPED = ("expertd", "native", "topology", "quant", "bench")
 
 # Who may import whom, beside itself; a name is a folder, or a package or module of expertd/.
 _CHECKPOINT = {"errors", "config", "wire"}
-_LINK = _CHECKPOINT | {"native"}
+_LINK = _CHECKPOINT | {"native", "topology"}
 _SPLIT = _CHECKPOINT | {"checkpoint", "link"}
 _MODEL = _SPLIT | {"split", "native"}
 _ENGINE = _SPLIT | {"split", "model"}

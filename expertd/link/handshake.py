@@ -13,18 +13,15 @@ Strangers may call too: whoever says nothing, garbage or too little is dropped a
 """
 
 import asyncio
-import contextlib
 import hmac
 import secrets
 import socket
 import struct
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
-
 from expertd.link.messages import LinkPeer
+from expertd.topology.pin import RouteError, bind_to_route, check_route
 
 HANDSHAKE_S = 5.0
 # Callers that may be under proof at a time; one more, and the oldest goes.
@@ -34,8 +31,6 @@ PROOF_BYTES = 32
 WELCOME = b"\x01"
 _HELLO = struct.Struct("<8sIBB32s")
 _MAGIC = b"xdlink01"
-# <netinet/in.h> of macOS; Python does not name them.
-_IP_BOUND_IF, _IPV6_BOUND_IF = 25, 125
 
 
 class SetupFailed(Exception):
@@ -84,37 +79,6 @@ def _resolve(address: str, port: int) -> tuple[int, tuple[str, int]]:
         address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
     )[0]
     return family, target  # type: ignore[return-value]  # IPv6 has four fields, which pass through as they are
-
-
-def pin(sock: socket.socket, interface: str) -> None:
-    """Keep a socket's traffic on an interface, where the system lets us. Raises OSError when there is none such."""
-    if sys.platform == "darwin":
-        v6 = sock.family == socket.AF_INET6
-        level, option = (socket.IPPROTO_IPV6, _IPV6_BOUND_IF) if v6 else (socket.IPPROTO_IP, _IP_BOUND_IF)
-        sock.setsockopt(level, option, socket.if_nametoindex(interface))
-    elif hasattr(socket, "SO_BINDTODEVICE"):
-        with contextlib.suppress(PermissionError):  # `require_path` still looks which way it goes
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
-
-
-def require_path(sock: socket.socket, peer: LinkPeer) -> None:
-    """Check that a connection leaves over the wanted address and interface: peers have silently gone another way.
-
-    Raises SetupFailed.
-    """
-    found = str(sock.getsockname()[0])
-    owners = [
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(a.address.partition("%")[0] == found.partition("%")[0] for a in addresses)
-    ]
-    if found != peer.local_address or peer.interface not in owners:
-        raise SetupFailed(
-            "XD_UNAVAILABLE",
-            f"the connection to {peer.address} would leave over {' or '.join(owners) or 'no interface'} ({found}), "
-            f"wanted {peer.interface} ({peer.local_address})",
-            peer.host,
-        )
 
 
 # Proof.
@@ -188,9 +152,10 @@ async def meet(
             "XD_TIMEOUT", f"not all of {names} have come within {timeout_s:.0f} s", min(missing)
         ) from None
     for peer in peers:
-        require_path(met[peer.host], peer)
-        if peer.host > identity.host:
-            pin(met[peer.host], peer.interface)
+        try:
+            check_route(met[peer.host], peer.local_address, peer.interface)
+        except RouteError as e:
+            raise SetupFailed("XD_UNAVAILABLE", str(e), peer.host) from e
     return met
 
 
@@ -201,8 +166,7 @@ async def _call_peer(identity: Identity, peer: LinkPeer) -> dict[int, socket.soc
             family, target = _resolve(peer.address, peer.port)
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
-            pin(sock, peer.interface)
-            sock.bind(_resolve(peer.local_address, 0)[1])
+            bind_to_route(sock, peer.local_address, peer.interface)
             await asyncio.get_running_loop().sock_connect(sock, target)
             await call(identity, peer.host, sock)
     except TimeoutError:
