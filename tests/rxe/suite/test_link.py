@@ -49,12 +49,11 @@ def linked(net: netns.Net, slot_bytes: int = 1 << 16) -> Iterator[list[Host]]:
         yield hosts
 
 
-def test_rounds_cross(net: netns.Net) -> None:
+def rounds_cross(hosts: list[Host]) -> None:
     jobs = Path(link_jobs.__file__)
     args = {"seed": 3, "num_rounds": 20, "around_bytes": 100_000}
-    with linked(net, slot_bytes=400_000) as hosts:
-        processes = [host.start_rank(jobs, "swap", rank, args) for host in hosts for rank in host.ranks]
-        one, other = ranks.results_of(processes, 120)
+    processes = [host.start_rank(jobs, "swap", rank, args) for host in hosts for rank in host.ranks]
+    one, other = ranks.results_of(processes, 120)
     assert one == other
 
 
@@ -67,8 +66,10 @@ def test_rounds_cross(net: netns.Net) -> None:
         ("cut", {"XD_DEVICE", "XD_SILENT", "XD_CLOSED"}),
     ],
 )
-def test_a_fault_takes_the_link_down_with_a_reason(net: netns.Net, fault: str, codes: set[str]) -> None:
-    with linked(net) as (host, other):
+def test_rounds_cross_until_a_fault_takes_the_link_down(net: netns.Net, fault: str, codes: set[str]) -> None:
+    with linked(net, slot_bytes=400_000) as (host, other):
+        if fault == "kill":
+            rounds_cross([host, other])
         if fault == "cut":
             net.cut(1)
         else:
