@@ -121,9 +121,10 @@ class Joiner:
     def _describe_host(self, host_id: str, name: str, paths: list[PathReport]) -> dict[str, Any]:
         taken = {(p.local_address, p.address) for p in self._peers}
         route = next((p for p in paths if (p.local.address, p.remote.address) in taken), None)
-        leads = self._channel is not None and self._channel.peer.host_id == host_id
+        leader = self._channel.peer if self._channel else None
+        leads = leader is not None and leader.host_id == host_id
         return {
-            "name": name,
+            "name": leader.name if leader and leads else name,  # by the name that it is paired under
             "host_id": host_id,
             "state": "leads" if leads else "joined",
             "route": asdict(route) if route else None,

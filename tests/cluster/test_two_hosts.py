@@ -137,9 +137,15 @@ for port in ports:
 
 
 def listening_ports(host: Computer) -> list[int]:
-    """All that our supervisor and its children listen on, HTTP aside."""
-    processes = [host.part("supervisor"), *host.children()]
-    found = {c.laddr.port for p in processes for c in p.net_connections("tcp") if c.status == "LISTEN"}
+    """All that our supervisor and its children listen on, HTTP aside. (The link listens only until it has met.)"""
+    if host._net is None:
+        processes = [host.part("supervisor"), *host.children()]
+        connections = [c for p in processes for c in p.net_connections("tcp")]
+        found = {c.laddr.port for c in connections if c.status == "LISTEN"}
+    else:  # the namespace is all its own; 0A is LISTEN
+        tables = [Path(f"/proc/{host.part('supervisor').pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        rows = [line.split() for table in tables for line in table.splitlines()[1:]]
+        found = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
     return sorted(found - {host.port})
 
 
