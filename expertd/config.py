@@ -77,8 +77,9 @@ class HostsConfig:
     """How this host meets others. `folder` holds identity and paired hosts, `cache` what can be made again, `store`
     the checkpoints that were copied from other hosts.
 
-    Paired hosts may call at control_host:control_port ("" is every address). A host or link silent for `silence_s` is gone; setting a
-    link up may take `setup_s`. `verbs_library` "" is the platform's; `lint` checks Apple's rules at every call.
+    Paired hosts may call at control_host:control_port ("" is every address). A host or link silent for `silence_s`
+    is gone; setting a link up may take `setup_s`. `verbs_library` "" is the platform's; `lint` checks Apple's rules at
+    every call.
     """
 
     folder: Path

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def make_manifest(
     names = file_names(folder)
     stats = {name: _fingerprint(folder / name) for name in names}
     fresh = [name for name in names if kept.get(name, {}).get("seen") != stats[name]]
-    counter = _Counter(sum(stats[name][0] for name in fresh), progress)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashlib lets others run meanwhile
-        hashes = dict(zip(fresh, pool.map(lambda n: _hash(folder / n, counter), fresh), strict=True))
+    hashes = hash_files(folder, fresh, progress)
     for name in fresh:
         if _fingerprint(folder / name) != stats[name]:
             raise CheckpointError(
@@ -89,6 +88,13 @@ def make_manifest(
     if fresh:
         write_atomically(kept_at, json.dumps({n: kept[n] for n in names}).encode())
     return Manifest(tuple(FileEntry(n, stats[n][0], kept[n]["sha256"]) for n in names))
+
+
+def hash_files(folder: Path, names: list[str], progress: Callable[[int, int], None]) -> dict[str, str]:
+    """SHA-256 of files, by name; what `progress` raises ends it. Raises CheckpointError."""
+    counter = _Counter(sum(_fingerprint(folder / name)[0] for name in names), progress)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashlib lets others run meanwhile
+        return dict(zip(names, pool.map(lambda n: _hash(folder / n, counter), names), strict=True))
 
 
 def write_manifest(manifest: Manifest, folder: Path, cache: Path) -> None:
@@ -109,10 +115,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 class _Counter:
     def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
         self._done, self._total, self._progress = 0, total, progress
+        self._lock = threading.Lock()
 
     def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
-        self._progress(self._done, self._total)
+        with self._lock:
+            self._done += num_bytes
+            self._progress(self._done, self._total)
 
 
 def _hash(path: Path, counter: _Counter) -> str:

@@ -4,18 +4,25 @@ A checkpoint arrives in `<store>/<hash>.part/`, where a file may be incomplete, 
 every file's SHA-256 is right. So what has the final name is whole, and what was cut off goes on where it stopped.
 """
 
-import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from expertd.checkpoint.manifest import FileEntry, Manifest, file_names, make_manifest, write_manifest
+from expertd.checkpoint.manifest import (
+    FileEntry,
+    Manifest,
+    file_names,
+    hash_files,
+    make_manifest,
+    write_manifest,
+)
 from expertd.errors import CheckpointError
+
+Progress = Callable[[int, int], None]
 
 # Free space to leave on the disk beside the checkpoint.
 SPARE_BYTES = 1 << 30
-HASH_PIECE_BYTES = 4 << 20
 
 
 class Incoming:
@@ -64,9 +71,13 @@ class Incoming:
         except OSError as e:
             raise CheckpointError(f"{self._path(file)}: cannot be written: {e.strerror}.") from e
 
-    def finish(self, cache: Path) -> Path:
-        """Verify every file and give the folder. Raises CheckpointError for a damaged one, which is then deleted."""
-        damaged = [f.name for f in self.manifest.files if _sha256(self._path(f)) != f.sha256]
+    def finish(self, cache: Path, progress: Progress = lambda done, total: None) -> Path:
+        """Verify every file and give the folder; `progress(bytes done, of)`.
+
+        Raises CheckpointError for a damaged one, which is then deleted.
+        """
+        found = hash_files(self._part, [f.name for f in self.manifest.files], progress)
+        damaged = [f.name for f in self.manifest.files if found[f.name] != f.sha256]
         for name in damaged:
             (self._part / name).unlink(missing_ok=True)
         if damaged:
@@ -74,7 +85,13 @@ class Incoming:
                 f"{damaged[0]}: arrived damaged ({len(damaged)} of {len(self.manifest.files)} files). It was deleted; "
                 "start again to fetch it anew."
             )
-        os.replace(self._part, self.folder)
+        try:
+            _to_disk(self._part, self.manifest)
+            # What has the name already is not this checkpoint, or nothing would have been fetched.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(self._part, self.folder)
+        except OSError as e:
+            raise CheckpointError(f"{self.folder}: cannot be written: {e.strerror}.") from e
         write_manifest(self.manifest, self.folder, cache)
         return self.folder
 
@@ -88,7 +105,13 @@ class Incoming:
             return 0
 
 
-def find_same(manifest: Manifest, folders: list[Path], store: Path, cache: Path) -> Path | None:
+def find_same(
+    manifest: Manifest,
+    folders: list[Path],
+    store: Path,
+    cache: Path,
+    progress: Progress = lambda done, total: None,
+) -> Path | None:
     """The folder with exactly these bytes: in the store by its name, else among `folders`.
 
     Only a folder whose files have the right names and sizes is read at all, and that once (see make_manifest).
@@ -97,7 +120,7 @@ def find_same(manifest: Manifest, folders: list[Path], store: Path, cache: Path)
     for folder in (*folders, store / manifest.content_hash):
         if not folder.is_dir() or {n: (folder / n).stat().st_size for n in file_names(folder)} != wanted:
             continue
-        if make_manifest(folder, cache).content_hash == manifest.content_hash:
+        if make_manifest(folder, cache, progress).content_hash == manifest.content_hash:
             return folder
     return None
 
@@ -115,9 +138,8 @@ def read_piece(folder: Path, file: FileEntry, offset: int, size: int) -> bytes:
     return data
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(HASH_PIECE_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
+def _to_disk(folder: Path, manifest: Manifest) -> None:
+    """Wait until the files are on the disk: a name that says "whole" must not outlive a power cut without them."""
+    for file in manifest.files:
+        with (folder / file.name).open("rb") as out:
+            os.fsync(out.fileno())

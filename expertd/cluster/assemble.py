@@ -7,12 +7,13 @@ import hashlib
 import json
 import logging
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,10 +35,11 @@ from expertd.cluster.site import LinkSettings
 from expertd.cluster.supervisor import Cluster
 from expertd.cluster.verbs_check import why_no_verbs
 from expertd.config import GroupConfig, HostsConfig
-from expertd.errors import CheckpointError, LinkDown
+from expertd.errors import CheckpointError, ClusterError, ConfigError, LinkDown
 from expertd.topology.collect import collect_host
 
 Progress = Callable[[str, int, int], None]
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 # mDNS answers come within a second.
@@ -61,8 +63,8 @@ async def leading(
     progress: Progress,
 ) -> AsyncIterator[Leader]:
     """Let paired hosts join `cluster` during the block. Raises ConfigError when the control port cannot be had."""
-    manifest = await asyncio.to_thread(
-        make_manifest, info.folder, hosts.manifests, functools.partial(progress, "hashing the checkpoint")
+    manifest = await _in_thread(
+        functools.partial(make_manifest, info.folder, hosts.manifests), progress, "hashing the checkpoint"
     )
     paths = await _open_paths(hosts, hosts.control_host)
     paths.secret = secrets.token_bytes(32)
@@ -136,12 +138,13 @@ async def _call(
     except LinkDown:
         near = [f for f in await find(FIND_S, store, identity.host_id) if f.host_id == peer.host_id]
         for found, where in ((f, a) for f in near for a in f.addresses if (a, f.port) != (address, port)):
-            with contextlib.suppress(LinkDown):
+            with contextlib.suppress(LinkDown, ClusterError):  # anybody may announce anything
                 return await channels.connect(
                     where, found.port, identity, peer, codec, silence_s=hosts.silence_s
                 )
         raise
-    store.note_address(peer.host_id, address)
+    with contextlib.suppress(ConfigError):  # a convenience
+        store.note_address(peer.host_id, address)
     return channel
 
 
@@ -186,8 +189,8 @@ async def _load(
 async def _find_or_copy(
     call: Callable[[], Any], manifest: Manifest, places: list[Path], hosts: HostsConfig, progress: Progress
 ) -> Path:
-    found = await asyncio.to_thread(find_same, manifest, places, hosts.store, hosts.manifests)
-    if found:
+    search = functools.partial(find_same, manifest, places, hosts.store, hosts.manifests)
+    if found := await _in_thread(search, progress, "hashing the checkpoint"):
         return found
     incoming = await asyncio.to_thread(Incoming, manifest, hosts.store)
     channel: Channel = await call()
@@ -198,7 +201,28 @@ async def _find_or_copy(
     finally:
         with contextlib.suppress(Exception):
             await channel.close()
-    return await asyncio.to_thread(incoming.finish, hosts.manifests)
+    return await _in_thread(
+        functools.partial(incoming.finish, hosts.manifests), progress, "verifying the checkpoint"
+    )
+
+
+class _Stopped(Exception):
+    """Nobody waits for this work any longer."""
+
+
+async def _in_thread(work: Callable[[Callable[[int, int], None]], _T], progress: Progress, what: str) -> _T:
+    """Run `work(progress)` in a thread that ends soon when we are cancelled: 100 GB may be left to read."""
+    stopped = threading.Event()
+
+    def report(done: int, total: int) -> None:
+        if stopped.is_set():
+            raise _Stopped
+        progress(what, done, total)
+
+    try:
+        return await asyncio.to_thread(work, report)
+    finally:
+        stopped.set()
 
 
 def facts_of(cluster: Cluster, info: CheckpointInfo, manifest: Manifest) -> Loaded:

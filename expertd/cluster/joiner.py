@@ -4,14 +4,19 @@ States. `looking`: no leader answers; our ranks are an epoch by themselves and o
 `loading`: the leader told us what it serves, and our ranks read it. `following`: the leader forms epochs with our
 ranks; requests of our clients go to it. `alone`: the leader refused our ranks (unlike processors), its model is
 served by us alone. Nothing here gives up: a leader that is gone is called again, with pauses up to 10 s, for as
-long as this process lives.
+long as this process lives; ranks that all died are loaded again.
+
+Tasks. `run` calls, reads the channel and is the only one that opens and ends sessions; what takes time in a session
+(loading, measuring, a round of a set-up) is a task of that session and is over before the next one begins. So ranks
+are loaded by one task at a time.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import expertd
@@ -27,6 +32,7 @@ from expertd.cluster.host_messages import (
     Loaded,
     Measure,
     Measured,
+    PathReport,
     Prepare,
     Prepared,
     Ranks,
@@ -42,6 +48,7 @@ from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Cancel, Done, Failed, Rejected, Started, Submit, Token
 from expertd.errors import (
+    CheckpointError,
     ClusterError,
     ConfigError,
     ExpertdError,
@@ -49,6 +56,7 @@ from expertd.errors import (
     RemoteProtocolError,
     TransportError,
 )
+from expertd.link.messages import LinkPeer, LinkReport
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 WELCOME_TIMEOUT_S = 10.0
@@ -59,7 +67,8 @@ _log = logging.getLogger(__name__)
 
 class Joiner:
     """`call` opens a channel to the leader; `load` turns its Welcome into a running cluster (and its facts), copying
-    the checkpoint if it must; `show` gets that cluster, or None while there is none, for the HTTP server."""
+    the checkpoint if it must; `show` gets that cluster, or None while there is none, for the HTTP server.
+    """
 
     def __init__(
         self,
@@ -73,35 +82,75 @@ class Joiner:
         self._call, self._load, self._show = call, load, show
         self._paths, self._settings, self._name = paths, settings, name
         self._channel: Channel | None = None
-        self._welcome: Welcome | None = None
-        self._cluster: Cluster | None = None
-        self._site: LocalSite | None = None
-        self._ranks = AsyncExitStack()
-        self._facts: Loaded | None = None
+        self._met = False  # a leader let us in, at some time
+        self._tasks: set[asyncio.Task[None]] = set()  # of this session
+        self._failure: ExpertdError | None = None  # why we ended the session ourselves
         self._replies: dict[str, Reply] = {}
-        self._session_tasks: set[asyncio.Task[None]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()  # those that outlive a session
+        self._said = ""
         self.state, self.reason = "looking", "no leader has answered yet"
+        # Our ranks, and what they hold.
+        self._ranks = AsyncExitStack()
+        self._welcome: Welcome | None = None
+        self._facts: Loaded | None = None
+        self._cluster: Cluster | None = None
+        self._local: LocalCoordinator | None = None
+        self._site: LocalSite | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._is_led = False  # our clients' requests go to the leader
+        # What the leader had us measure and link to, for `describe`.
+        self._measured: dict[str, tuple[str, list[PathReport]]] = {}
+        self._kind = "none"
+        self._peers: list[LinkPeer] = []
+        self._links: list[LinkReport] = []
 
     def describe(self) -> dict[str, Any]:
-        """For /health."""
-        leader = self._channel.peer.name if self._channel else None
-        return {"role": "joined", "state": self.state, "reason": self.reason, "leader": leader}
+        """For /health and `expertd topology`, in the shape of Leader.describe."""
+        epoch = self._site.started if self._site else None
+        return {
+            "role": "joined",
+            "state": self.state,
+            "reason": self.reason,
+            "leader": self._channel.peer.name if self._channel else None,
+            "epoch": epoch or 0,
+            "link": self._kind if epoch else "none",
+            "verbs": self._paths.verbs or "usable",
+            "links": [asdict(r) for r in self._links] if epoch else [],
+            "hosts": [self._describe_host(i, *found) for i, found in self._measured.items()],
+        }
+
+    def _describe_host(self, host_id: str, name: str, paths: list[PathReport]) -> dict[str, Any]:
+        taken = {(p.local_address, p.address) for p in self._peers}
+        route = next((p for p in paths if (p.local.address, p.remote.address) in taken), None)
+        leads = self._channel is not None and self._channel.peer.host_id == host_id
+        return {
+            "name": name,
+            "host_id": host_id,
+            "state": "leads" if leads else "joined",
+            "route": asdict(route) if route else None,
+            "paths": {host_id: [asdict(p) for p in paths]},
+        }
 
     async def run(self) -> None:
-        """Follow the leader, whenever there is one, until cancelled. Raises ConfigError when it refuses this host."""
+        """Follow the leader, whenever there is one, until cancelled.
+
+        Raises ConfigError when it refuses this host; ClusterError when the first answer is not that of the paired host,
+        or that it does not know us. Later, these may pass, and the leader is called again.
+        """
         pause_s = FIRST_PAUSE_S
         try:
             while True:
                 try:
                     await self._session()
-                except (TransportError, ClusterError) as e:
+                except (TransportError, ClusterError, CheckpointError) as e:
+                    if isinstance(e, ClusterError) and not self._met:
+                        raise
                     if self.state in ("following", "alone"):
                         pause_s = FIRST_PAUSE_S
                     await self._lose(str(e))
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         finally:
+            await self._end_tasks()
             await self._let_go()
 
     # One session with a leader.
@@ -109,80 +158,104 @@ class Joiner:
     async def _session(self) -> None:
         channel = await self._call()
         try:
-            await channel.send(
-                Join(
-                    PROTOCOL,
-                    expertd.__version__,
-                    self._paths.mlx_version,
-                    self._name,
-                    self._paths.addresses(channel.local_address),
-                    self._paths.probe_port,
-                    self._paths.verbs,
-                )
-            )
-            async with asyncio.timeout(WELCOME_TIMEOUT_S):
-                welcome = await channel.receive()
-            if isinstance(welcome, Refused):
-                raise ConfigError(f"host {channel.peer.name} refused this host: {welcome.reason}")
-            if not isinstance(welcome, Welcome):
-                raise RemoteProtocolError(
-                    f"host {channel.peer.name} sent {type(welcome).__name__}, wanted Welcome"
-                )
+            welcome = await self._introduce(channel)
+            self._met, self._failure = True, None
             self._channel, self._paths.secret = channel, welcome.probe_secret
             self._start(self._be_loaded(welcome, channel))
             while True:
                 await self._take(await channel.receive())
-        except TimeoutError:
-            raise LinkDown(
-                f"host {channel.peer.name} did not say within {WELCOME_TIMEOUT_S:g} s what it serves"
-            ) from None
+        except LinkDown as e:
+            raise self._failure or e from None
+        except asyncio.CancelledError:
+            with contextlib.suppress(ExpertdError):
+                await channel.send(Bye("expertd is stopping there"))
+            raise
         finally:
             self._channel = None
             await channel.close()
 
+    async def _introduce(self, channel: Channel) -> Welcome:
+        """Say who we are. Raises ConfigError when the leader does not want us."""
+        name = channel.peer.name
+        join = Join(
+            PROTOCOL,
+            expertd.__version__,
+            self._paths.mlx_version,
+            self._name,
+            self._paths.addresses(channel.local_address),
+            self._paths.probe_port,
+            self._paths.verbs,
+        )
+        await channel.send(join)
+        try:
+            async with asyncio.timeout(WELCOME_TIMEOUT_S):
+                welcome = await channel.receive()
+        except TimeoutError:
+            raise LinkDown(f"host {name} did not say within {WELCOME_TIMEOUT_S:g} s what it serves") from None
+        if isinstance(welcome, Refused):
+            raise ConfigError(f"host {name} refused this host: {welcome.reason}")
+        if not isinstance(welcome, Welcome):
+            raise RemoteProtocolError(f"host {name} sent {type(welcome).__name__}, wanted Welcome")
+        return welcome
+
     async def _be_loaded(self, welcome: Welcome, channel: Channel) -> None:
-        if (
-            self._cluster is None
-            or self._welcome is None
-            or welcome.content_hash != self._welcome.content_hash
-        ):
-            self.state, self.reason = "loading", f"loading {welcome.model_id}"
-            await self._let_go()
-            self._show(None, welcome.model_id)
-            cluster, self._facts = await self._load(welcome, self._ranks)
-            self._cluster = cluster
-            self._site = LocalSite(cluster, self._settings, lambda ended: self._start(self._say(ended)))
-            cluster.coordinator = self
-            self._start(self._watch_end(cluster), self._tasks)
-            self._show(cluster, welcome.model_id)
-        self._welcome = welcome
+        same = self._welcome and replace(welcome, probe_secret=self._welcome.probe_secret) == self._welcome
+        if not same or self._cluster is None or self._cluster.failure:
+            await self._load_ranks(welcome)
         assert self._facts is not None and self._site is not None
         self.state, self.reason = "following", f"following {channel.peer.name}"
+        self._said = ""
         await channel.send(replace(self._facts, num_ranks=self._site.num_ranks))
+
+    async def _load_ranks(self, welcome: Welcome) -> None:
+        self.state, self.reason = "loading", f"loading {welcome.model_id}"
+        await self._let_go()
+        self._show(None, welcome.model_id)
+        cluster, self._facts = await self._load(welcome, self._ranks)
+        self._welcome, self._cluster, self._is_led = welcome, cluster, False
+        self._local = LocalCoordinator(cluster)
+        self._site = LocalSite(cluster, self._settings, lambda ended: self._start(self._say(ended)))
+        cluster.coordinator = self
+        self._watch = asyncio.create_task(self._watch_end(cluster))
+        self._show(cluster, welcome.model_id)
 
     async def _let_go(self) -> None:
         """End our ranks, if there are any."""
+        if self._watch:
+            self._watch.cancel()
         if self._site:
             await self._site.close()
-        self._cluster = self._site = None
-        await self._ranks.aclose()
-        self._ranks = AsyncExitStack()
+        self._cluster = self._site = self._watch = None
+        ranks, self._ranks = self._ranks, AsyncExitStack()
+        await ranks.aclose()
 
     async def _lose(self, reason: str) -> None:
         """The leader is gone: its answers to our clients end, our ranks go on by themselves."""
-        if self.state != "looking":
-            _log.warning("%s; this host goes on alone and calls again", reason)
-        for task in list(self._session_tasks):
-            task.cancel()
+        await self._end_tasks()
+        if reason != self._said:
+            self._said = reason
+            alone = (
+                "this host goes on alone and calls again"
+                if self._cluster
+                else "calling again until it answers"
+            )
+            _log.warning("%s; %s", reason.rstrip("."), alone)
         self.state, self.reason = "looking", reason
         for reply in self._replies.values():
             reply.put(Failed(reply.request_id, f"{reason}. Ask again: this host answers by itself now."))
-        await self._be_alone()
+        try:
+            await self._be_alone()
+        except ExpertdError as e:
+            _log.warning("%s", e)
+            self.reason = str(e)
 
     async def _be_alone(self) -> None:
-        if self._cluster is None or self._site is None:
-            return
-        if self._cluster.living:
+        """Answer by ourselves, with ranks that are loaded again if they all died."""
+        if self._cluster and self._cluster.failure and self._welcome:
+            await self._load_ranks(self._welcome)
+            self.state = "looking"
+        if self._cluster and self._site and self._cluster.living:
+            self._is_led = False
             await self._site.alone(self._cluster.group.split)
 
     # What the leader says.
@@ -210,22 +283,30 @@ class Joiner:
     async def _obey(self, message: Prepare | Connect | Start) -> None:
         """One round of an epoch's set-up, and its answer."""
         try:
-            if self._site is None:
-                raise SetupFailed("this host has no ranks yet")
-            if isinstance(message, Prepare):
-                await self._say(Prepared(message.epoch, await self._site.prepare(message)))
-            elif isinstance(message, Connect):
-                await self._say(Linked(message.epoch, await self._site.connect(message)))
-            else:
-                await self._site.start(message, leader=self)
-                await self._say(Running(message.epoch))
+            await self._say(await self._do(message))
         except SetupFailed as e:
             await self._say(Ended(message.epoch, e.host, "setup", str(e)))
         except ClusterError as e:
             await self._say(Ended(message.epoch, -1, "setup", str(e)))
 
+    async def _do(self, message: Prepare | Connect | Start) -> Prepared | Linked | Running:
+        if self._site is None:
+            raise SetupFailed("this host has no ranks yet")
+        if isinstance(message, Prepare):
+            self._kind = message.kind
+            return Prepared(message.epoch, await self._site.prepare(message))
+        if isinstance(message, Connect):
+            self._peers = message.peers
+            self._links = await self._site.connect(message)
+            return Linked(message.epoch, self._links)
+        await self._site.start(message, leader=self)
+        self._is_led = True
+        return Running(message.epoch)
+
     async def _measure(self, message: Measure) -> None:
-        await self._say(Measured(message.host_id, await self._paths.measure_to(message)))
+        paths = await self._paths.measure_to(message)
+        self._measured[message.host_id] = message.name, paths
+        await self._say(Measured(message.host_id, paths))
 
     async def _say(self, message: Any) -> None:
         if self._channel:
@@ -234,48 +315,54 @@ class Joiner:
             except ExpertdError as e:  # whoever reads the channel sees it too, and acts
                 _log.debug("not said: %s", e)
 
-    def _start(self, work: Any, tasks: set["asyncio.Task[None]"] | None = None) -> None:
-        """Run a task of this session, or one of `tasks`."""
-        tasks = self._session_tasks if tasks is None else tasks
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a task of this session."""
         task = asyncio.create_task(self._guard(work))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-    async def _guard(self, work: Awaitable[None]) -> None:
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except ExpertdError as e:
-            _log.warning("%s", e)
-            self.reason = str(e)
-            if self._channel:  # without our ranks there is nothing to follow with: begin again
-                await self._channel.close()
+            await self._give_up(e)
+        except Exception as e:
+            await self._give_up(ClusterError(f"{type(e).__name__}: {e}. This is a bug of expertd."))
+
+    async def _give_up(self, error: ExpertdError) -> None:
+        """End this session: without our ranks there is nothing to follow with. The next one begins from the start."""
+        self._failure = error
+        await self._say(Bye(str(error)))
+        if self._channel:
+            await self._channel.close()
+
+    async def _end_tasks(self) -> None:
+        for task in (tasks := list(self._tasks)):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # The coordinator of our cluster (epoch.py).
 
     async def changed(self, event: Event) -> None:
         """A rank of ours died or an epoch ended: the leader decides what follows, we do when there is none."""
-        if isinstance(event, RanksReady) or self._cluster is None or not self._cluster.living:
+        if isinstance(event, RanksReady) or not (self._cluster and self._local and self._site):
             return
-        if self._channel and self.state == "following" and self._site:
+        if self.state == "following":
+            await self._say(
+                Ranks(len(self._cluster.living), event.reason)
+            )  # first, for the next epoch counts on it
             await self._say(Ended(self._site.started or 0, -1, "running", event.reason))
-            await self._say(Ranks(len(self._cluster.living), event.reason))
-        else:
-            await self._be_alone()
+        if not self._is_led:
+            await self._local.changed(event)
 
     def outlook(self) -> str | None:
-        return LocalCoordinator(self._cluster).outlook() if self._cluster else None
+        return self._local.outlook() if self._local else None
 
     async def _watch_end(self, cluster: Cluster) -> None:
-        """When the last of our ranks is dead they are loaded again, and meanwhile the leader is told."""
-        reason = await cluster.wait_failed()
-        if self._cluster is not cluster:
-            return
-        _log.warning("%s; loading again", reason)
-        await self._say(Ended(self._site.started or 0 if self._site else 0, -1, "running", reason))
-        await self._say(Ranks(0, reason))
-        self._cluster, welcome, channel = None, self._welcome, self._channel
-        if welcome and channel:
-            await self._be_loaded(welcome, channel)
+        """When the last of our ranks is dead the session ends, and the next one loads them again."""
+        error = ClusterError(f"{await cluster.wait_failed()}; loading again")
+        if self._channel:
+            await self._give_up(error)
 
     # What our HTTP server asks of the group while we follow.
 

@@ -12,8 +12,9 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 import expertd
@@ -32,12 +33,13 @@ from expertd.cluster.host_messages import (
     Start,
     Welcome,
 )
-from expertd.cluster.member import FIRST_PAUSE_S, Member
+from expertd.cluster.member import FIRST_PAUSE_S, LONGEST_PAUSE_S, Member
 from expertd.cluster.provide import Provider
 from expertd.cluster.route_table import RouteTable, listen_address, peers_of
-from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed, Site
+from expertd.cluster.site import LinkSettings, LocalSite, Site
 from expertd.cluster.supervisor import Cluster
-from expertd.errors import ExpertdError, TransportError
+from expertd.config import MAX_RANKS
+from expertd.errors import ExpertdError
 
 MAX_HOSTS = 4
 MAX_JOIN_S = 10.0
@@ -67,6 +69,8 @@ class Leader:
         self._local = LocalCoordinator(cluster)
         self._site = LocalSite(cluster, settings, lambda ended: self._on_ended(None, ended))
         self._members: dict[str, Member] = {}
+        self._gone: dict[str, Member] = {}  # paired hosts that left, for people who ask why
+        self._own_pause_s = FIRST_PAUSE_S  # after a failure of this host itself
         self._epoch, self._running = 0, 0
         self._formed: list[Member] = []
         self._formed_at = 0.0
@@ -79,14 +83,18 @@ class Leader:
 
     async def close(self, reason: str) -> None:
         """Say goodbye to every host and end the link processes of this one."""
-        self._former.cancel()
-        await asyncio.gather(self._former, return_exceptions=True)
+        tasks = [self._former, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._running = 0
-        for member in list(self._members.values()):
-            with contextlib.suppress(ExpertdError):  # it may be gone already
-                await member.channel.send(Bye(reason))
-            await member.channel.close()
+        await asyncio.gather(*(self._part(m, reason) for m in self._members.values()))
         await self._site.close()
+
+    async def _part(self, member: Member, reason: str) -> None:
+        with contextlib.suppress(ExpertdError):  # it may be gone already
+            await member.channel.send(Bye(reason))
+        await member.channel.close()
 
     def describe(self) -> dict[str, Any]:
         """The hosts, their links and why they are as they are: for /health and `expertd topology`."""
@@ -96,22 +104,13 @@ class Leader:
             "link": self._kind,
             "verbs": self._verbs or "usable",
             "last_change": self._last_change,
-            "hosts": [self._describe_member(m) for m in self._members.values()],
+            "hosts": [self._describe_member(m) for m in (*self._members.values(), *self._gone.values())],
         }
 
     def _describe_member(self, m: Member) -> dict[str, Any]:
         route = self._routes.chosen(m.host_id)
-        return {
-            "name": m.name,
-            "host_id": m.host_id,
-            "state": "in the group" if m in self._formed else m.state,
-            "reason": m.reason,
-            "ranks": m.num_ranks,
-            "verbs": m.verbs or "usable",
-            "route": asdict(route) if route else None,
-            "paths": {host_id: [asdict(p) for p in paths] for host_id, paths in m.paths.items()},
-            "links": [asdict(r) for r in m.reports],
-        }
+        taken = {"route": asdict(route) if route else None}
+        return m.describe() | taken | ({"state": "in the group"} if m in self._formed else {})
 
     # Admission.
 
@@ -130,7 +129,7 @@ class Leader:
             await channel.close()
 
     async def _converse(self, channel: Channel, join: Join) -> None:
-        if reason := self._objection(join):
+        if reason := self._objection(channel.peer.host_id, join):
             _log.warning("host %s may not join: %s", channel.peer.name, reason)
             await channel.send(Refused(reason))
             return
@@ -139,37 +138,45 @@ class Leader:
             self._leave(before, "it joined again")
             await before.channel.close()
         self._members[member.host_id] = member
-        await channel.send(self._welcome)
+        for other in self._members.values():  # it may have other addresses now
+            other.paths.pop(member.host_id, None)
         reason = "it left"
         try:
+            await channel.send(self._welcome)
             while True:
                 message = await channel.receive()
                 if isinstance(message, Bye):
                     reason = message.reason
                     return
-                if isinstance(message, Loaded) and (why := self._unlike(message)):
+                if isinstance(message, Loaded) and (
+                    why := self._unlike(message) or self._too_many(member, message)
+                ):
                     member.state, member.reason = "alone", why
                     _log.warning("host %s stays alone: %s", member.name, why)
                     await channel.send(Refused(why))
-                    continue
-                member.take(message)
+                else:
+                    member.take(message)
         except ExpertdError as e:
             reason = str(e).removeprefix(f"host {member.name}: ")
             raise
         finally:
             if self._members.get(member.host_id) is member:
                 del self._members[member.host_id]
-            self._leave(member, reason)
+                self._leave(member, reason)
 
     def _leave(self, member: Member, reason: str) -> None:
-        if not self._former.cancelled():  # else it is we who leave
-            _log.warning("host %s left the group: %s", member.name, reason)
-        member.leave(f"host {member.name}: {reason}")
+        text = f"host {member.name}: {reason}"
+        before = self._gone.get(member.host_id)
+        # Not when it is we who leave; and a host that tries again and again says the same only once.
+        if not self._former.done() and (before is None or before.reason != text):
+            _log.warning("host %s left: %s", member.name, reason)
+        member.leave(text)
+        self._gone[member.host_id] = member
         if member in self._formed:
             self._on_ended(member, Ended(self._running, -1, "running", reason))
         self._wake.set()
 
-    def _objection(self, join: Join) -> str:
+    def _objection(self, host_id: str, join: Join) -> str:
         for what, theirs, ours in (
             ("protocol", join.protocol, PROTOCOL),
             ("expertd", join.version, expertd.__version__),
@@ -177,9 +184,15 @@ class Leader:
         ):
             if theirs != ours:
                 return f"it has {what} {theirs}, this host has {ours}. Install the same version on both."
-        if len(self._members) >= MAX_HOSTS - 1:
+        if len(self._members.keys() - {host_id}) >= MAX_HOSTS - 1:
             return f"{MAX_HOSTS} hosts are in this group already, the most there can be."
         return ""
+
+    def _too_many(self, member: Member, loaded: Loaded) -> str:
+        others = [m.num_ranks for m in self._members.values() if m is not member and m.state == "ready"]
+        if (total := self._cluster.group.num_ranks + sum(others) + loaded.num_ranks) <= MAX_RANKS:
+            return ""
+        return f"with its {loaded.num_ranks} ranks the group has {total}, the most is {MAX_RANKS}. Use fewer --ranks."
 
     def _unlike(self, loaded: Loaded) -> str:
         """Why a host cannot share the work of a step: its bits could differ from ours."""
@@ -214,10 +227,13 @@ class Leader:
 
     async def changed(self, event: Event) -> None:
         """A rank of this host died, or its epoch ended by itself (Coordinator of epoch.py)."""
-        if isinstance(event, EpochEnded) and event.num_fruitless >= MAX_FRUITLESS:
+        if not self._formed:
+            await self._local.changed(event)
+        elif isinstance(event, EpochEnded) and event.num_fruitless >= MAX_FRUITLESS:
             for member in self._formed:
                 self._hold(member, f"{event.num_fruitless} epochs failed without a token: {event.reason}")
-        self._on_ended(None, Ended(self._running, -1, "running", event.reason))
+        if self._formed:
+            self._on_ended(None, Ended(self._running, -1, "running", event.reason))
         self._wake.set()
 
     def outlook(self) -> str | None:
@@ -231,13 +247,21 @@ class Leader:
         short = time.monotonic() - self._formed_at < SHORT_EPOCH_S
         return member if ended.host == 0 or short else None
 
+    def _fall_back(self, reason: str, member: Member | None = None) -> None:
+        """Verbs failed with a host, or on this one (None): no more of them with it."""
+        if self._kind == "verbs" and self._welcome.group.get("link", "auto") == "auto":
+            reason = f"{reason} (TCP is used until expertd starts again)"
+            if member:
+                member.verbs = reason
+            else:
+                self._verbs = reason
+
     def _hold(self, member: Member, reason: str) -> None:
-        if self._kind == "verbs" and self._welcome.group.get("link") == "auto":
-            member.verbs = f"{reason} (TCP is used until expertd starts again)"
+        self._fall_back(reason, member)
         pause_s = member.pause(reason)
         asyncio.get_running_loop().call_later(pause_s + 0.01, self._wake.set)
 
-    def _background(self, work: Any) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
         async def quietly() -> None:
             try:
                 await work
@@ -252,30 +276,35 @@ class Leader:
         while True:
             self._wake.clear()
             ready = [m for m in self._members.values() if m.is_ready]
-            runs = self._running or (
-                not ready and self._cluster.running
-            )  # alone: the epoch from before we led
-            if self._cluster.living and (ready != self._formed or not runs):
-                await self._form(ready)
+            if self._cluster.living:
+                if not self._cluster.running:  # at once: whom the others are waiting for may take its time
+                    await self._form([])
+                if ready != self._formed:
+                    await self._form(ready)
             await self._wake.wait()
 
     async def _form(self, members: list[Member]) -> None:
         """Set up the next epoch with these hosts; who is to blame for a failure is left out of the next try."""
         self._epoch += 1
         epoch = self._epoch
-        sites: list[Site] = [self._site, *members]
         try:
             await self._routes.measure(members)
             await (self._set_up(epoch, members) if members else self._be_alone(epoch))
-        except (SetupFailed, TransportError) as e:
+            self._own_pause_s = FIRST_PAUSE_S
+        except ExpertdError as e:
             self._last_change = f"epoch {epoch} was not set up: {e}"
             _log.warning("%s", self._last_change)
-            for site in sites:
-                self._background(site.stop(epoch, str(e)))
+            await self._site.stop(epoch, str(e))
+            for member in members:
+                self._background(member.stop(epoch, str(e)))
+            if epoch == self._running:
+                self._running, self._formed = 0, []
             if blamed := self._blamed_for_setup(members, e):
                 self._hold(blamed, str(e))
             else:
-                await asyncio.sleep(FIRST_PAUSE_S)
+                self._fall_back(str(e))
+                await asyncio.sleep(self._own_pause_s)
+                self._own_pause_s = min(2 * self._own_pause_s, LONGEST_PAUSE_S)
             self._wake.set()
 
     async def _be_alone(self, epoch: int) -> None:
@@ -285,23 +314,27 @@ class Leader:
 
     async def _set_up(self, epoch: int, members: list[Member]) -> None:
         """The three rounds. Raises SetupFailed or LinkDown, with the host that reported it as `site`."""
-        self._kind = self._choose_kind(members)
+        self._kind = kind = self._choose_kind(members)
         sites: list[Site] = [self._site, *members]
         num_ranks = [self._site.num_ranks, *(m.num_ranks for m in members)]
         secret = secrets.token_bytes(32)
         routes = self._routes.routes(members)
         prepares = [
-            Prepare(epoch, self._kind, i, num_ranks, secret, listen_address(i, len(sites), routes))
+            Prepare(epoch, kind, i, num_ranks, secret, listen_address(i, len(sites), routes))
             for i in range(len(sites))
         ]
-        ports = await _on_all(sites, [s.prepare(p) for s, p in zip(sites, prepares, strict=True)])
+        ports = await _on_all([partial(s.prepare, p) for s, p in zip(sites, prepares, strict=True)])
         connects = [Connect(epoch, peers_of(i, ports, routes)) for i in range(len(sites))]
-        await _on_all(sites, [s.connect(c) for s, c in zip(sites, connects, strict=True)])
+        await _on_all([partial(s.connect, c) for s, c in zip(sites, connects, strict=True)])
         # From here on an end of this epoch, reported by anyone, is news.
         self._running, self._formed, self._formed_at = epoch, members, time.monotonic()
         group = self._cluster.group
         start = Start(epoch, group.split, list(group.shares) if len(group.shares) == sum(num_ranks) else [])
-        await _on_all(sites, [s.start(start) for s in sites])
+        await _on_all([partial(s.start, start) for s in sites])
+        if self._running != epoch:
+            return  # it ended meanwhile, and that was told
+        for member in members:
+            member.reason = ""
         names = ", ".join(m.name for m in members)
         self._last_change = (
             f"epoch {epoch} began with {sum(num_ranks)} ranks over {self._kind}: this host, {names}"
@@ -321,14 +354,14 @@ class Leader:
         return members[index - 1] if 0 < index <= len(members) else None
 
 
-async def _on_all(sites: Sequence[Site], work: list[Awaitable[_T]]) -> list[_T]:
+async def _on_all(calls: Sequence[Callable[[], Awaitable[_T]]]) -> list[_T]:
     """One round on every host at once. Raises the first failure, which then carries the host's index as `site`."""
 
     async def on_one(index: int) -> _T:
         try:
-            return await work[index]
-        except (SetupFailed, TransportError) as e:
-            e.site = index  # type: ignore[union-attr]
+            return await calls[index]()
+        except ExpertdError as e:
+            e.site = index  # type: ignore[attr-defined]
             raise
 
-    return await asyncio.gather(*(on_one(i) for i in range(len(sites))))
+    return await asyncio.gather(*(on_one(i) for i in range(len(calls))))

@@ -4,6 +4,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from expertd.cluster.channel import Channel
@@ -63,7 +65,12 @@ class Member:
 
     @property
     def is_ready(self) -> bool:
-        return self.state == "ready" and self.num_ranks > 0 and time.monotonic() >= self._paused_until
+        return self.state == "ready" and self.num_ranks > 0 and self.pause_left_s == 0
+
+    @property
+    def pause_left_s(self) -> float:
+        """Seconds for which this host is still left out."""
+        return max(0.0, self._paused_until - time.monotonic())
 
     def pause(self, reason: str) -> float:
         """Leave this host out for a while, longer each time; gives the seconds."""
@@ -74,6 +81,21 @@ class Member:
 
     def went_well(self) -> None:
         self._pause_s = FIRST_PAUSE_S
+
+    def describe(self) -> dict[str, Any]:
+        """In plain values, for /health."""
+        left_s = self.pause_left_s if self.state == "ready" else 0
+        return {
+            "name": self.name,
+            "host_id": self.host_id,
+            "state": "paused" if left_s else self.state,
+            "pause_left_s": round(left_s, 1),
+            "reason": self.reason,
+            "ranks": self.num_ranks,
+            "verbs": self.verbs or "usable",
+            "paths": {host_id: [asdict(p) for p in paths] for host_id, paths in self.paths.items()},
+            "links": [asdict(r) for r in self.reports],
+        }
 
     # The calls of a site.
 
@@ -158,8 +180,9 @@ class Member:
     async def _answer_request(self, submit: Submit) -> None:
         try:
             try:
-                async for event in self._cluster.generate(submit):
-                    await self.channel.send(event)
+                async with aclosing(self._cluster.generate(submit)) as events:
+                    async for event in events:
+                        await self.channel.send(event)
             except ConfigError as e:
                 await self.channel.send(Rejected(submit.request_id, str(e)))
             except ClusterError as e:
@@ -170,6 +193,7 @@ class Member:
     def leave(self, reason: str) -> None:
         """The channel is gone: nobody here waits for this host any longer."""
         self.num_ranks, self.state, self.reason = 0, "gone", reason
+        self.reports = []
         for future in self._answers.values():
             if not future.done():
                 future.set_exception(SetupFailed(reason))

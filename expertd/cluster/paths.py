@@ -21,6 +21,7 @@ from expertd.topology.values import Interface, Path
 PROBE_TIMEOUT_S = 10.0
 PROVE_TIMEOUT_S = 5.0
 MAX_PROBES = 8
+ACCEPT_PAUSE_S = 0.1
 # A probe belongs to no epoch; who calls is 1, who listens 0, whatever their places in the group.
 _NO_EPOCH, _LISTENER, _CALLER = 0, 0, 1
 
@@ -68,7 +69,12 @@ class Paths:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            try:
+                sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError:  # out of descriptors: the backlog keeps callers while others end
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
+            sock.setblocking(False)
             if len(self._probes) >= MAX_PROBES:
                 sock.close()
                 continue

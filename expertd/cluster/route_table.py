@@ -6,6 +6,7 @@ from expertd.cluster.host_messages import HostAddress, Measure, PathReport
 from expertd.cluster.member import Member
 from expertd.cluster.paths import Paths, best_path
 from expertd.cluster.site import SetupFailed
+from expertd.errors import ExpertdError
 from expertd.link.messages import LinkPeer
 
 # (a, b) with a < b, indices in an epoch: the way from b, which calls, to a.
@@ -25,10 +26,11 @@ class RouteTable:
             if self._host_id not in member.paths:
                 near = member.channel.local_address
                 addresses = self._paths.addresses(near)
-                await member.measure(Measure(self._host_id, self._name, self._paths.probe_port, addresses))
+                message = Measure(self._host_id, self._name, self._paths.probe_port, addresses)
+                await _measure(index + 1, member, message)
             for other in members[:index]:
                 if other.host_id not in member.paths:
-                    await member.measure(_measure_of(other))
+                    await _measure(index + 1, member, _measure_of(other))
 
     def routes(self, members: Sequence[Member]) -> Routes:
         """Choose the way of each pair. Raises SetupFailed, with the host's index, when there is none."""
@@ -48,6 +50,14 @@ class RouteTable:
     def chosen(self, host_id: str) -> PathReport | None:
         """The way between this host and another."""
         return self._chosen.get((self._host_id, host_id))
+
+
+async def _measure(index: int, member: Member, message: Measure) -> None:
+    try:
+        await member.measure(message)
+    except ExpertdError as e:
+        e.site = index  # type: ignore[attr-defined]  # it is this host that holds up the others
+        raise
 
 
 def _measure_of(member: Member) -> Measure:
