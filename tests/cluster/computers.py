@@ -209,7 +209,7 @@ class Computer:
 
     def _body(self, prompt: str, max_tokens: int, options: dict[str, Any]) -> str:
         model = self.health().get("model")
-        greedy = {"temperature": 0, "ignore_eos": True}
+        greedy = {"temperature": 0}
         return json.dumps({"model": model, "prompt": prompt, "max_tokens": max_tokens, **greedy, **options})
 
 
