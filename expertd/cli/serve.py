@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.cli.options import find_model, group_options, hosts_config, hosts_options, make_group, warn_of_link
+from expertd.cli.options import (
+    find_model,
+    group_options,
+    hosts_config,
+    hosts_options,
+    make_group,
+    warn_of_link,
+)
 from expertd.config import HostsConfig, ServerConfig
 
 if TYPE_CHECKING:

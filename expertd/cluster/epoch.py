@@ -54,7 +54,10 @@ class Layout:
 
 @dataclass
 class Epoch:
-    """A begun epoch. `over` is why it ended; `fruitful` says that a token was committed in it; `link` is MLX's, if any."""
+    """A begun epoch. `over` is why it ended; `fruitful` says that a token was committed in it.
+
+    `link` is the back end of MLX over which it runs, "" for our own link.
+    """
 
     layout: Layout
     mailbox_fd: int

@@ -36,7 +36,7 @@ from expertd.cluster.host_messages import (
 from expertd.cluster.member import FIRST_PAUSE_S, LONGEST_PAUSE_S, Member
 from expertd.cluster.provide import Provider
 from expertd.cluster.route_table import RouteTable, listen_address, peers_of
-from expertd.cluster.site import LinkSettings, LocalSite, Site
+from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed, Site
 from expertd.cluster.supervisor import Cluster
 from expertd.config import MAX_RANKS
 from expertd.errors import ExpertdError

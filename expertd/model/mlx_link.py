@@ -113,7 +113,7 @@ def open_link(rank: int, gather: Gather, address: str, interface: str) -> MlxLin
 
 
 def jaccl_devices(names: Sequence[str]) -> list[list[str | None]] | None:
-    """The matrix for open_jaccl from each rank's device, "" for none; None unless there are two ranks and both have one.
+    """The matrix for open_jaccl from each rank's device ("": none); None unless there are two and both have one.
 
     With more, a rank needs a device towards each of the others.
     """

@@ -60,12 +60,12 @@ def test_link_between_hosts(link: str, verbs: str, kind: str) -> None:
 
 
 def test_mlx_refuses_what_it_cannot_do() -> None:
-    first, second = members("", "")
+    first, second = members("one", "other")
     Leader._check_mlx(a_leader("mlx"), [first], [1, 1])
     Leader._check_mlx(a_leader("tcp", used_mlx=True), [first], [1, 3])
-    with pytest.raises(SetupFailed, match="the hosts have 2, 1 ranks.* Use --ranks 1 on every host"):
+    with pytest.raises(SetupFailed, match=r"the hosts have 2, 1 ranks.* Use --ranks 1 on every host"):
         Leader._check_mlx(a_leader("mlx"), [first], [2, 1])
-    with pytest.raises(SetupFailed, match="has had its own. Start `expertd serve` again") as error:
+    with pytest.raises(SetupFailed, match=r"has had its own\. Start `expertd serve` again") as error:
         Leader._check_mlx(a_leader("mlx", True, (first,)), [first, second], [1, 1, 1])
     assert error.value.host == 2  # the one that runs already is not to blame
 
