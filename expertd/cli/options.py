@@ -114,6 +114,13 @@ def make_group(
     return GroupConfig(**{**vars(group), "cpus": allowed_cpus(ranks)}) if pin else group
 
 
+def warn_of_link(group: GroupConfig) -> None:
+    """Say so when --link means nothing to the ranks that are started here."""
+    if group.num_ranks > 1 and group.link in ("tcp", "verbs"):
+        said = f"--link {group.link}: ranks of one host use shared memory; it counts for hosts that join"
+        print("expertd:", said, file=sys.stderr)
+
+
 def parse_shares(text: str | None) -> tuple[float, ...]:
     """Read "2,1". Raises ConfigError."""
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.cli.options import find_model, group_options, make_group
+from expertd.cli.options import find_model, group_options, make_group, warn_of_link
 from expertd.config import GroupConfig
 from expertd.errors import ClusterError, ConfigError, ExpertdError
 
@@ -47,6 +47,7 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     # Flags first: they are wrong in no time, while a hub id may take an hour to download.
     make_group(Path(), **options)
     group = make_group(find_model(model).folder, **options)
+    warn_of_link(group)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     sys.exit(_answer(group, submit, as_json))
 

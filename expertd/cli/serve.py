@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.cli.options import find_model, group_options, hosts_config, hosts_options, make_group
+from expertd.cli.options import (
+    find_model,
+    group_options,
+    hosts_config,
+    hosts_options,
+    make_group,
+    warn_of_link,
+)
 from expertd.config import HostsConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     with take_port(config) as listener:
         _warn_if_public(host)
+        warn_of_link(group)
         _serve(config, listener, info, hosts)
 
 

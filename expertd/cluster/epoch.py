@@ -32,7 +32,7 @@ class Layout:
 
     `local` are this host's ranks by their ids, in rank order: the first is rank `first_rank` of `num_ranks`. `shares`
     has one number >= 0 for each of the num_ranks (they need not add up to 1). `mailbox_fd` None: a new mailbox; else
-    the descriptor of one made for num_ranks, which the cluster then owns.
+    the descriptor of one made for num_ranks, which the cluster then owns. `address` and `interface`: as in Begin.
     """
 
     epoch: int
@@ -42,6 +42,8 @@ class Layout:
     split: str
     shares: tuple[float, ...]
     mailbox_fd: int | None = None
+    address: str = ""
+    interface: str = ""
 
     @property
     def fractions(self) -> tuple[float, ...]:
@@ -52,13 +54,17 @@ class Layout:
 
 @dataclass
 class Epoch:
-    """A begun epoch. `over` is why it ended; `fruitful` says that a token was committed in it."""
+    """A begun epoch. `over` is why it ended; `fruitful` says that a token was committed in it.
+
+    `link` is the back end of MLX over which it runs, "" for our own link.
+    """
 
     layout: Layout
     mailbox_fd: int
     reason: str
     over: str | None = None
     fruitful: bool = False
+    link: str = ""
     began: float = field(default_factory=time.monotonic)
 
 

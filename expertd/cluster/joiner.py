@@ -112,11 +112,15 @@ class Joiner:
             "reason": self.reason,
             "leader": self._channel.peer.name if self._channel else None,
             "epoch": epoch or 0,
-            "link": self._kind if epoch else "none",
+            "link": self._link if epoch else "none",
             "verbs": self._paths.verbs or "usable",
             "links": [asdict(r) for r in self._links] if epoch else [],
             "hosts": [self._describe_host(i, *found) for i, found in self._measured.items()],
         }
+
+    @property
+    def _link(self) -> str:
+        return (self._cluster.mlx_link if self._cluster else "") or self._kind
 
     def _describe_host(self, host_id: str, name: str, paths: list[PathReport]) -> dict[str, Any]:
         taken = {(p.local_address, p.address) for p in self._peers}

@@ -36,7 +36,7 @@ from expertd.cluster.host_messages import (
 from expertd.cluster.member import FIRST_PAUSE_S, LONGEST_PAUSE_S, Member
 from expertd.cluster.provide import Provider
 from expertd.cluster.route_table import RouteTable, listen_address, peers_of
-from expertd.cluster.site import LinkSettings, LocalSite, Site
+from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed, Site
 from expertd.cluster.supervisor import Cluster
 from expertd.config import MAX_RANKS
 from expertd.errors import ExpertdError
@@ -75,6 +75,7 @@ class Leader:
         self._formed: list[Member] = []
         self._formed_at = 0.0
         self._kind = "none"
+        self._used_mlx = False
         self._last_change = "started"
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,7 +102,7 @@ class Leader:
         return {
             "role": "leader",
             "epoch": self._running,
-            "link": self._kind,
+            "link": self._cluster.mlx_link or self._kind,
             "verbs": self._verbs or "usable",
             "last_change": self._last_change,
             "hosts": [self._describe_member(m) for m in (*self._members.values(), *self._gone.values())],
@@ -317,6 +318,7 @@ class Leader:
         self._kind = kind = self._choose_kind(members)
         sites: list[Site] = [self._site, *members]
         num_ranks = [self._site.num_ranks, *(m.num_ranks for m in members)]
+        self._check_mlx(members, num_ranks)
         secret = secrets.token_bytes(32)
         routes = self._routes.routes(members)
         prepares = [
@@ -329,6 +331,7 @@ class Leader:
         # From here on an end of this epoch, reported by anyone, is news.
         self._running, self._formed, self._formed_at = epoch, members, time.monotonic()
         group = self._cluster.group
+        self._used_mlx = group.link == "mlx"
         start = Start(epoch, group.split, list(group.shares) if len(group.shares) == sum(num_ranks) else [])
         await _on_all([partial(s.start, start) for s in sites])
         if self._running != epoch:
@@ -343,10 +346,24 @@ class Leader:
 
     def _choose_kind(self, members: list[Member]) -> str:
         """`auto` takes verbs when every host can and it has not failed with any of them; what failed stays visible."""
-        wanted = str(self._welcome.group.get("link", "auto"))
+        wanted = self._cluster.group.link
         if wanted != "auto":
-            return wanted
+            # MLX carries plans and rows; its ranks meet, and are watched, over our own link.
+            return "tcp" if wanted == "mlx" else wanted
         return "tcp" if self._verbs or any(m.verbs for m in members) else "verbs"
+
+    def _check_mlx(self, members: list[Member], num_ranks: list[int]) -> None:
+        """MLX lets a process join one group in its life: a rank cannot change its group. Raises SetupFailed."""
+        if self._cluster.group.link != "mlx":
+            return
+        new = next((i for i, m in enumerate(members, 1) if m not in self._formed), 1)
+        if max(num_ranks) > 1:
+            many = ", ".join(map(str, num_ranks))
+            reason = f"--link mlx: the hosts have {many} ranks, between hosts MLX takes one of each"
+            raise SetupFailed(f"{reason}. Use --ranks 1 on every host, or --link tcp.", new)
+        if self._used_mlx:
+            reason = "--link mlx: MLX forms one group in the life of a process, and this one has had its own"
+            raise SetupFailed(f"{reason}. Start `expertd serve` again, or use --link tcp.", new)
 
     def _blamed_for_setup(self, members: list[Member], error: Exception) -> Member | None:
         site, host = getattr(error, "site", 0), getattr(error, "host", -1)

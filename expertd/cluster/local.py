@@ -111,7 +111,10 @@ class LocalRank:
         # A rank that is gone, or so stuck that its buffer is full, does not join: that has its own watch.
         with contextlib.suppress(OSError):
             socket.send_fds(self._fd_channel, [layout.epoch.to_bytes(8, "big")], [epoch.mailbox_fd])
-        self.process.send_nowait(Begin(layout.epoch, number, layout.split, layout.fractions, epoch.reason))
+        way = (layout.address, layout.interface)
+        self.process.send_nowait(
+            Begin(layout.epoch, number, layout.split, layout.fractions, epoch.reason, *way)
+        )
 
     def sits_in(self, epoch: Epoch | None) -> bool:
         return any(seat.epoch is epoch for seat in self.seats)

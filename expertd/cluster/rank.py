@@ -22,8 +22,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from expertd.config import GroupConfig
-from expertd.engine.messages import Begin, Cancel, Ended, Failed, Fatal, Message, Ready, Setup, Submit, codec
-from expertd.errors import ExpertdError, LinkTimeout, RemoteProtocolError, TransportError
+from expertd.engine.messages import (
+    Begin,
+    Cancel,
+    Ended,
+    Failed,
+    Fatal,
+    Joined,
+    Message,
+    Ready,
+    Setup,
+    Submit,
+    codec,
+)
+from expertd.errors import (
+    ClusterError,
+    ConfigError,
+    ExpertdError,
+    LinkDown,
+    LinkTimeout,
+    RemoteProtocolError,
+    TransportError,
+)
 from expertd.topology.machine import describe_machine, settle
 
 if TYPE_CHECKING:
@@ -142,17 +162,22 @@ class Rank:
             )
         finally:
             os.close(fd)
-        link = self._link_over(self._mailbox)
+        link = self._link_over(self._mailbox, begin)
         self._model.attach(link if begin.num_ranks > 1 else None)
         return link
 
-    def _link_over(self, mailbox: "Mailbox") -> "Mailbox | MlxLink":
+    def _link_over(self, mailbox: "Mailbox", begin: Begin) -> "Mailbox | MlxLink":
         """What plans and rows travel by: the mailbox, or MLX's own engine, whose ranks meet through it."""
         if self._group.link != "mlx" or mailbox.num_ranks == 1:
             return mailbox
-        from expertd.model.mlx_link import gather_over, open_ring
+        from expertd.model.mlx_link import gather_over, open_link
 
-        return open_ring(mailbox.rank, gather_over(mailbox))
+        try:
+            link = open_link(mailbox.rank, gather_over(mailbox), begin.address, begin.interface)
+        except (ClusterError, ConfigError) as e:  # the epoch's end, not this rank's
+            raise LinkDown(str(e)) from e
+        self._control.send(Joined(begin.epoch, f"mlx ({link.backend})"))
+        return link
 
     def _receive_mailbox(self, epoch: int) -> int:
         try:

@@ -76,6 +76,7 @@ class _Epoch:
     link: ChildProcess
     listening: "asyncio.Future[int]"
     up: "asyncio.Future[list[wire.LinkReport]]"
+    peers: list[wire.LinkPeer] = field(default_factory=list)
     tasks: list["asyncio.Task[None]"] = field(default_factory=list)
     is_over: bool = False
 
@@ -134,6 +135,7 @@ class LocalSite:
 
     async def connect(self, connect: Connect) -> list[wire.LinkReport]:
         epoch = self._known(connect.epoch)
+        epoch.peers = connect.peers
         epoch.link.send_nowait(wire.LinkConnect(connect.peers))
         return await self._within_setup(epoch, epoch.up)
 
@@ -153,6 +155,7 @@ class LocalSite:
             split=start.split,
             shares=tuple(start.shares) or (1.0,) * sum(num_ranks),
             mailbox_fd=os.dup(epoch.mailbox_fd),
+            **_own_end(host, len(num_ranks), epoch.peers),
         )
         await self._cluster.begin(layout, leader)
         epoch.tasks.append(asyncio.create_task(self._watch_pulse(epoch)))
@@ -280,3 +283,10 @@ class LocalSite:
         for task in epoch.tasks:
             task.cancel()
         os.close(epoch.mailbox_fd)
+
+
+def _own_end(host: int, num_hosts: int, peers: Sequence[wire.LinkPeer]) -> dict[str, str]:
+    """This host's address and interface towards the host before it, which is the one that calls it in a ring."""
+    before = (host - 1) % num_hosts
+    ends = [p for p in peers if p.host == before]
+    return {"address": ends[0].local_address, "interface": ends[0].interface} if ends else {}

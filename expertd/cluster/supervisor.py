@@ -40,6 +40,7 @@ from expertd.engine.messages import (
     Ended,
     Failed,
     Fatal,
+    Joined,
     Message,
     Ready,
     Rejected,
@@ -160,6 +161,11 @@ class Cluster:
     def running(self) -> bool:
         """Whether the latest epoch goes on."""
         return bool(self._epochs) and self._epochs[-1].over is None
+
+    @property
+    def mlx_link(self) -> str:
+        """Which of MLX's back ends the present epoch's rows travel by, "" for our own link."""
+        return self._epochs[-1].link if self.running else ""
 
     def describe(self) -> dict[str, Any]:
         """The state of the group in plain values: epoch, split, reason (of the last change), ranks of this host.
@@ -376,6 +382,9 @@ class Cluster:
             rank.ready = message
             if all(r.ready for r in self._ranks) and len(self._ranks) == self.group.num_ranks:
                 self._all_ready.set()
+        elif isinstance(message, Joined):
+            if self.running and message.epoch == self.epoch:
+                self._epochs[-1].link = message.link
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
         elif isinstance(message, Started | Token | Done | Rejected | Failed):

@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
-A supervisor says Setup (first, once), Begin (once per epoch), Submit and Cancel. A rank says Ready (once), Ended (at
-most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and one of Done, Rejected
-(the request is wrong) and Failed (we are).
+A supervisor says Setup (first, once), Begin (once per epoch), Submit and Cancel. A rank says Ready (once), Joined and
+Ended (each at most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and one of
+Done, Rejected (the request is wrong) and Failed (we are).
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +32,8 @@ class Setup:
 class Begin:
     """A new epoch, in which the receiver is `rank` of as many ranks as there are `fractions` (they add up to 1).
 
-    The one before it is over, whatever the rank knew of it; `reason` says why, for people.
+    The one before it is over, whatever the rank knew of it; `reason` says why, for people. `address` and
+    `interface` are this host's end of the way to the host before it, "" when all ranks are on one host.
     """
 
     epoch: int
@@ -40,6 +41,8 @@ class Begin:
     split: str
     fractions: tuple[float, ...]
     reason: str
+    address: str = ""
+    interface: str = ""
 
     @property
     def num_ranks(self) -> int:
@@ -90,6 +93,14 @@ class Ready:
     mlx_version: str = ""
     architecture: str = ""
     device: str = ""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The rank is in the epoch over MLX's own engine, `link`; of the mailbox, which is the rule, nothing is said."""
+
+    epoch: int
+    link: str
 
 
 @dataclass(frozen=True)
@@ -155,5 +166,19 @@ class Failed:
     message: str
 
 
-Message = Setup | Begin | Submit | Cancel | Ready | Ended | Fatal | Started | Token | Done | Rejected | Failed
+Message = (
+    Setup
+    | Begin
+    | Submit
+    | Cancel
+    | Ready
+    | Joined
+    | Ended
+    | Fatal
+    | Started
+    | Token
+    | Done
+    | Rejected
+    | Failed
+)
 codec = Codec(Message, MAX_FRAME_BYTES)

@@ -25,6 +25,8 @@ from expertd.link.mailbox import Mailbox
 # A plan with up to 1000 tokens fits; a longer one takes a second collective.
 FRAME_BYTES = 4096
 LENGTH_BYTES = 4
+# Of what a rank says of itself before the group is there: an address with its port, the name of a device.
+WORD_BYTES = 64
 
 # Gives every rank's bytes, in rank order, from this rank's; all are equally long. The way in which ranks meet.
 Gather = Callable[[bytes], Sequence[bytes]]
@@ -33,8 +35,8 @@ Gather = Callable[[bytes], Sequence[bytes]]
 class MlxLink:
     """One rank's membership of an MLX group, in the shape that the runner and the model need of a link."""
 
-    def __init__(self, group: Any) -> None:
-        self._group = group
+    def __init__(self, group: Any, backend: str) -> None:
+        self._group, self.backend = group, backend
         self.rank: int = group.rank()
         self.num_ranks: int = group.size()
 
@@ -96,6 +98,34 @@ def gather_over(mailbox: Mailbox) -> Gather:
     return gather
 
 
+def open_link(rank: int, gather: Gather, address: str, interface: str) -> MlxLink:
+    """Join JACCL where two hosts with one rank each both have it, else the ring.
+
+    `address` and `interface` are this host's end of the way between the hosts, "" when all ranks are on one. Raises as
+    open_ring and open_jaccl do.
+    """
+    has_jaccl = interface and mx.distributed.is_available("jaccl")
+    # Apple names the RDMA device of an interface so (`ibv_devices` on a Mac: rdma_en2).
+    devices = jaccl_devices(_gather_words(gather, f"rdma_{interface}" if has_jaccl else ""))
+    if devices:
+        return open_jaccl(rank, devices, gather)
+    return open_ring(rank, gather, address or "127.0.0.1")
+
+
+def jaccl_devices(names: Sequence[str]) -> list[list[str | None]] | None:
+    """The matrix for open_jaccl from each rank's device ("": none); None unless there are two and both have one.
+
+    With more, a rank needs a device towards each of the others.
+    """
+    if len(names) != 2 or not all(names):
+        return None
+    return [[None, names[0]], [names[1], None]]
+
+
+def _gather_words(gather: Gather, mine: str) -> list[str]:
+    return [word.decode().strip() for word in gather(mine.encode().ljust(WORD_BYTES))]
+
+
 def open_ring(rank: int, gather: Gather, address: str = "127.0.0.1") -> MlxLink:
     """Join MLX's TCP ring, listening for one neighbour on `address`. Nobody is authenticated.
 
@@ -106,8 +136,8 @@ def open_ring(rank: int, gather: Gather, address: str = "127.0.0.1") -> MlxLink:
         # Not listening: a neighbour that is early must be refused and try again. MLX takes port numbers only, so that
         # one which was free a moment ago must do.
         probe.bind((address, 0))
-        everyone = gather(f"{address}:{probe.getsockname()[1]}".encode().ljust(64))
-    hosts = [[host.decode().strip()] for host in everyone]
+        everyone = _gather_words(gather, f"{address}:{probe.getsockname()[1]}")
+    hosts = [[host] for host in everyone]
     with _file(hosts) as name:
         return _join("ring", rank, len(hosts), {"MLX_HOSTFILE": name})
 
@@ -141,7 +171,7 @@ def _join(backend: str, rank: int, num_ranks: int, settings: dict[str, str], **m
             group = mx.distributed.init(strict=True, backend=backend, **more)
     except (RuntimeError, ValueError) as e:
         raise ClusterError(f"rank {rank}, --link mlx, back end {backend}: {_one_line(e)}") from e
-    link = MlxLink(group)
+    link = MlxLink(group, backend)
     if (link.rank, link.num_ranks) != (rank, num_ranks):
         raise RemoteProtocolError(
             f"--link mlx: MLX made this rank {link.rank} of {link.num_ranks}, wanted {rank} of {num_ranks}. A process "

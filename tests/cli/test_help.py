@@ -133,3 +133,14 @@ def test_greeting_quotes_and_names_a_reachable_host() -> None:
         config, 99
     )
     assert "http://[::1]:99/v1" in serve.greeting(ServerConfig("::1"), 99)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "link", "said"), [(2, "tcp", True), (2, "verbs", True), (2, "mlx", False), (1, "tcp", False)]
+)
+def test_a_link_without_effect_is_said(
+    ranks: int, link: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options.warn_of_link(GroupConfig("", ranks, link=link))
+    line = f"expertd: --link {link}: ranks of one host use shared memory; it counts for hosts that join\n"
+    assert capsys.readouterr().err == (line if said else "")

@@ -119,6 +119,27 @@ def test_jaccl_gets_its_devices_and_our_side_channel(fake: FakeDistributed) -> N
     assert "MLX_RANK" not in os.environ and os.environ["MLX_IBV_DEVICES"] == "/of/the/user"
 
 
+@pytest.mark.parametrize(
+    ("names", "devices"),
+    [
+        (["rdma_en2", "rdma_en3"], DEVICES),
+        (["rdma_en2", ""], None),
+        (["", ""], None),
+        (["rdma_en2", "rdma_en3", "rdma_en3"], None),
+    ],
+)
+def test_jaccl_is_for_two_hosts_that_both_have_it(
+    names: list[str], devices: list[list[str | None]] | None
+) -> None:
+    assert mlx_link.jaccl_devices(names) == devices
+
+
+def test_two_hosts_with_rdma_take_jaccl(fake: FakeDistributed) -> None:
+    said = b"rdma_en2".ljust(mlx_link.WORD_BYTES)
+    link = mlx_link.open_link(1, lambda mine: [said, mine], "10.0.0.1", "en3")
+    assert link.backend == "jaccl" and fake.calls[0] == (True, "jaccl", "1", DEVICES)
+
+
 def test_jaccl_that_fails_is_one_line(fake: FakeDistributed) -> None:
     fake.failure = True
     with pytest.raises(
