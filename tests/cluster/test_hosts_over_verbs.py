@@ -1,0 +1,50 @@
+"""`serve` and `join` over verbs, with the provider that has Apple's temper: taken when both can, left when it fails."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.computers import LOOPBACK, answers, computers, follows, in_group
+from tests.link.provider_fixture import Fabric, build_provider
+from tests.tiny import make_tiny
+
+pytestmark = pytest.mark.fault
+
+PROMPT = "Hello"
+
+
+@pytest.fixture(autouse=True)
+def mailbox() -> None:
+    """The real one: this module wants none of the stubs of its neighbours."""
+
+
+@pytest.fixture
+def fabric(tmp_path: Path) -> Iterator[Fabric]:
+    made = Fabric(tmp_path, build_provider(tmp_path))
+    yield made
+    assert made.breaches() == []
+
+
+def test_verbs_is_taken_and_left_for_tcp_with_its_reason(tmp_path: Path, fabric: Fabric) -> None:
+    model = make_tiny(tmp_path / "model", "qwen3_moe")
+    options = ["--verbs-library", str(fabric.library), "--lint-verbs"]
+    with computers(tmp_path, "ab") as (a, b):
+        env = fabric.environment(LOOPBACK)
+        a.serve(model, *options, env=env)
+        a.wait(answers)
+        solo = a.ask(PROMPT, 40)
+        b.join(a, "--checkpoint", str(model), *options, env=env)
+        health = a.wait(in_group(1))
+        assert b.wait(follows)["hosts"]["link"] == "verbs"
+        assert (health["hosts"]["link"], health["hosts"]["verbs"]) == ("verbs", "usable")
+        assert b.ask(PROMPT, 40) == solo
+        os.kill(b.part("link").pid, signal.SIGKILL)
+        health = a.wait(lambda h: h["hosts"]["link"] == "tcp" and in_group(1)(h))
+        [host] = health["hosts"]["hosts"]
+        assert "TCP is used until expertd starts again" in host["verbs"] and host["verbs"] != "usable"
+        b.wait(follows)
+        assert b.ask(PROMPT, 40) == solo
+        assert a.health()["hosts"]["hosts"][0]["verbs"] == host["verbs"]
