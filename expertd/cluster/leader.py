@@ -105,7 +105,7 @@ class Leader:
             "link": self._cluster.mlx_link or self._kind,
             "verbs": self._verbs or "usable",
             "last_change": self._last_change,
-            "hosts": [self._describe_member(m) for m in (*self._members.values(), *self._gone.values())],
+            "hosts": [self._describe_member(m) for m in (self._gone | self._members).values()],
         }
 
     def _describe_member(self, m: Member) -> dict[str, Any]:
@@ -157,6 +157,8 @@ class Leader:
                     await channel.send(Refused(why))
                 else:
                     member.take(message)
+                    if member.is_ready:  # why it left before is history
+                        self._gone.pop(member.host_id, None)
         except ExpertdError as e:
             reason = str(e).removeprefix(f"host {member.name}: ")
             raise

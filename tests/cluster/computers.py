@@ -80,7 +80,10 @@ class Computer:
 
     def start(self, *arguments: str, env: dict[str, str] | None = None, wrap: Sequence[str] = ()) -> Running:
         log = self.folder / f"log{len(self._started)}"
-        folders = {"XDG_CONFIG_HOME": str(self.folder / "config"), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        folders = {
+            "XDG_CONFIG_HOME": str(self.folder / "config"),
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+        }
         argv = [*wrap, sys.executable, "-m", "expertd", *arguments]
         with log.open("wb") as out:
             options: dict[str, Any] = {
@@ -91,7 +94,11 @@ class Computer:
                 "cwd": self.folder,
                 "start_new_session": True,
             }
-            process = self._net.run(self._index, argv, **options) if self._net else subprocess.Popen(argv, **options)
+            process = (
+                self._net.run(self._index, argv, **options)
+                if self._net
+                else subprocess.Popen(argv, **options)
+            )
         self._started.append(Running(process, log))
         return self._started[-1]
 

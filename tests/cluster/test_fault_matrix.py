@@ -136,7 +136,10 @@ def test_the_follower_answers_without_its_leader(
         follower.wait(follows, RECOVERY_S)
     elif part == "rank":  # nothing leads without it, so `serve` says why and ends
         assert leader.running.process.wait(10) == 1
-        assert f"rank 0 {'died: killed by SIGKILL' if number == signal.SIGKILL else 'stopped'}" in leader.running.said()
+        assert (
+            f"rank 0 {'died: killed by SIGKILL' if number == signal.SIGKILL else 'stopped'}"
+            in leader.running.said()
+        )
         leader.require_no_orphan()
     else:
         leader.require_no_orphan()

@@ -101,9 +101,11 @@ def test_a_second_host_joins_and_leaves(
     hosts: list[Computer], pair: list[Computer], solo: tuple[Answer, Answer], model: Path
 ) -> None:
     a, b, c = hosts
-    c.join(a, "--checkpoint", str(model))
+    c.join(a)  # which copies the checkpoint
     a.wait(in_group(2))
     c.wait(follows)
+    [copy] = (c.cache / "checkpoints").iterdir()
+    assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert a.health()["hosts"]["last_change"].endswith("with 3 ranks over tcp: this host, host-b, host-c")
     require_same([a, c], solo)
     assert c.end() == 0
@@ -112,8 +114,9 @@ def test_a_second_host_joins_and_leaves(
     gone = next(h for h in health["hosts"]["hosts"] if h["name"] == "host-c")
     assert (gone["state"], gone["reason"]) == ("gone", "host host-c: expertd is stopping there")
     require_same([b], solo)
-    c.join(a, "--checkpoint", str(model))
+    c.join(a)  # which finds its copy
     a.wait(in_group(2))
+    assert list((c.cache / "checkpoints").iterdir()) == [copy]
     c.wait(follows)
     require_same([c], solo)
     assert c.end() == 0
@@ -143,7 +146,9 @@ def listening_ports(host: Computer) -> list[int]:
         connections = [c for p in processes for c in p.net_connections("tcp")]
         found = {c.laddr.port for c in connections if c.status == "LISTEN"}
     else:  # the namespace is all its own; 0A is LISTEN
-        tables = [Path(f"/proc/{host.part('supervisor').pid}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+        tables = [
+            Path(f"/proc/{host.part('supervisor').pid}/net/{name}").read_text() for name in ("tcp", "tcp6")
+        ]
         rows = [line.split() for table in tables for line in table.splitlines()[1:]]
         found = {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A"}
     return sorted(found - {host.port})
@@ -189,9 +194,24 @@ def test_an_unpaired_host_is_told_what_to_do(
     assert epoch_of(a)
 
 
-def test_a_host_that_is_removed_is_cut_off(
-    pair: list[Computer], solo: tuple[Answer, Answer]
+def test_a_leader_that_comes_back_with_another_checkpoint(
+    pair: list[Computer], solo: tuple[Answer, Answer], tmp_path: Path
 ) -> None:
+    a, b = pair
+    other = make_tiny(tmp_path / "other", "qwen3_moe", seed=1)
+    a.end()
+    b.wait(lambda h: h["hosts"]["state"] == "looking")
+    require_same([b], solo)
+    a.serve(other)
+    a.wait(answers)
+    a.wait(in_group(1))
+    b.wait(follows)
+    assert b.health()["model"] == "other"
+    answer = b.ask(PROMPT, **GREEDY)
+    assert answer == a.ask(PROMPT, **GREEDY) != solo[0] and not answer.error
+
+
+def test_a_host_that_is_removed_is_cut_off(pair: list[Computer]) -> None:
     """The last test of the two: afterwards the other one is no longer paired."""
     a, b = pair
     a.start("hosts", "remove", "host-b").process.wait(20)
@@ -202,6 +222,6 @@ def test_a_host_that_is_removed_is_cut_off(
     print(f"cut off {took_s:.2f} s after `expertd hosts remove`")
     assert took_s < 3
     b.wait(lambda h: h["hosts"]["state"] == "looking", 10)
-    require_same([a, b], solo)
+    assert a.ask(PROMPT, **GREEDY) == b.ask(PROMPT, **GREEDY) != Answer("")
     for host in pair:
         assert "Traceback" not in host.running.said() and "never retrieved" not in host.running.said()

@@ -31,7 +31,9 @@ def solo(checkpoints: list[str]) -> Digests:
     return found
 
 
-@pytest.mark.parametrize(("num_ranks", "kind"), [([1, 1], "tcp"), ([1, 1], "verbs"), ([1, 1, 1], "tcp"), ([2, 1], "tcp")])
+@pytest.mark.parametrize(
+    ("num_ranks", "kind"), [([1, 1], "tcp"), ([1, 1], "verbs"), ([1, 1, 1], "tcp"), ([2, 1], "tcp")]
+)
 def test_hosts_give_the_bits_of_one_rank(
     checkpoints: list[str], solo: Digests, num_ranks: list[int], kind: str, tmp_path: Path
 ) -> None:
