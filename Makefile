@@ -68,9 +68,9 @@ soak: $(READY) ## Swap a million times over TCP and over the mailbox; compare ev
 	$(BIN)/python -m expertd.bench.soak tcp
 	$(BIN)/python -m expertd.bench.soak mailbox
 
-cross: $(READY) ## Compile the C code for a Mac, from any machine (downloads a compiler of 100 MB)
+cross: $(READY) ## Compile the C code for a Mac, and run it for ARM in QEMU (downloads a compiler of 100 MB)
 	$(BIN)/python -m pip install --quiet --editable '.[cross]'
-	$(BIN)/python -m pytest tests/native/test_compiles_for_macos.py
+	$(BIN)/python -m pytest -rs tests/native/test_compiles_for_macos.py tests/native/test_arm64.py
 
 format: $(READY) ## Format the code
 	$(BIN)/ruff check --fix

@@ -46,7 +46,7 @@ static void *work(void *arg) {
     if (rank == 0) CHECK(xd_mailbox_send_frame(box, frame, sizeof frame) == XD_OK);
     if (rank > 0) CHECK(xd_mailbox_wait_frame(box, 60, frame) == SLOT_BYTES && frame[SLOT_BYTES - 1] == 7);
     for (int round = 0; round < NUM_ROUNDS; round++) round_of(box, rank, round);
-    if (rank == 0) CHECK(xd_mailbox_poison(fd) == 0);
+    if (rank == 0) CHECK(xd_mailbox_poison(fd, "over") == 0);
     if (rank == 1) { /* the others have left or leave: this ends with poison */
         size_t sizes[NUM_RANKS] = {1, 1, 1};
         char all[NUM_RANKS];

@@ -16,6 +16,10 @@ def test_mailbox(tmp_path: Path) -> None:
     assert run(build(tmp_path / "drive", "drive_mailbox.c", ["mailbox.c"])) == "ok\n"
 
 
+def test_pump(tmp_path: Path) -> None:
+    assert run(build(tmp_path / "drive", "drive_pump.c", [*TRANSPORT, "mailbox.c", "pump.c"])) == "ok\n"
+
+
 def test_mutated_frames(tmp_path: Path) -> None:
     """The short form of `make fuzz`."""
     program = build(tmp_path / "fuzz", "fuzz_frame.c", TRANSPORT, "-DRANDOM_INPUTS")

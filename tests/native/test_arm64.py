@@ -1,0 +1,85 @@
+"""The C code runs on ARM: compiled for it from any machine, and run by QEMU where there is no such processor."""
+
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.native.compiling import HERE, NATIVE, STRICT, TRANSPORT
+
+SOURCES = (*TRANSPORT, "mailbox.c", "pump.c")
+RUN_S = 120
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def emulator() -> list[str]:
+    """What runs an ARM program here: nothing on ARM itself."""
+    if (platform.system(), platform.machine()) == ("Linux", "aarch64"):
+        return []
+    if found := shutil.which("qemu-aarch64"):
+        return [found]
+    pytest.skip("no qemu-aarch64: on Debian, `apt-get install qemu-user`")
+
+
+@pytest.fixture(scope="module")
+def build(emulator: list[str], tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Compile a driver of this folder with all of the C code that needs no hardware; linked whole, for musl."""
+    if not importlib.util.find_spec("ziglang"):
+        pytest.skip("no cross compiler: `pip install ziglang` (100 MB), or make cross")
+    folder = tmp_path_factory.mktemp("arm64")
+
+    def compiled(driver: str, *flags: str) -> Path:
+        out = folder / driver.removesuffix(".c")
+        command = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "cc",
+            "-target",
+            "aarch64-linux-musl",
+            *STRICT,
+            "-O2",
+            *flags,
+        ]
+        command += [str(HERE / driver), *(str(NATIVE / s) for s in SOURCES), "-o", str(out), "-lpthread"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return out
+
+    return compiled
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("driver", ["drive.c", "drive_mailbox.c", "drive_pump.c"])
+def test_runs(emulator: list[str], build: Build, driver: str) -> None:
+    assert run([*emulator, str(build(driver))]) == "ok\n"
+
+
+def test_mutated_frames(emulator: list[str], build: Build) -> None:
+    found = re.fullmatch(
+        r"ok: (\d+) inputs\n", run([*emulator, str(build("fuzz_frame.c", "-DRANDOM_INPUTS")), "2"])
+    )
+    assert found and int(found[1]) > 20
+
+
+def test_checksum_by_instruction_equals_the_table(emulator: list[str], build: Build, tmp_path: Path) -> None:
+    """QEMU lists what it translates, which is what is about to run: both instructions of the fast way are there."""
+    program, log = str(build("drive_crc.c")), tmp_path / "translated"
+    traced = [*emulator, "-d", "in_asm", "-D", str(log), program] if emulator else [program]
+    assert run(traced) == "ok\n"
+    if emulator:
+        ran = set(re.findall(r"\b(crc32cx|crc32cb|pmull)\b", log.read_text()))
+        assert ran == {"crc32cx", "crc32cb", "pmull"}
