@@ -34,6 +34,15 @@ def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
     return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS) for folder in checkpoints}
 
 
+def run_briefly(mailbox: Mailbox, checkpoint: str) -> dict[str, str]:
+    """One case of each split, for where every exchange takes long."""
+    model = Model(Path(checkpoint), normalise_config(read_config(Path(checkpoint))))
+    model.attach(mailbox)
+    shares = SHARES[mailbox.num_ranks][0]
+    splits = [StepSplit(name, (1.0,) if name == "solo" else shares) for name in model.splits]
+    return {split.name: _digest(model, mailbox, split, [20, 17]) for split in splits}
+
+
 def run_over_mlx(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
     """The same over MLX's ring, whose ranks meet through the mailbox."""
     from expertd.model.mlx_link import gather_over, open_ring

@@ -10,14 +10,13 @@ from tests.tiny import make_tiny
 
 def test_logits_are_those_of_one_host(net: netns.Net, tmp_path: Path) -> None:
     folder = str(make_tiny(tmp_path / "tiny", "qwen3_moe"))
-    with linked(net, slot_bytes=1 << 20) as hosts:
-        args = {"checkpoints": [folder]}
+    with linked(net) as hosts:
         jobs = Path(exact_jobs.__file__)
-        processes = [host.start_rank(jobs, "run", rank, args) for host in hosts for rank in host.ranks]
-        results = ranks.results_of(processes, 600)
-    digests = results[0][folder]
-    assert results[1][folder] == digests
-    assert {case.split(" ")[0] for case in digests} == {"solo", "experts", "tokens"}
-    for case, digest in digests.items():
-        chunks = "one chunk" if case.endswith("one chunk") else "several"
-        assert digest == digests[f"solo (1.0,) {chunks}"], case
+        args = {"checkpoint": folder}
+        processes = [
+            host.start_rank(jobs, "run_briefly", rank, args) for host in hosts for rank in host.ranks
+        ]
+        digests, others = ranks.results_of(processes, 300)
+    assert digests == others
+    assert digests.keys() == {"solo", "experts", "tokens"}
+    assert len(set(digests.values())) == 1, digests
