@@ -239,12 +239,12 @@ class Joiner:
         await self._end_tasks()
         if reason != self._said:
             self._said = reason
-            alone = (
-                "this host goes on alone and calls again"
+            then = (
+                "This host goes on alone and calls again"
                 if self._cluster
-                else "calling again until it answers"
+                else "Calling again until it answers"
             )
-            _log.warning("%s; %s", reason.rstrip("."), alone)
+            _log.warning("%s %s.", reason if reason.endswith((".", "?")) else f"{reason}.", then)
         self.state, self.reason = "looking", reason
         for reply in self._replies.values():
             reply.put(Failed(reply.request_id, f"{reason}. Ask again: this host answers by itself now."))

@@ -170,13 +170,14 @@ class Leader:
     def _leave(self, member: Member, reason: str) -> None:
         text = f"host {member.name}: {reason}"
         before = self._gone.get(member.host_id)
+        in_group = member in self._formed  # then the end of the epoch is told
         # Not when it is we who leave; and a host that tries again and again says the same only once.
-        if not self._former.done() and (before is None or before.reason != text):
+        if not (in_group or self._former.done()) and (before is None or before.reason != text):
             _log.warning("host %s left: %s", member.name, reason)
         member.leave(text)
         self._gone[member.host_id] = member
-        if member in self._formed:
-            self._on_ended(member, Ended(self._running, -1, "running", reason))
+        if in_group:
+            self._on_ended(member, Ended(self._running, -1, "running", f"it left: {reason}"))
         self._wake.set()
 
     def _objection(self, host_id: str, join: Join) -> str:
@@ -217,7 +218,7 @@ class Leader:
         where = f"host {member.name}" if member else "this host"
         self._last_change = f"epoch {ended.epoch} ended, says {where}: {ended.reason}"
         _log.warning("%s", self._last_change)
-        if blamed := self._blamed(member, ended):
+        if (blamed := self._blamed(member, ended)) and blamed.state != "gone":
             if time.monotonic() - self._formed_at > GOOD_EPOCH_S:
                 blamed.went_well()
             self._hold(blamed, ended.reason)

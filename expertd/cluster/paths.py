@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from importlib.metadata import version
 
 from expertd.cluster.host_messages import HostAddress, Measure, PathReport
+from expertd.cluster.tls import explain
 from expertd.link.handshake import Identity, Stranger, answer, call
 from expertd.topology.measure import probe, serve_probe
 from expertd.topology.pin import bind_to_route, check_route
@@ -126,7 +127,9 @@ class Paths:
             results = await asyncio.to_thread(probe, sock, timeout_s=PROBE_TIMEOUT_S)
         except TimeoutError:
             return PathReport(local, remote, error=f"no answer within {PROVE_TIMEOUT_S:g} s")
-        except (OSError, Stranger) as e:
+        except OSError as e:
+            return PathReport(local, remote, error=explain(e))
+        except Stranger as e:
             return PathReport(local, remote, error=str(e))
         finally:
             sock.close()

@@ -1,5 +1,5 @@
-"""Whole machines for tests: real `expertd serve` and `expertd join`, each with folders of its own, paired, over loopback
-or each in a network namespace (tests/netns.py).
+"""Whole machines for tests: real `expertd serve` and `expertd join`, each with folders of its own and paired, over
+loopback or each in a network namespace (tests/netns.py).
 
     with computers(tmp_path, "ab") as (a, b):
         a.serve(model)
@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class Computer:
             with contextlib.suppress(psutil.Error):
                 if process.status() == psutil.STATUS_STOPPED:
                     process.resume()
-        gone, left = psutil.wait_procs(self._born.values(), timeout_s)
+        _, left = psutil.wait_procs(self._born.values(), timeout_s)
         left = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         for process in left:
             process.kill()
@@ -272,7 +273,7 @@ class Stream:
     @property
     def longest_gap_s(self) -> float:
         times = [at for at, _ in self.pieces]
-        return max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)
+        return max((b - a for a, b in pairwise(times)), default=0.0)
 
     def result(self, timeout_s: float = ASK_S) -> Answer:
         self._thread.join(timeout_s)

@@ -1,4 +1,4 @@
-"""Stand-ins for what Leader and Joiner talk to: clusters without ranks, sites without links, channels without a network."""
+"""Stand-ins for what Leader and Joiner talk to: clusters without ranks, sites without links, channels alone."""
 
 import asyncio
 from collections.abc import Callable

@@ -10,7 +10,19 @@ from typing import Any, cast
 import pytest
 
 from expertd.cluster import joiner as joiner_module
-from expertd.cluster.host_messages import Bye, Ended, Join, Loaded, Measure, Measured, Refused, Stop, Welcome
+from expertd.cluster.host_messages import (
+    Bye,
+    Connect,
+    Ended,
+    Join,
+    Loaded,
+    Measure,
+    Measured,
+    Refused,
+    Start,
+    Stop,
+    Welcome,
+)
 from expertd.cluster.joiner import Joiner
 from expertd.cluster.site import LinkSettings
 from expertd.errors import CheckpointError, ClusterError, ConfigError, LinkDown
@@ -106,7 +118,7 @@ def test_a_leader_that_is_not_there_is_called_again_and_said_once(caplog: pytest
     with caplog.at_level(logging.WARNING, "expertd"):
         within(10, main())
     assert [r.getMessage() for r in caplog.records] == [
-        "host a: connection refused; calling again until it answers"
+        "host a: connection refused. Calling again until it answers."
     ]
 
 
@@ -141,7 +153,7 @@ def test_what_cannot_be_loaded_is_told_the_leader_and_said_once(caplog: pytest.L
     with caplog.at_level(logging.WARNING, "expertd"):
         within(20, main())
     assert [r.getMessage() for r in caplog.records] == [
-        "disk: 1.0 GB free, wanted 2.0 GB; calling again until it answers"
+        "disk: 1.0 GB free, wanted 2.0 GB. Calling again until it answers."
     ]
 
 
@@ -186,8 +198,6 @@ def test_the_leader_is_told_of_changes_and_rounds_that_fail() -> None:
         await following(follow, channel)
         channel.say(Measure("id-a", "a", 1, []))
         await until(lambda: bool(channel.saw(Measured)))
-        from expertd.cluster.host_messages import Connect, Start
-
         channel.say(Connect(7, []))
         channel.say(Start(8, "auto", []))
         await until(lambda: len(channel.saw(Ended)) == 2)

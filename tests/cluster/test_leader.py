@@ -12,7 +12,19 @@ import pytest
 import expertd
 from expertd.cluster import member as member_module
 from expertd.cluster.epoch import EpochEnded
-from expertd.cluster.host_messages import Bye, Connect, Ended, Loaded, Prepare, Ranks, Refused, Stop, Welcome
+from expertd.cluster.host_messages import (
+    Bye,
+    Connect,
+    Ended,
+    Loaded,
+    Measure,
+    Measured,
+    Prepare,
+    Ranks,
+    Refused,
+    Stop,
+    Welcome,
+)
 from expertd.cluster.leader import Leader
 from expertd.cluster.route_table import RouteTable
 from expertd.cluster.site import LinkSettings
@@ -167,8 +179,6 @@ def test_who_says_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_host_that_cannot_measure_holds_up_only_itself() -> None:
     async def main() -> None:
         async with leading() as lead:
-            from expertd.cluster.host_messages import Measure, Measured
-
             lead.join(StubChannel("b", but(Measure, Measured("id-a", []))))
             lead.join(StubChannel("c", good_host), replace(HELLO, name="c"))
             await lead.formed("c")

@@ -2,19 +2,19 @@
 
 import json
 import secrets
-import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from expertd.cluster.identity import make_peer
 from tests import netns
-from tests.cluster.computers import LOOPBACK, Answer, Computer, Health, answers, computers, follows, in_group
+from tests.cluster.computers import Answer, Computer, Health, answers, computers, follows, in_group
 from tests.tiny import make_tiny
 
 PROMPT = "The fox met a bear. " * 4
@@ -184,8 +184,6 @@ def test_an_unpaired_host_is_told_what_to_do(
     a = hosts[0]
     with computers(tmp_path, "x") as [stranger]:
         stranger._net, stranger._index = a._net, 2
-        from expertd.cluster.identity import make_peer
-
         stranger.store.add(make_peer(a.name, a.identity.certificate, a.address))
         running = stranger.join(a)
         assert running.process.wait(30) == 1
