@@ -12,8 +12,8 @@ Floors. Mailbox: the barest swap through shared memory (copy in, flag, spin, cop
 socket with TCP_NODELAY, the better of spinning and blocking. Our TCP also computes a CRC32C of all that it sends and
 receives, which the floor does not: its cost, measured apart, is in the column `crc`, and the ratio is given with and
 without it. `linked` is the way of ranks on two hosts: mailbox, link process, TCP, link process, mailbox; what its two
-hops cost is its difference to `tcp`. `verbs` is the same way over RDMA, where a device is ready; its floor is perftest's
-`ib_send_lat -c UC`, which has no mailboxes, link processes, copies or checksums. Why one of the two is missing is said.
+hops cost is its difference to `tcp`. `verbs` is the same way over RDMA, where a device is ready; its floor is
+`ib_send_lat -c UC`, which has no mailboxes, link processes, copies or checksums. Why either is missing is said.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What `expertd bench link` needs of RDMA verbs: a device that can be used, and the usual tool's figures beside ours."""
+"""What `expertd bench link` needs of RDMA verbs: a device that can be used, and the usual tool's figures."""
 
 import json
 import shutil
