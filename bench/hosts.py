@@ -1,4 +1,4 @@
-"""Two hosts on one machine, for measuring: each has a mailbox and a link process, joined by TCP over loopback."""
+"""Two hosts on one machine, for measuring: each has a mailbox and a link process, joined by TCP or verbs."""
 
 import os
 import secrets
@@ -8,34 +8,54 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
+
+import psutil
 
 from expertd.errors import ClusterError
 from expertd.link import mailbox
 from expertd.link.messages import LinkConnect, LinkDown, LinkListening, LinkPeer, LinkSetup, LinkUp, codec
 
-ADDRESS = "127.0.0.1"
-LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 SETUP_S = 30.0
 SILENCE_S = 10.0  # as patient as the sides: a busy machine may starve a pinned process
 
 
-def two_hosts(stack: ExitStack, slot_bytes: int, cores: list[int]) -> list[int]:
+@dataclass(frozen=True)
+class Way:
+    """How the two are joined: as in LinkSetup, both ends at one address of this machine."""
+
+    kind: str = "tcp"
+    address: str = "127.0.0.1"
+    verbs_library: str = ""
+
+
+def two_hosts(stack: ExitStack, slot_bytes: int, cores: list[int], way: Way | None = None) -> list[int]:
     """Give the mailboxes of two hosts with one rank each; cores[h], if given, is the core of host h's link process.
 
     All ends with `stack`. Raises ClusterError when the link does not come up.
     """
+    way = way or Way()
+    interface = interface_of(way.address)
     hosts = [_Host(stack, slot_bytes, cores[h : h + 1]) for h in range(2)]
     secret = secrets.token_bytes(32)
     for h, host in enumerate(hosts):
-        host.set_up(h, secret)
+        host.set_up(h, secret, way)
     ports = [host.hear(LinkListening).port for host in hosts]
     for h, host in enumerate(hosts):
         port = ports[0] if h == 1 else 0  # the host with the lower index listens
-        host.send(LinkConnect([LinkPeer(1 - h, ADDRESS, port, ADDRESS, LOOPBACK)]))
+        host.send(LinkConnect([LinkPeer(1 - h, way.address, port, way.address, interface)]))
     for host in hosts:
         host.hear(LinkUp)
     return [host.mailbox_fd for host in hosts]
+
+
+def interface_of(address: str) -> str:
+    """The interface of this machine that has an IPv4 address. Raises ClusterError when none has it."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.address == address for a in addresses):
+            return name
+    raise ClusterError(f"no interface of this machine has the address {address}")
 
 
 class _Host:
@@ -59,19 +79,20 @@ class _Host:
         if cores:
             os.sched_setaffinity(process.pid, cores)
 
-    def set_up(self, host: int, secret: bytes) -> None:
+    def set_up(self, host: int, secret: bytes, way: Way) -> None:
         self.send(
             LinkSetup(
                 epoch=1,
-                kind="tcp",
+                kind=way.kind,
                 host=host,
                 num_ranks=[1, 1],
                 secret=secret,
-                listen=ADDRESS if host == 0 else "",
+                listen=way.address if host == 0 else "",
                 mailbox_fd=self.mailbox_fd,
                 lifeline_fd=self._lifeline_fd,
                 silence_s=SILENCE_S,
                 setup_s=SETUP_S,
+                verbs_library=way.verbs_library,
             )
         )
 

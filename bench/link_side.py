@@ -33,7 +33,8 @@ Timed = Callable[[str, int, int], Microseconds]
 class Job:
     """What one side is told; `cores` is empty when it is not pinned.
 
-    `fds` are mailbox, memory, connection, socket, linked (the mailbox of one of two hosts) and lifeline.
+    `fds` are mailbox, memory, connection, socket, linked (the mailbox of one of two hosts) and lifeline; and verbs, as
+    linked, where there is a device.
     """
 
     side: int
@@ -113,6 +114,8 @@ class _Loops:
         yield "memory", self._timed(self._lib.xb_memory(fds["memory"], SLOT_BYTES, side, TIMEOUT_S))
         yield "tcp", self._timed(self._connection())
         yield "linked", self._timed(self._mailbox("linked"))
+        if "verbs" in fds:
+            yield "verbs", self._timed(self._mailbox("verbs"))
         yield "spinning", self._timed(self._lib.xb_socket(fds["socket"], 1, side, TIMEOUT_S))
         yield "blocking", self._timed(self._lib.xb_socket(fds["socket"], 0, side, TIMEOUT_S))
         yield "crc", self._timed(self._lib.xb_checksum(_address("xd_crc32c"), side))

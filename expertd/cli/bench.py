@@ -53,11 +53,13 @@ _throughput("prefill", "Measure tokens per second of one prompt to MODEL, each s
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=10, show_default=True, help="Rounds of blocks."
 )
+@click.option("--quick", is_flag=True, help="4 and 16 KiB only, in a few seconds.")
+@click.option("--verbs-library", default="", hidden=True)  # as of `serve`
 @_JSON
-def link_command(repeats: int, json_file: Path | None) -> None:
+def link_command(repeats: int, quick: bool, verbs_library: str, json_file: Path | None) -> None:
     """Measure latency and bandwidth of every link of this machine, each beside its floor."""
     _check_json(json_file)
-    importlib.import_module("expertd.bench.link").run(repeats, json_file)
+    importlib.import_module("expertd.bench.link").run(repeats, json_file, quick, verbs_library)
 
 
 def _check_json(file: Path | None) -> None:

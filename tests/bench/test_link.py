@@ -1,12 +1,14 @@
 """The benchmark of the links: it runs, its figures have their places, and what it cannot do is said."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from expertd.bench import link, link_side
-from expertd.errors import ConfigError
+from expertd.bench import link, link_side, verbs
+from expertd.errors import ClusterError, ConfigError
+from tests.link.provider_fixture import Fabric, build_provider
 
 
 def test_every_link_is_measured_beside_its_floor() -> None:
@@ -60,3 +62,44 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no C compiler 'no-such-compiler'.* Install one, or set CC"):
         link._compile(tmp_path)
+
+
+def test_verbs_stand_beside_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over the provider of the link's tests; the usual tool does not know it, and that is said."""
+    fabric = Fabric(tmp_path, build_provider(tmp_path))
+    for name, value in fabric.environment("127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    json_file = tmp_path / "report.json"
+    link.run(99, json_file, quick=True, verbs_library=str(fabric.library))
+    report = json.loads(json_file.read_text())
+    assert report["missing"].keys() == {"ib_send_lat"}, report["missing"]
+    assert [row["bytes"] for row in report["rows"]] == [4 << 10, 16 << 10] and report["repeats"] == 2
+    for row in report["rows"]:
+        assert 0 < row["verbs"]["swap"]["p50_us"] <= row["verbs"]["swap"]["p999_us"]
+        assert row["verbs"]["one_way"]["samples"] >= 1000
+    said = capsys.readouterr().out
+    assert "4 KiB  verbs" in said and "ib_send_lat: not measured: " in said
+    assert fabric.breaches() == []
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    missing: dict[str, str] = {}
+    assert link._usable(str(tmp_path / "no-such.so"), missing) is None
+    assert "no-such.so" in missing["verbs"]
+
+
+def test_figures_of_the_usual_tool_are_read() -> None:
+    said = """ #bytes #iterations    t_min[usec]    t_max[usec]  t_typical[usec]    t_avg[usec]    t_stdev[usec]   99% percentile[usec]   99.9% percentile[usec]
+ 4096    1000          1.52           9.81         1.61                1.63             0.10            1.95                    9.81
+"""  # noqa: E501
+    figures = verbs.parse(said, 4096)
+    assert (figures["min_us"], figures["p50_us"], figures["p99_us"], figures["p999_us"]) == (
+        1.52,
+        1.61,
+        1.95,
+        9.81,
+    )
+    with pytest.raises(ClusterError, match="printed no figures for 64 bytes"):
+        verbs.parse(said, 64)
