@@ -262,6 +262,7 @@ class Leader:
 
     def _hold(self, member: Member, reason: str) -> None:
         self._fall_back(reason, member)
+        member.paths.clear()  # a way that was the best may be gone: they are measured again
         pause_s = member.pause(reason)
         asyncio.get_running_loop().call_later(pause_s + 0.01, self._wake.set)
 

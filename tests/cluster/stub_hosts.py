@@ -41,6 +41,7 @@ class StubCluster:
         self.layouts: list[Layout] = []
         self.running = True
         self.failure: str | None = None
+        self.mlx_link = ""
         self.coordinator: Any = None
         self._failed = asyncio.Event()
 

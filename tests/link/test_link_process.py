@@ -173,9 +173,7 @@ def test_a_call_that_comes_another_way_is_refused() -> None:
         listening = [host.hear() for host in hosts]
         hosts[0].send(LinkConnect([replace(peer_of(listening[1], 1, 0), interface="en5")]))
         hosts[1].send(LinkConnect([peer_of(listening[0], 0, 1)]))
-        refused(
-            hosts[0], "XD_UNAVAILABLE", f"leaves over {LOOPBACK} (127.0.0.1), wanted en5 (127.0.0.1)"
-        )
+        refused(hosts[0], "XD_UNAVAILABLE", f"leaves over {LOOPBACK} (127.0.0.1), wanted en5 (127.0.0.1)")
 
 
 def test_a_host_that_does_not_come_is_named() -> None:
