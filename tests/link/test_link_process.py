@@ -96,7 +96,8 @@ def test_hanging_up_ends_the_process(when: str) -> None:
         assert hosts[0].process.wait(DEADLINE_S) == 0
         if when == "up":
             hosts[1].watch()
-            assert hosts[1].wait_down().code == "XD_CLOSED"
+            # Its end is told if the pump saw the lifeline before the process was gone.
+            assert hosts[1].wait_down().code in {"XD_CLOSED", "XD_POISONED"}
 
 
 def test_it_needs_no_mlx() -> None:
