@@ -50,13 +50,9 @@ def test_verbs_is_taken_and_left_for_tcp_with_its_reason(tmp_path: Path, fabric:
         assert a.health()["hosts"]["hosts"][0]["verbs"] == host["verbs"]
 
 
-@pytest.mark.parametrize(
-    "temper", ["loss_rate:10,seed:1", "duplicate_rate:10,seed:1", "loss:520", "corrupt:520"]
-)
-def test_a_cable_that_loses_doubles_or_damages_changes_no_token(
-    tmp_path: Path, fabric: Fabric, temper: str
-) -> None:
-    """One per cent from the start, and one message in mid-stream (setting up takes some 400)."""
+@pytest.mark.parametrize("temper", ["loss_rate:10,seed:1", "duplicate_rate:10,seed:1"])
+def test_a_cable_that_loses_or_doubles_changes_no_token(tmp_path: Path, fabric: Fabric, temper: str) -> None:
+    """One per cent of all messages, the self-test's among them."""
     model = make_tiny(tmp_path / "model", "qwen3_moe")
     options = ["--verbs-library", str(fabric.library), "--lint-verbs"]
     with computers(tmp_path, "ab") as (a, b):
@@ -65,13 +61,11 @@ def test_a_cable_that_loses_doubles_or_damages_changes_no_token(
         solo = a.ask(PROMPT, 60)
         b.join(a, "--checkpoint", str(model), *options, env=fabric.environment(LOOPBACK, temper))
         a.wait(in_group(1))
-        for _ in range(8):
+        for _ in range(5):
             assert a.ask(PROMPT, 60) == solo
         health = a.health()["hosts"]
         if temper.startswith("duplicate"):
             assert health["link"] == "verbs"  # a duplicate is dropped, and no reason to give up
         else:
-            assert "TCP is used" in health["hosts"][0]["verbs"] or "TCP is used" in health["verbs"], (
-                solo,
-                health,
-            )
+            assert health["link"] == "tcp"
+            assert "TCP is used" in health["hosts"][0]["verbs"] or "TCP is used" in health["verbs"]
