@@ -50,8 +50,12 @@ def test_verbs_is_taken_and_left_for_tcp_with_its_reason(tmp_path: Path, fabric:
         assert a.health()["hosts"]["hosts"][0]["verbs"] == host["verbs"]
 
 
-@pytest.mark.parametrize("temper", ["loss_rate:10,seed:1", "duplicate_rate:10,seed:1"])
-def test_a_cable_that_loses_or_doubles_changes_no_token(tmp_path: Path, fabric: Fabric, temper: str) -> None:
+@pytest.mark.parametrize(
+    "temper", ["loss_rate:10,seed:1", "corrupt_rate:10,seed:1", "duplicate_rate:10,seed:1"]
+)
+def test_a_cable_that_loses_doubles_or_damages_changes_no_token(
+    tmp_path: Path, fabric: Fabric, temper: str
+) -> None:
     """One per cent of all messages, the self-test's among them."""
     model = make_tiny(tmp_path / "model", "qwen3_moe")
     options = ["--verbs-library", str(fabric.library), "--lint-verbs"]

@@ -203,7 +203,7 @@ void fabric_send(uint32_t qp_num, uint32_t psn, const void *bytes, uint32_t n) {
     if (count > temper("silent", count) || count == temper("loss", 0) || happens(temper("loss_rate", 0))) return;
     if (count == temper("short", 0)) n -= FRAME;
     if (count == temper("tiny", 0)) n = 12;
-    deliver(qp, bytes, n, count == temper("corrupt", 0));
+    deliver(qp, bytes, n, count == temper("corrupt", 0) || happens(temper("corrupt_rate", 0)));
     if (count == temper("duplicate", 0) || happens(temper("duplicate_rate", 0))) deliver(qp, bytes, n, false);
 }
 

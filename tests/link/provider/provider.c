@@ -13,7 +13,7 @@
  * init_flags_refused, mrs_taken:N, qps_taken:N, no_uc, rtr:ERRNO grant:N (frames granted and true), truth:N (taken,
  * whatever was granted; send_truth:N for sends alone), over:-12 | over:+12 | over:accept (and breaks), dead:N (the
  * first N queue pairs hear nothing), any_frames (as Linux), empty:drop (as Linux), wc_error:K (completion) loss:K,
- * duplicate:K, corrupt:K, short:K, tiny:K (sent messages), corrupt_at:BYTE, loss_rate:PERMILLE,
+ * duplicate:K, corrupt:K, short:K, tiny:K (sent messages), corrupt_at:BYTE, loss_rate:PERMILLE, corrupt_rate:PERMILLE,
  *   duplicate_rate:PERMILLE, seed:N, silent:K (nothing after K), hang:FUNCTION, segv:FUNCTION, segv_call:N */
 
 #define _GNU_SOURCE
