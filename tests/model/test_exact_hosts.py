@@ -32,7 +32,8 @@ def solo(checkpoints: list[str]) -> Digests:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "kind"), [([1, 1], "tcp"), ([1, 1], "verbs"), ([1, 1, 1], "tcp"), ([2, 1], "tcp")]
+    ("num_ranks", "kind"),
+    [([1, 1], "tcp"), ([1, 1], "verbs"), ([1, 1, 1], "tcp"), ([1, 1, 1], "verbs"), ([2, 1], "tcp")],
 )
 def test_hosts_give_the_bits_of_one_rank(
     checkpoints: list[str], solo: Digests, num_ranks: list[int], kind: str, tmp_path: Path
@@ -41,7 +42,8 @@ def test_hosts_give_the_bits_of_one_rank(
     fabric = None
     if kind == "verbs":
         fabric = Fabric(tmp_path, build_provider(tmp_path))
-        environments = [fabric.environment(ADDRESS) for _ in num_ranks]
+        # All hosts share one address here, so one device: room for four queue pairs of each.
+        environments = [fabric.environment(ADDRESS, "qps_taken:-2") for _ in num_ranks]
         settings |= {"verbs_library": str(fabric.library), "lint": True, "environments": environments}
     ranks = run_hosts(JOBS, "run", num_ranks, {"checkpoints": checkpoints}, **settings)
     assert len(ranks) == sum(num_ranks) and all(rank == ranks[0] for rank in ranks)
