@@ -16,7 +16,7 @@ def test_logits_are_those_of_one_host(net: netns.Net, tmp_path: Path) -> None:
         processes = [
             host.start_rank(jobs, "run_briefly", rank, args) for host in hosts for rank in host.ranks
         ]
-        digests, others = ranks.results_of(processes, 300)
+        digests, others = ranks.results_of(processes, 600)
     assert digests == others
     assert digests.keys() == {"solo", "experts", "tokens"}
     assert len(set(digests.values())) == 1, digests
