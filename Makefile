@@ -35,7 +35,7 @@ test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
 
 rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
-	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v tests/rxe/suite --durations=12 \
+	$(BIN)/python -m tests.rxe.boot --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v -m "not slow" tests/rxe/suite --durations=12 \
 		tests/test_netns.py::test_delay tests/test_netns.py::test_tcp_mends_what_the_cable_does
 
 check: $(READY) ## Run ruff and mypy
@@ -64,9 +64,11 @@ fuzz: $(READY) ## Fuzz the frames, then the messages, for FUZZ_S seconds each (6
 	mkdir -p build/fuzz/messages
 	$(BIN)/python -m tests.fuzz_wire -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/messages
 
-soak: $(READY) ## Swap a million times over TCP and over the mailbox; compare every byte, watch memory
+soak: $(READY) ## The long forms: a million swaps over TCP and the mailbox; the logits' bits over real verbs
 	$(BIN)/python -m expertd.bench.soak tcp
 	$(BIN)/python -m expertd.bench.soak mailbox
+	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1800 -- $(BIN)/python -m pytest -p no:cacheprovider -v \
+		-m slow tests/rxe/suite
 
 cross: $(READY) ## Compile the C code for a Mac, and run it for ARM in QEMU (downloads a compiler of 100 MB)
 	$(BIN)/python -m pip install --quiet --editable '.[cross]'
