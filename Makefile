@@ -35,7 +35,7 @@ test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
 
 rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
-	$(BIN)/python -m tests.rxe.boot --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v -m "not slow" tests/rxe/suite --durations=12 \
+	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v -m "not slow" tests/rxe/suite --durations=12 \
 		tests/test_netns.py::test_delay tests/test_netns.py::test_tcp_mends_what_the_cable_does
 
 check: $(READY) ## Run ruff and mypy
