@@ -9,7 +9,7 @@ because one wrong choice of expert costs more than all their bytes.
 
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,15 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 
 from expertd.checkpoint.config import Config, write_config
-from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint
+from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint, check_shards
 from expertd.checkpoint.locate import WANTED_FILES
-from expertd.errors import CheckpointError, ConfigError
+from expertd.checkpoint.shards import TensorEntry
+from expertd.errors import ConfigError
 from expertd.model.classes import Weights, build_model, is_switch
+from expertd.quant.survey import survey
+from expertd.quant.weights import SourceWeights
 from expertd.quant.writer import Group, Progress, write_shards
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -83,7 +85,6 @@ def quantize_checkpoint(
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConfigError(f"{dst}: exists and is not an empty folder. Choose another, or delete it first.")
     info = check_checkpoint(src)
-    refuse_quantized(info)
     model = build_model(info.config)
     weights = load_weights(model, info)
     recipe = make_recipe(model, experts_bits, trunk_bits, group_size)
@@ -111,71 +112,26 @@ def check_settings(experts_bits: int, trunk_bits: int, group_size: int) -> None:
             )
 
 
-def refuse_quantized(info: CheckpointInfo) -> None:
-    """Raises CheckpointError unless the weights are full precision, or FP8 or MXFP4 from training.
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint that is here already, as a source of weights."""
 
-    `check_fit` refuses what then turns out not to be widened: only some families' `sanitize` widens FP8.
-    """
-    if info.quantization in (None, "fp8") or (info.family == "gpt_oss" and info.quantization == "mxfp4"):
-        return
-    raise CheckpointError(
-        f"{info.folder}: quantized already ({info.quantization}), and rounding again loses more. "
-        "Give the full-precision checkpoint (bf16, f16 or f32) instead."
-    )
+    folder: Path
+    shards: dict[str, dict[str, TensorEntry]]
+    is_remote: bool = False
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """All bytes are here."""
+
+    def release(self, names: Iterable[str]) -> None:
+        """And stay."""
 
 
 def load_weights(model: Module, info: CheckpointInfo) -> Weights:
-    """Every parameter of `model` by name, not computed yet. Raises CheckpointError when they do not fit the
-    model."""
-    weights: Weights = {}
-    for path in sorted(info.folder.glob("model*.safetensors")):
-        weights.update(mx.load(str(path)))  # type: ignore[arg-type]
-    try:
-        weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
-    except Exception as error:  # mlx-lm assumes complete checkpoints: a missing tensor is a KeyError here
-        raise CheckpointError(
-            f"{info.folder}: mlx-lm cannot arrange the weights ({type(error).__name__}: {str(error)[:120]}). "
-            "Download the checkpoint again."
-        ) from error
-    weights = widen_mxfp4(weights)
-    check_fit(info.folder, weights, dict(tree_flatten(model.parameters())))
-    return weights
-
-
-def widen_mxfp4(weights: Weights) -> Weights:
-    """MXFP4 weights (8-bit scales) as bfloat16, which holds their values exactly; the others as they are."""
-    scales = {name for name, array in weights.items() if name.endswith(".scales") and array.dtype == mx.uint8}
-    return {
-        name: mx.dequantize(
-            array, weights[name.removesuffix("weight") + "scales"], group_size=32, bits=4, mode="mxfp4",
-            dtype=mx.bfloat16,
-        )
-        if name.removesuffix("weight") + "scales" in scales
-        else array
-        for name, array in weights.items()
-        if name not in scales
-    }  # fmt: skip
-
-
-def check_fit(folder: Path, weights: Weights, parameters: Weights) -> None:
-    """Raises CheckpointError unless `weights` are just the model's parameters, shapes too, all floats."""
-    for name in sorted(parameters.keys() - weights.keys()):
-        raise CheckpointError(f"{folder}: lacks tensor {name!r} of the model. Download the checkpoint again.")
-    for name in sorted(weights.keys() - parameters.keys()):
-        raise CheckpointError(
-            f"{folder}: tensor {name!r} is none of the model's. Check config.json's model_type."
-        )
-    for name, array in weights.items():
-        if array.shape != parameters[name].shape:
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {list(array.shape)}, "
-                f"wanted {list(parameters[name].shape)}. Download the checkpoint again."
-            )
-        if not mx.issubdtype(array.dtype, mx.floating):
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} holds {array.dtype}, wanted floats: it is quantized already, "
-                "in a way that expertd cannot undo. Give the full-precision checkpoint instead."
-            )
+    """Every parameter of `model` by name, not computed yet but known to be finite. Raises CheckpointError."""
+    source = Folder(info.folder, check_shards(info.folder))
+    survey(SourceWeights(model, source, info.config), ())
+    return SourceWeights(model, source, info.config).take_lazy()
 
 
 def make_recipe(model: Module, experts_bits: int, trunk_bits: int, group_size: int) -> Recipe:
