@@ -142,7 +142,7 @@ class ShardFile:
         self._part = self.path.with_name(plan.name + ".part")
         self._fd = -1
         self._lock = threading.Lock()
-        self._restart_hash()
+        self._sha256, self._hashed, self._is_rewritten = hashlib.sha256(), 0, False
 
     def open(self) -> None:
         """Take over what an earlier run left, or begin."""
@@ -164,8 +164,8 @@ class ShardFile:
             self._put(at, part)
             at += part.size
         with self._lock:
-            if self._hashed > begin:
-                self._restart_hash()
+            if self._hashed > begin:  # other units will be rewritten, too: wait for the last
+                self._sha256, self._hashed, self._is_rewritten = hashlib.sha256(), 0, True
 
     def read(self, begin: int, end: int) -> Iterable[bytes]:
         """The bytes [begin, end) in pieces."""
@@ -183,22 +183,29 @@ class ShardFile:
     def fd(self) -> int:
         return self._fd
 
-    def hash_up_to(self, end: int, is_stopped: Callable[[], bool] = lambda: False) -> str:
-        """SHA-256 of the bytes [0, end); those hashed before are not read again, unless they changed."""
+    def hash_up_to(self, end: int, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Let the hash follow the bytes [0, end), which are written; no byte is read twice."""
         while True:
             with self._lock:  # a piece at a time, so that `write` need not wait long
-                if self._hashed >= end or is_stopped():
-                    return self._sha256.hexdigest()
-                (piece,) = self.read(self._hashed, min(end, self._hashed + PIECE_BYTES))
-                self._sha256.update(piece)
-                self._hashed += len(piece)
+                if self._hashed >= end or self._is_rewritten or is_stopped():
+                    return
+                self._hash_piece(end)
+
+    def finish_hash(self) -> str:
+        """The SHA-256 of the whole file as hex digits; reads what is not hashed yet."""
+        with self._lock:
+            while self._hashed < self.plan.num_bytes:
+                self._hash_piece(self.plan.num_bytes)
+            return self._sha256.hexdigest()
 
     def publish(self) -> None:
         """Give the file its name."""
         self._part.replace(self.path)
 
-    def _restart_hash(self) -> None:
-        self._sha256, self._hashed = hashlib.sha256(), 0
+    def _hash_piece(self, end: int) -> None:
+        for piece in self.read(self._hashed, min(end, self._hashed + PIECE_BYTES)):
+            self._sha256.update(piece)
+            self._hashed += len(piece)
 
     def _put(self, at: int, data: Any) -> None:
         view = memoryview(data)
