@@ -151,9 +151,8 @@ class Output:
 
     @property
     def notes(self) -> dict[str, dict[str, Any]]:
-        """What was noted with each unit that is written."""
-        with self._changed:
-            return {name: record.note for name, record in self._written.items()}
+        """What was noted with each unit that is written, in the order of the units."""
+        return {name: self._written[name].note for name in self._units if name in self._written}
 
     def write(self, unit: str, arrays: Mapping[str, Any], note: Mapping[str, Any] | None = None) -> None:
         """Write a unit's tensors (C-contiguous buffers by name), with a note that JSON can hold.
@@ -252,7 +251,7 @@ class Output:
         needed, free = self._missing_bytes(), self._free_bytes()
         if free < needed:
             raise ConfigError(
-                f"{self.dst}: needs {_gb(needed)} more, the disk has {_gb(free)}. "
+                f"{self.dst}: needs {_in_words(needed)} more, the disk has {_in_words(free)}. "
                 "Free some space, or choose another disk."
             )
 
@@ -500,8 +499,8 @@ class Output:
     def _explain(self, error: OSError) -> ConfigError:
         if error.errno in FULL:
             return ConfigError(
-                f"{self.dst}: the disk is full: {_gb(self._missing_bytes())} more are needed, "
-                f"{_gb(self._free_bytes())} are free. {len(self._written)} of {len(self._units)} units are "
+                f"{self.dst}: the disk is full: {_in_words(self._missing_bytes())} more are needed, "
+                f"{_in_words(self._free_bytes())} are free. {len(self._written)} of {len(self._units)} units are "
                 f"done and stay in {self.work}: free some space and give the same command again, it goes on."
             )
         return ConfigError(f"{self.dst}: cannot be written ({error.strerror or error}). Choose another.")
@@ -539,5 +538,5 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB"
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
