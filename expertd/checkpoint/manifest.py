@@ -103,9 +103,10 @@ def check_sizes(folder: Path) -> tuple[FileEntry, ...]:
     path = folder / QUANTIZATION_MANIFEST
     if not path.is_file():
         return ()
+    entries: Any = read_json(path).get("files")
     try:
-        listed = check_manifest([FileEntry(**entry) for entry in read_json(path)["files"]]).files
-    except (TypeError, KeyError, AttributeError, CheckpointError) as e:
+        listed = check_manifest([FileEntry(**entry) for entry in entries]).files
+    except (TypeError, AttributeError, CheckpointError) as e:
         raise CheckpointError(f"{path}: its list of files is damaged. {_ANEW}") from e
     for file in listed:
         if not (folder / file.name).is_file():
