@@ -149,6 +149,10 @@ class Output:
         """Of all tensors."""
         return sum(unit.num_bytes for unit in self._units.values())
 
+    def unit(self, name: str) -> Unit:
+        """What was planned for a unit."""
+        return self._units[name]
+
     @property
     def notes(self) -> dict[str, dict[str, Any]]:
         """What was noted with each unit that is written, in the order of the units."""
