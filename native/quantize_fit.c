@@ -2,7 +2,7 @@
  *
  * With codes fixed, the best (s, b) is a line through the points (q, w); with (s, b) fixed, the best codes are the
  * nearest. Alternating lowers the error until it stands still, after 3 or 4 rounds, in a minimum that depends on the
- * start; hence several starts, by spread and by range. For weights centred on their mean, the error of the line
+ * start; hence several starts. For weights centred on their mean, the error of the line
  * is sum(h w w) - C C / V with C = sum(h q w) and V = sum(h q q) - sum(h q)^2 / sum(h), so one pass over a group gives
  * the score C C / V of its codes and the next line. */
 
@@ -13,29 +13,22 @@
 
 #define MAGIC 12582912.0f /* 1.5 * 2^23: adding and subtracting it rounds to the nearest integer */
 
-/* A start by spread has levels `step` standard deviations apart, their middle `shift` steps off the mean. A start by
- * range cuts `low` and `high` off the ends of it, as shares of it. */
+/* Each start cuts one share off the low end of the group's range and one off the high end, all pairs of these shares.
+ * Measured on 1024 x 512 weights, Gaussian and Student-t(5), beside 76 starts of 12 rounds: the error of 2 bits is 0.1 %
+ * above theirs, of 3 and 4 bits 0.5 %, at a tenth of the time. Starts by standard deviations were no better. */
+enum { MAX_CUTS = 4 };
 typedef struct {
-    float step, shift;
-} spread_start;
-typedef struct {
-    float low, high;
-} range_start;
-typedef struct {
-    int num_spread, num_range, num_rounds;
-    spread_start spread[12];
-    range_start range[12];
+    int num_cuts, num_rounds;
+    float cuts[MAX_CUTS];
 } plan;
 
 static const plan PLANS[9] = {
-    [2] = {6, 3, 4, {{0.8f, 0}, {1.0f, 0}, {1.3f, 0}, {1.0f, -0.5f}, {1.0f, 0.5f}, {1.6f, 0}},
-           {{0.1f, 0.1f}, {0.0f, 0.3f}, {0.3f, 0.0f}}},
-    [3] = {4, 4, 4, {{0.5f, 0}, {0.6f, 0}, {0.7f, 0}, {0.85f, 0}},
-           {{0.0f, 0.0f}, {0.1f, 0.1f}, {0.0f, 0.2f}, {0.2f, 0.0f}}},
-    [4] = {1, 4, 3, {{0.34f, 0}}, {{0.0f, 0.0f}, {0.07f, 0.07f}, {0.0f, 0.1f}, {0.1f, 0.0f}}},
-    [5] = {0, 3, 3, {{0, 0}}, {{0.0f, 0.0f}, {0.03f, 0.03f}, {0.07f, 0.07f}}},
-    [6] = {0, 2, 3, {{0, 0}}, {{0.0f, 0.0f}, {0.02f, 0.02f}}},
-    [8] = {0, 1, 2, {{0, 0}}, {{0.0f, 0.0f}}},
+    [2] = {4, 3, {0.03f, 0.12f, 0.22f, 0.33f}},
+    [3] = {4, 2, {0.0f, 0.07f, 0.14f, 0.22f}},
+    [4] = {4, 2, {0.0f, 0.04f, 0.08f, 0.14f}},
+    [5] = {3, 2, {0.0f, 0.03f, 0.07f}},
+    [6] = {2, 2, {0.0f, 0.02f}},
+    [8] = {1, 2, {0.0f}},
 };
 
 typedef struct {
@@ -66,12 +59,13 @@ static inline __attribute__((always_inline)) void add_up(const column *restrict 
 
 static inline float inverse_of(float scale) { return scale != 0.0f ? 1.0f / scale : 0.0f; }
 
-/* Weighted mean, spread and ends of the group; `x` is centred in place. */
+/* Weighted mean of a group and its ends, seen from there. */
 typedef struct {
-    column mean, deviation, low, high;
+    column mean, low, high;
     float weight;
 } shape;
 
+/* Centres `x` in place. */
 static inline __attribute__((always_inline)) void centre(column *restrict x, const float *restrict h, int n,
                                                          shape *restrict f) {
     memset(f, 0, sizeof *f);
@@ -85,12 +79,10 @@ static inline __attribute__((always_inline)) void centre(column *restrict x, con
         for (int l = 0; l < LANES; l++) {
             float v = x[k][l] - f->mean[l];
             x[k][l] = v;
-            f->deviation[l] += h[k] * v * v;
             f->low[l] = v < f->low[l] ? v : f->low[l];
             f->high[l] = v > f->high[l] ? v : f->high[l];
         }
     }
-    for (int l = 0; l < LANES; l++) f->deviation[l] = sqrtf(f->deviation[l] * share);
 }
 
 /* From a start in *g, alternate codes and line; what scores best goes to *best. */
@@ -125,18 +117,13 @@ static inline __attribute__((always_inline)) void search(const column *restrict 
     column score;
     memset(score, 0, sizeof score);
     memset(best, 0, sizeof *best);
-    for (int i = 0; i < p->num_spread + p->num_range; i++) {
+    for (int i = 0; i < p->num_cuts * p->num_cuts; i++) {
+        const float from_low = p->cuts[i / p->num_cuts], from_high = p->cuts[i % p->num_cuts];
         grid g;
         for (int l = 0; l < LANES; l++) {
-            if (i < p->num_spread) {
-                g.scale[l] = p->spread[i].step * f->deviation[l];
-                g.bias[l] = (p->spread[i].shift - 0.5f * top) * g.scale[l];
-            } else {
-                const range_start *r = &p->range[i - p->num_spread];
-                float width = f->high[l] - f->low[l];
-                g.scale[l] = (1.0f - r->low - r->high) * width / top;
-                g.bias[l] = f->low[l] + r->low * width;
-            }
+            float width = f->high[l] - f->low[l];
+            g.scale[l] = (1.0f - from_low - from_high) * width / top;
+            g.bias[l] = f->low[l] + from_low * width;
         }
         alternate(x, h, n, top, f->weight, p->num_rounds, &g, best, score);
     }

@@ -103,8 +103,8 @@ def apply_gain(
     moments = _moments(w, codes, hessian, threads)
     gain = np.ones(len(w))
     np.divide(moments[:, 0], moments[:, 1], out=gain, where=moments[:, 1] > 0)
-    gain = np.clip(gain, 0.5, 2.0).astype(np.float32)
-    _call(lib.xq_rescale, w, larger, threads, _floats(gain), int(hessian is not None))
+    limited = np.clip(gain, 0.5, 2.0).astype(np.float32)
+    _call(lib.xq_rescale, w, larger, threads, _floats(limited), int(hessian is not None))
     return larger
 
 
@@ -163,8 +163,8 @@ def relative_error(
     return float(total[2] / total[0]) if total[0] > 0 else 0.0
 
 
-def first_not_finite(numbers: NDArray[Any] | memoryview | bytes, dtype: str, threads: int | None = None) -> int:
-    """The index of the first NaN or infinity in raw bytes of safetensors dtype F32, BF16, F16 or F8_E4M3; else
+def first_not_finite(numbers: Any, dtype: str, threads: int | None = None) -> int:
+    """The index of the first NaN or infinity in a buffer of safetensors dtype F32, BF16, F16 or F8_E4M3; else
     -1."""
     code, num_bytes = _NUMBERS[dtype]
     view = memoryview(numbers).cast("B")
@@ -211,7 +211,7 @@ def _checked(
 def _normal(w: Floats, hessian: NDArray[Any]) -> Floats:
     """The Hessian as float32, its mean diagonal 1: no scale of inputs overflows it."""
     checked = _checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64)
-    mean = float(np.mean(checked.diagonal()))
+    mean = float(np.mean(np.abs(checked.diagonal())))
     return np.ascontiguousarray(checked / mean if mean > 0 else checked, np.float32)
 
 
@@ -220,7 +220,7 @@ def _feedback(hessian: NDArray[np.float64], damping: float) -> tuple[Floats, Flo
 
     Cholesky of the matrix with its order reversed, and reversed again, is the upper triangular R with R R' = H.
     """
-    damped = hessian / (np.mean(hessian.diagonal()) or 1.0)
+    damped = hessian / (np.mean(np.abs(hessian.diagonal())) or 1.0)
     damped[np.diag_indices_from(damped)] += damping
     try:
         upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
