@@ -14,9 +14,11 @@ message.
 """
 
 import email.utils
+import functools
 import ipaddress
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -98,6 +100,8 @@ class WebReader:
             headers={"Accept-Encoding": "identity", "User-Agent": "expertd"},
             timeout=httpx2.Timeout(self.limits.silence_s, connect=self.limits.connect_s, pool=None),
             limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
+            verify=_tls(),
+            mounts={"http://": None},  # never through a proxy: plain http is for this machine only
         )
 
     def stop(self) -> None:
@@ -262,6 +266,12 @@ class WebReader:
                 self._moved[url] = here
             return response
         raise CheckpointError(f"{url}: redirected more than {MAX_REDIRECTS} times. Check the URL.")
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """The certificates to trust; reading them takes 50 ms."""
+    return httpx2.create_ssl_context()
 
 
 def check_url(text: str) -> str:
