@@ -116,7 +116,7 @@ def _read_exactly(file: Any, start: int, piece: Array, span: Span) -> None:
     file.seek(start)
     done = 0
     while done < piece.size:
-        if not (count := file.readinto(memoryview(piece)[done:])):
+        if not (count := file.readinto(piece[done:])):
             raise CheckpointError(
                 f"{span.path}: truncated: tensor {span.name!r} ends at byte {span.entry.end}, "
                 f"the file has {start + done}. Download it again."

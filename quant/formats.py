@@ -16,6 +16,7 @@ E4M3, E8M0 and MXFP4; the README of compressed-tensors for `pack-quantized`.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -65,8 +66,12 @@ def refuse_quantized(folder: Path, config: Config, entries: Mapping[str, TensorE
     settings = quantization_settings(config)
     if "quantization" in config or ("bits" in settings and "quant_method" not in settings):
         raise CheckpointError(_too_late(str(folder), describe_quantization(config)))
-    for name in entries:
-        if found := refused_format(name, entries):
+    width = packed_bits(settings)
+    for name, entry in entries.items():
+        found = refused_format(name, entries)
+        if width != 4 and entry.dtype == "I32" and name.endswith(".weight_packed"):
+            found = f"packed integers of {width} bits"
+        if found:
             raise CheckpointError(_too_late(f"{folder}: tensor {name!r}", found))
     method = settings.get("quant_method")
     if method is not None and method not in WIDENED_METHODS:
@@ -177,6 +182,15 @@ def quantization_settings(config: Config) -> Config:
     """config.json's `quantization_config`, which multimodal checkpoints may nest; empty when there is none."""
     found = config.get("quantization_config") or text_config(config).get("quantization_config")
     return found if isinstance(found, dict) else {}
+
+
+def packed_bits(settings: Config) -> Any:
+    """How wide compressed-tensors says its packed integers are; 4 unless a group of modules has others."""
+    groups = settings.get("config_groups")
+    groups = groups.values() if isinstance(groups, dict) else ()
+    parts = (group.get("weights") for group in groups if isinstance(group, dict))
+    found = [part.get("num_bits", 4) for part in parts if isinstance(part, dict)]
+    return next((bits for bits in found if bits != 4), 4)
 
 
 def block_size(config: Config) -> Block:

@@ -29,15 +29,22 @@ from expertd.quant.finite import Span, check_finite
 from expertd.quant.formats import find_stored, float_formats, refuse_quantized, widen, widen_sanitized
 
 LOAD = re.compile(r'\{ (\d+) \[label ="Load"')
+EXPERT = re.compile(r"(.+\.experts\.)\d+(\..+)")
 LOADED = re.compile(r'(\d+) -> "S:(\d+)"')
+MAX_NAMED = 1000  # MLX's bindings take no more than 1024 keyword arguments
 
 
 class Source(Protocol):
     """What is needed of expertd.checkpoint.source."""
 
-    folder: Path
-    shards: dict[str, dict[str, TensorEntry]]
-    is_remote: bool
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def shards(self) -> Mapping[str, Mapping[str, TensorEntry]]: ...
+
+    @property
+    def is_remote(self) -> bool: ...
 
     def fetch(self, names: Iterable[str]) -> None: ...
 
@@ -59,7 +66,9 @@ class SourceWeights:
         stored = find_stored(source.folder, entries)
         loaded = load(source)
         parameters = dict(tree_flatten(model.parameters()))
-        arrays = arrange(model, source.folder, widen(source.folder, loaded, stored, config))
+        arrays = widen(source.folder, loaded, stored, config)
+        check_alike(source.folder, arrays)
+        arrays = arrange(model, source.folder, arrays)
         arrays = widen_sanitized(source.folder, arrays, parameters)
         check_fit(source.folder, arrays, parameters)
         self.source = source
@@ -151,6 +160,21 @@ def arrange(model: Module, folder: Path, weights: Weights) -> Weights:
         ) from error
 
 
+def check_alike(folder: Path, weights: Weights) -> None:
+    """Raises CheckpointError for the expert whose tensor has not the shape of the others', which are stacked."""
+    groups: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+    for name in sorted(weights):
+        if match := EXPERT.fullmatch(name):
+            groups.setdefault(match.groups(), {})[name] = weights[name].shape
+    for shapes in groups.values():
+        wanted = Counter(shapes.values()).most_common(1)[0][0]
+        if odd := next((name for name, shape in shapes.items() if shape != wanted), None):
+            raise CheckpointError(
+                f"{folder}: tensor {odd!r} has shape {list(shapes[odd])}, wanted {list(wanted)} as for the other "
+                "experts. Download the checkpoint again."
+            )
+
+
 def check_fit(folder: Path, weights: Weights, parameters: Weights) -> None:
     """Raises CheckpointError unless `weights` are just the model's parameters, shapes too, all floats."""
     for name in sorted(parameters.keys() - weights.keys()):
@@ -177,18 +201,29 @@ def find_needs(source: Source, weights: Weights, loaded: Weights) -> dict[str, t
 
     Raises CheckpointError when the bytes of a remote source were used before they were fetched.
     """
-    names = list(loaded)
-    graph = _graph({f"S:{index}": loaded[name] for index, name in enumerate(names)})
-    by_load = {load: names[int(index)] for load, index in LOADED.findall(graph)}
-    if source.is_remote and len(by_load) < len(names):
-        early = next(name for name in names if name not in by_load.values())
+    by_load = _names_of_loads(loaded)
+    if source.is_remote and len(by_load) < len(loaded):
+        early = min(loaded.keys() - set(by_load.values()))
         raise CheckpointError(
             f"{source.folder}: mlx-lm reads tensor {early!r} of this family while it arranges the weights, "
             "which needs a checkpoint on a local disk. Download it, and give the folder."
         )
-    # A node of its own, so that what is a source tensor itself has a graph as well.
-    graphs = ((name, _graph({"wanted": mx.contiguous(array)})) for name, array in weights.items())
-    return {name: tuple(sorted({by_load[load] for load in LOAD.findall(text)})) for name, text in graphs}
+    return {name: tuple(sorted({by_load[load] for load in _loads(array)})) for name, array in weights.items()}
+
+
+def _names_of_loads(loaded: Weights) -> dict[str, str]:
+    """The number that MLX prints for each `Load` -> the name of what it loads; not of what is computed already."""
+    names = list(loaded)
+    found: dict[str, str] = {}
+    for start in range(0, len(names), MAX_NAMED):
+        part = names[start : start + MAX_NAMED]
+        graph = _graph({f"S:{index}": loaded[name] for index, name in enumerate(part)})
+        found |= {match[1]: part[int(match[2])] for match in LOADED.finditer(graph)}
+    return found
+
+
+def _loads(array: mx.array) -> set[str]:
+    return set(LOAD.findall(_graph({"wanted": array})))
 
 
 def _graph(arrays: Mapping[str, mx.array]) -> str:
@@ -200,4 +235,4 @@ def _graph(arrays: Mapping[str, mx.array]) -> str:
 def _expert_names(model: Module) -> Iterable[str]:
     for path, module in model.named_modules():
         if is_switch(module):
-            yield from (f"{path}.{leaf}" for leaf, _ in tree_flatten(module.parameters()))
+            yield from (f"{path}.{leaf}" for leaf in dict(tree_flatten(module.parameters())))

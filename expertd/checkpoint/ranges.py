@@ -14,9 +14,11 @@ message.
 """
 
 import email.utils
+import functools
 import ipaddress
 import random
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,6 +41,7 @@ FIRST_BYTES = 128 << 10
 PROGRESS_BYTES = 1 << 20
 REDIRECTS = (301, 302, 303, 307, 308)
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 520, 522, 524)
+ENDED = "the download was ended. Start again: what came is kept."
 CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
 
 
@@ -97,10 +100,16 @@ class WebReader:
             headers={"Accept-Encoding": "identity", "User-Agent": "expertd"},
             timeout=httpx2.Timeout(self.limits.silence_s, connect=self.limits.connect_s, pool=None),
             limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
+            verify=_tls(),
+            mounts={"http://": None},  # never through a proxy: plain http is for this machine only
         )
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Let every read that is under way end soon, with CheckpointError."""
         self._stopped.set()
+
+    def close(self) -> None:
+        """Only when no read is under way any more."""
         self._client.close()
 
     def read_small(self, url: str, required: bool = False) -> bytes | None:
@@ -141,7 +150,7 @@ class WebReader:
     def _pause(self, failures: int, after_s: float) -> None:
         pause_s = self.limits.pause_s * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
         if self._stopped.wait(min(max(pause_s, after_s), self.limits.longest_pause_s)):
-            raise CheckpointError("the download was ended. Start again: what came is kept.")
+            raise CheckpointError(ENDED)
 
     def _small(self, url: str, required: bool) -> bytes | None:
         with self._response(url, {}) as response:
@@ -213,7 +222,7 @@ class WebReader:
         for piece in response.iter_raw():
             yield piece
             if self._stopped.is_set():
-                raise CheckpointError("the download was ended. Start again: what came is kept.")
+                raise CheckpointError(ENDED)
             if time.monotonic() > until:
                 raise _Again(f"took longer than {self.limits.try_s:g} s")
 
@@ -257,6 +266,12 @@ class WebReader:
                 self._moved[url] = here
             return response
         raise CheckpointError(f"{url}: redirected more than {MAX_REDIRECTS} times. Check the URL.")
+
+
+@functools.cache
+def _tls() -> ssl.SSLContext:
+    """The certificates to trust; reading them takes 50 ms."""
+    return httpx2.create_ssl_context()
 
 
 def check_url(text: str) -> str:

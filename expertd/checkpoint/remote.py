@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,8 +117,9 @@ class RemoteSource:
 
     def close(self) -> None:
         """End what is under way and let another process have the cache."""
-        self._reader.close()
+        self._reader.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -286,11 +287,15 @@ class RemoteSource:
         total = sum(self._length(block) for block in wanted)
         done = total - sum(self._length(block) for block in missing)
         progress(done, total)
-        parts = [self._pool.submit(self._bring_part, *part) for part in cut_into_parts(missing)]
+        parts: list[Future[int]] = []
         try:
+            for run in cut_into_parts(missing):
+                parts.append(self._pool.submit(self._bring_part, *run))
             for part in as_completed(parts):
                 done += part.result()
                 progress(done, total)
+        except (RuntimeError, CancelledError) as error:  # the pool takes no more, or dropped what waited
+            raise CheckpointError(f"{self.name}: was closed while it was read. Open it again.") from error
         finally:
             for part in parts:
                 part.cancel()
