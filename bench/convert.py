@@ -3,15 +3,15 @@
     python -m expertd.bench.convert [--repeats 5] [--json FILE] [--folder DIR]
     python -m expertd.bench.convert --soak [--kills 20] [--json FILE] [--folder DIR]
 
-Method. Both programs round the same made-up checkpoint of 1.7 GB (bench/synthetic.py) to 2-bit experts, as processes
-of their own that may use the same processors. Rounds alternate, the order reversed every other one, after one unmeasured run of
-each, so that the source is in the page cache; before each run the disk is let finish what the last one left. Times are of whole
-processes, imports and all; ours include waiting until everything is on the disk and hashing it. Memory is the peak that
-the system counted for the process.
+Method. Both programs round the same made-up checkpoint of 1.7 GB (bench/synthetic.py) to 2-bit experts, as
+processes of their own that may use the same processors. Rounds alternate, the order reversed every other
+one, after one unmeasured run of each, so that the source is in the page cache; before each run the disk is let
+finish what the last one left. Times are of whole processes, imports and all; ours include hashing, and
+waiting until everything is on the disk. Memory is the peak that the system counted for the process.
 
 --soak converts 20 GB, once undisturbed, then killed (SIGKILL) at random moments and started again by the same
-command, as often as --kills says. Every run must stay below two layers' tensors and 1 GiB; what a killed run leaves must
-not be loadable; and the result must be that of the undisturbed run, to the byte.
+command, as often as --kills says. Every run must stay below two layers' tensors and 1 GiB; what a killed run
+leaves must not be loadable; and the result must be that of the undisturbed run, to the byte.
 """
 
 import argparse
@@ -169,8 +169,10 @@ def _table(rows: dict[str, dict[str, Any]], ratio: float) -> str:
 
 
 def soak(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Convert 20 GB undisturbed and killed. Raises ClusterError for other bytes, for a run over the bound on memory, and
-    for remains that can be loaded."""
+    """Convert 20 GB undisturbed and killed.
+
+    Raises ClusterError for other bytes, for a run over the bound on memory, and for remains that can be loaded.
+    """
     src = make_checkpoint(folder / "src", SOAK, SOAK_PLANTED_BYTES)
     dst, bound = folder / "dst", 2 * SOAK.layer_bytes + (1 << 30)
     whole = _run(ours(src, dst), folder)
