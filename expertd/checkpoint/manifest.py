@@ -4,6 +4,7 @@ Two hosts may only work together on the same bytes, and 100 GB are not read agai
 folder is kept in the user's cache, and a file is hashed anew only when its size, time or inode changed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -90,7 +91,7 @@ def make_manifest(
             )
         kept[name] = {"seen": stats[name], "sha256": hashes[name]}
     if fresh:
-        write_atomically(kept_at, json.dumps({n: kept[n] for n in names}).encode())
+        _keep(kept_at, {name: kept[name] for name in names})
     return Manifest(tuple(FileEntry(n, stats[n][0], kept[n]["sha256"]) for n in names))
 
 
@@ -155,7 +156,7 @@ def write_manifest(manifest: Manifest, folder: Path, cache: Path) -> None:
     """Keep the manifest of a folder whose files have just been verified, so that they are not read again."""
     kept_at = cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
     kept = {f.name: {"seen": _fingerprint(folder / f.name), "sha256": f.sha256} for f in manifest.files}
-    write_atomically(kept_at, json.dumps(kept).encode())
+    _keep(kept_at, kept)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -170,6 +171,11 @@ def _anew(file: FileEntry) -> str:
     if file.name.endswith(".safetensors"):
         return _ANEW
     return f"{_ANEW[:-1]}; if you changed it on purpose, delete {QUANTIZATION_MANIFEST}."
+
+
+def _keep(path: Path, kept: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it saves time, no more: a home that is read-only must not matter
+        write_atomically(path, json.dumps(kept).encode())
 
 
 class _Counter:

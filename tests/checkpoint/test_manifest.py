@@ -70,6 +70,11 @@ def test_damaged_cache_is_made_anew(folder: Path, tmp_path: Path, kept: bytes) -
     assert make_manifest(folder, cache) == wanted
 
 
+def test_cache_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert make_manifest(folder, tmp_path / "file" / "cache") == make_manifest(folder, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     "name",
     ["../config.json", "/etc/passwd.json", "a/b.json", "run.py", ".hidden.json", "", "x\n.json", "a" * 300],
