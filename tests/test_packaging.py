@@ -20,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy without anything that was built before: setuptools would take it over."""
     pytest.importorskip("nanobind", reason="the build's own requirements are not installed here")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_transport.c", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_*.c", "*.egg-info")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
     for file in ROOT.iterdir():
@@ -52,6 +52,7 @@ def test_wheel_holds_expertd_and_nothing_else(wheel: Path) -> None:
     compiled = {n for n in inside if n.endswith(".so")}
     assert sorted(n.split(".")[0] for n in compiled) == [
         "expertd/native/_exchange",
+        "expertd/native/_quantize",
         "expertd/native/_transport",
     ]
     assert inside - compiled == _expected()
@@ -64,6 +65,7 @@ PROBE = """
 import importlib, os
 import expertd
 print(os.path.dirname(expertd.__file__))
+import expertd.native._quantize
 import expertd.native._transport
 import mlx.core
 modules = "native._exchange", "quant", "topology", "bench", "demo", "cluster.rank", "cli", "model.exchange"
