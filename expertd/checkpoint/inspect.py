@@ -77,7 +77,7 @@ def check_shards(folder: Path) -> dict[str, dict[str, TensorEntry]]:
 
     Raises CheckpointError.
     """
-    index = _read_index(folder)
+    index = read_index(folder)
     # mlx-lm loads every file of this pattern, in the index or not.
     names = sorted({path.name for path in folder.glob("model*.safetensors")} | set(index.values()))
     if not names:
@@ -118,7 +118,7 @@ def _check_tokenizer(folder: Path) -> None:
         )
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard name; empty when there is no index."""
     path = folder / INDEX
     if not path.is_file():
