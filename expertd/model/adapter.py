@@ -27,7 +27,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.utils import load_model
 
 from expertd.errors import CheckpointError
-from expertd.model.classes import model_classes
+from expertd.model.classes import become, model_classes
 from expertd.model.exchange import Link, exchange
 from expertd.split.cut import StepSplit, cut
 
@@ -137,11 +137,6 @@ class _Float32Switch:
         return y.astype(x.dtype)
 
 
-def _become(module: Any, mixin: type) -> None:
-    cls = type(module)
-    module.__class__ = type(f"{mixin.__name__.strip('_')}{cls.__name__}", (mixin, cls), {})
-
-
 def _children(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that are direct attributes (or elements of list attributes) of a module."""
     for child in module.children().values():
@@ -166,14 +161,14 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
             if type(child) in kinds:
                 if all(parent is not block for block in blocks):  # modules are dicts: `in` compares arrays
                     blocks.append(parent)
-                _become(child, kinds[type(child)])
+                become(child, kinds[type(child)])
                 child._step = step
     if not blocks:
         return ["solo"]
     if not all(_takes_hidden_states_alone(block) for block in blocks):
         return ["solo", "experts"]
     for block in blocks:
-        _become(block, _SplitBlock)
+        become(block, _SplitBlock)
         block._step = step
     return ["solo", "experts", "tokens"]
 
@@ -204,4 +199,4 @@ def _use_float32_experts_on_cpu(model: nn.Module) -> None:
     for _, module in model.named_modules():
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
             module.weight = module.weight.astype(mx.float32)
-            _become(module, _Float32Switch)
+            become(module, _Float32Switch)
