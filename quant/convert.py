@@ -9,7 +9,7 @@ because one wrong choice of expert costs more than all their bytes.
 
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from expertd.checkpoint.config import Config, write_config
-from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint, check_shards
+from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint
 from expertd.checkpoint.locate import WANTED_FILES
-from expertd.checkpoint.shards import TensorEntry
+from expertd.checkpoint.source import LocalSource
 from expertd.errors import ConfigError
 from expertd.model.classes import Weights, build_model, is_switch
 from expertd.quant.survey import survey
@@ -112,24 +112,9 @@ def check_settings(experts_bits: int, trunk_bits: int, group_size: int) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A checkpoint that is here already, as a source of weights."""
-
-    folder: Path
-    shards: dict[str, dict[str, TensorEntry]]
-    is_remote: bool = False
-
-    def fetch(self, names: Iterable[str]) -> None:
-        """All bytes are here."""
-
-    def release(self, names: Iterable[str]) -> None:
-        """And stay."""
-
-
 def load_weights(model: Module, info: CheckpointInfo) -> Weights:
     """Every parameter of `model` by name, not computed yet but known to be finite. Raises CheckpointError."""
-    source = Folder(info.folder, check_shards(info.folder))
+    source = LocalSource(str(info.folder), info.folder)
     survey(SourceWeights(model, source, info.config), ())
     return SourceWeights(model, source, info.config).take_lazy()
 
