@@ -17,7 +17,7 @@ from typing import Any
 from expertd.checkpoint.config import text_config
 from expertd.errors import ConfigError
 from expertd.quant.modules import ModuleInfo
-from expertd.quant.settings import WHOLE, Settings
+from expertd.quant.settings import GROUP_SIZES, TRUNK_MENU, WHOLE, Settings
 
 # Embeddings and head: 8 bits cost them next to nothing, and the head alone hurts more than a layer does.
 OUTER_BITS = 8
@@ -252,21 +252,13 @@ class Solver:
 
     def _too_small(self) -> ConfigError:
         smallest = smallest_bytes(self._modules, self._settings)
-        for words, change in (
-            ("--group-size 128", {"group_size": 128}),
-            ("--experts-bits 2", {"experts_bits": 2}),
-            ("--experts-bits 2 --group-size 128", {"experts_bits": 2, "group_size": 128}),
-            (
-                "--experts-bits 2 --group-size 128 --trunk 2",
-                {"experts_bits": 2, "group_size": 128, "trunk": (2,)},
-            ),
-        ):
-            size = smallest_bytes(self._modules, replace(self._settings, **change))  # type: ignore[arg-type]
+        for words, other in smaller_settings(self._settings):
+            size = smallest_bytes(self._modules, other)
             if size <= self._target:
                 advice = f"Give {words}: that takes {size_in_words(size)} or more."
                 break
         else:
-            advice = f"No setting makes it fit; the smallest of all is {size_in_words(size)}."
+            advice = "No setting makes it fit: choose a larger machine or a smaller model."
         return ConfigError(
             f"the weights may take {size_in_words(self._target)} ({self._target} bytes), and with these settings "
             f"they take at least {size_in_words(smallest)} ({smallest} bytes). {advice}"
@@ -291,3 +283,15 @@ def smallest_bytes(modules: Sequence[ModuleInfo], settings: Settings) -> int:
         {m.path: LAST_RESORT_BITS for m in modules if m.kind in ("embedding", "head")},
     )
     return total_bytes(modules, lowest, settings)
+
+
+def smaller_settings(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Options that make the result smaller, the least harmful first, as a user types them."""
+    coarse = replace(settings, group_size=max(GROUP_SIZES))
+    yield f"--group-size {coarse.group_size}", coarse
+    yield "--experts-bits 2", replace(settings, experts_bits=2)
+    least = replace(coarse, experts_bits=2)
+    yield f"--experts-bits 2 --group-size {least.group_size}", least
+    if settings.trunk[0] > TRUNK_MENU[0]:
+        words = f"--experts-bits 2 --group-size {least.group_size} --trunk {','.join(map(str, TRUNK_MENU))}"
+        yield words, replace(least, trunk=TRUNK_MENU)

@@ -41,6 +41,9 @@ EPSILON = 0.01
 # exp(2 d), summed over 2^40 weights, must stay below 1e308. No trained weight comes near: with one at 300 the
 # softmax has all its mass there, clipped or not.
 LARGEST = 300.0
+# Scores are compared to this many decimals, the noise of float64 below them: two blocks that score the same by
+# definition must not be told apart by rounding. The paper's entropies differ at the fifth decimal.
+DECIMALS = 12
 # Above this share of explained variance the paper's form says how large the blocks are and nothing else.
 TOLD_BY_SIZE = 0.9
 
@@ -213,7 +216,7 @@ def _score_block(
         entropy=entropy,
         entropy_eps=weighted_mean([e.entropy_eps for e in found], sizes),
         deficit=weighted_mean([e.deficit for e in found], sizes),
-        score=weighted_mean([z[m.path] for m in block], sizes) if z else entropy,
+        score=round(weighted_mean([z[m.path] for m in block], sizes) if z else entropy, DECIMALS),
     )
 
 
@@ -232,8 +235,9 @@ def z_scores(trunk: Iterable[ModuleInfo], entropies: Mapping[str, Entropy]) -> d
 
 
 def find_threshold(scores: Sequence[BlockScore], x: float) -> Threshold:
+    """Raises ValueError for no scores."""
     mu, sigma = mean_and_deviation([s.score for s in scores])
-    return Threshold(mu, sigma, mu - x * sigma)
+    return Threshold(round(mu, DECIMALS), sigma, round(mu - x * sigma, DECIMALS))
 
 
 def choose_bits(score: float, threshold: Threshold, menu: Sequence[int]) -> int:

@@ -134,7 +134,7 @@ def classify(
     if ROUTERS & set(path.split(".")):
         return "kept", "a router: it chooses"
     if outputs * NARROW <= inputs:
-        return "kept", f"steers the rest with few numbers ({outputs} outputs of {inputs} inputs)"
+        return "kept", f"few outputs for its inputs ({outputs} x {inputs}): it steers the rest"
     if layer is None:
         return "head", ""
     if isinstance(allowed, dict):

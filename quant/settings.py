@@ -60,6 +60,9 @@ class Settings:
                 raise ConfigError(f"{what} {count}: wanted at least 1.")
         if self.threads < 0:
             raise ConfigError(f"threads {self.threads}: wanted 1 or more, or 0 for one per core.")
+        for what, size in (("--target-bytes", self.target_bytes), ("--fit", self.fit_bytes)):
+            if size is not None and size < 1:
+                raise ConfigError(f"{what} {size}: wanted at least 1 byte.")
         if self.target_bytes is not None and self.fit_bytes is not None:
             raise ConfigError(
                 "--target-bytes and --fit both say how large the result may be. Give one of them."

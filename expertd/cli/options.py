@@ -107,10 +107,13 @@ def find_model(name: str) -> "CheckpointInfo":
     """Find and check the checkpoint that MODEL names. Raises CheckpointError before anything is started."""
     from expertd.checkpoint.inspect import check_checkpoint
     from expertd.checkpoint.locate import find_checkpoint
+    from expertd.checkpoint.manifest import check_sizes
     from expertd.cli.output import Progress
 
     with Progress() as bar:
-        return check_checkpoint(find_checkpoint(name, cache_folder(), bar))
+        info = check_checkpoint(find_checkpoint(name, cache_folder(), bar))
+    check_sizes(info.folder)
+    return info
 
 
 def make_group(

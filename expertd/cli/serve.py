@@ -1,5 +1,6 @@
 """`expertd serve`: the OpenAI-compatible HTTP server."""
 
+import functools
 import inspect
 import ipaddress
 import json
@@ -49,6 +50,7 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     hosts = hosts_config(**{name: options.pop(name) for name in names})
     make_group(Path(), **options)
     info = find_model(model)
+    _verify(info.folder, hosts)
     group = make_group(info.folder, **options)
     config = ServerConfig(host, port, model_id(model, info.folder), group)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
@@ -56,6 +58,18 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
         _warn_if_public(host)
         warn_of_link(group)
         _serve(config, listener, info, hosts)
+
+
+def _verify(folder: Path, hosts: HostsConfig) -> None:
+    """Compare the checkpoint with what the quantizer wrote, if that wrote it. Raises CheckpointError.
+
+    It is read once per machine; who joins compares all its files with ours.
+    """
+    from expertd.checkpoint.manifest import verify
+    from expertd.cli.output import Progress
+
+    with Progress() as bytes_done:
+        verify(folder, hosts.manifests, functools.partial(bytes_done, "verifying the checkpoint"))
 
 
 def model_id(name: str, folder: Path) -> str:
