@@ -100,12 +100,6 @@ class SourceWeights:
             check_finite(self.spans(wanted))
         return {name: self._compute(name) for name in names}
 
-    def take_lazy(self) -> Weights:
-        """All parameters that were not taken yet, not computed. They must be computed in the order of `names`, each
-        dropped before the next, and the source must be local."""
-        arrays, self._arrays = self._arrays, {}
-        return arrays
-
     def _compute(self, name: str) -> mx.array:
         array = self._arrays.pop(name)
         mx.eval(array)
