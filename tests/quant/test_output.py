@@ -374,6 +374,29 @@ def test_interrupted_while_finishing(
     assert not (tmp_path / "dst.partial").exists()
 
 
+def test_finished_shards_become_unloadable_first(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed with everything in place is taken up again: config.json goes before a shard does."""
+    write_some(tmp_path / "dst", 8)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "dst") as out:
+        sync = output.sync_path
+        monkeypatch.setattr(
+            output, "sync_path", lambda p: interrupt() if (p / "config.json").exists() else sync(p)
+        )
+        out.finish(CONFIG, texts, {})
+    assert check_checkpoint(out.work / "checkpoint")  # whole, but for the name
+    monkeypatch.setattr(output, "sync_path", sync)
+    monkeypatch.setattr(shards.ShardFile, "open", interrupt)
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "dst"):
+        pass
+    assert not (out.work / "checkpoint" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["../../x", "a\nb", "/etc/passwd", "", "\0", "ü\u2028", "a" * 5000, '"}', "."]
 )
