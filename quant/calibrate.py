@@ -37,6 +37,7 @@ from expertd.quant.codes import Codes
 from expertd.quant.dense import use_dense
 from expertd.quant.experts import Asked, Experts, Recorder
 from expertd.quant.hessian import Matrix, gram, shrunk
+from expertd.quant.recipe import Recipe
 from expertd.quant.rounding import DTYPES, Rounded, from_codes, round_module
 from expertd.quant.windows import Windows
 
@@ -57,15 +58,6 @@ class Weights(Protocol):
     def take(self, names: Sequence[str]) -> Arrays: ...
 
 
-class Recipe(Protocol):
-    """Which module gets which bits and groups, by module path; those that are not in `bits` stay as they are."""
-
-    @property
-    def bits(self) -> dict[str, int]: ...
-    @property
-    def group_size(self) -> int | dict[str, int]: ...
-
-
 def calibrate(
     model: Module,
     weights: Weights,
@@ -76,6 +68,7 @@ def calibrate(
     done: Callable[[str], bool],
     emit: Emit,
     progress: Progress | None = None,
+    sync: Callable[[], None] = lambda: None,
 ) -> None:
     """Give every parameter of `model` (never computed) to `emit`, quantized by `recipe`, layer by layer.
 
@@ -83,10 +76,10 @@ def calibrate(
     is true is not emitted again. Notes of experts hold `error_mean` and `error_max` over experts (relative, weighted by the
     moments), `tokens_min` and `tokens_median` per expert, and `seconds`. `windows` are token ids
     [num_windows, window_tokens]; `out_state` is an existing folder that this run and its resumptions share.
-    `progress(done_weights, all_weights, what)` is called after each unit and each expert.
+    `sync` waits until all that was emitted outlives a kill. `progress(done_weights, all_weights, what)` is called after each unit and each expert.
     Raises ConfigError for a family that does not say what its layers are.
     """
-    _Run(model, weights, recipe, windows, threads, out_state, _Sink(done, emit, weights, progress)).run()
+    _Run(model, weights, recipe, windows, threads, out_state, _Sink(done, emit, weights, progress, sync)).run()
 
 
 class _Finished(Exception):
@@ -129,6 +122,7 @@ class _Sink:
     give: Emit
     weights: Weights
     progress: Progress | None
+    sync: Callable[[], None]
     num_done: int = 0
 
     def emit(self, path: str, array: mx.array | Rounded, note: dict[str, Any] | None = None) -> None:
@@ -269,8 +263,7 @@ class _Run:
         return experts
 
     def _group_size(self, path: str) -> int:
-        sizes = self.recipe.group_size
-        return sizes[path] if isinstance(sizes, dict) else sizes
+        return self.recipe.group_sizes[path]
 
     def _take(self, names: Sequence[str]) -> Arrays:
         for name in names:
@@ -288,6 +281,7 @@ class _Run:
     # State.
 
     def _save(self, number: int, output: Any) -> None:
+        self.sink.sync()  # a state without its layer's units would have to be made again, from the first layer on
         leaves = tree_flatten(output)
         arrays = {f"leaf.{key}": leaf for key, leaf in leaves if isinstance(leaf, mx.array)}
         others = json.dumps([[key, leaf] for key, leaf in leaves if not isinstance(leaf, mx.array)])

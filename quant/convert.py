@@ -281,6 +281,7 @@ class Job:
             out.__contains__,
             lambda name, arrays, note: out.write(name, to_buffers(arrays), note),
             lambda done, total, what: self.progress("rounding", done, total),
+            out.sync,
         )
 
     def _distil(self, out: Output, windows: Windows) -> None:
