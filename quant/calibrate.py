@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,12 +58,12 @@ class Weights(Protocol):
 
 
 class Recipe(Protocol):
-    """Which module gets which bits and groups, by module path; those that are not in `bits` stay as they are."""
+    """Which module gets which bits and groups, by module path, as quant/recipe.py's; others stay as they are."""
 
     @property
     def bits(self) -> dict[str, int]: ...
     @property
-    def group_size(self) -> int | dict[str, int]: ...
+    def group_sizes(self) -> dict[str, int]: ...
 
 
 def calibrate(
@@ -248,7 +248,7 @@ class _Run:
             path = _module_of(name)
             rounded: mx.array | Rounded = array
             if path is not None and path in self.recipe.bits:
-                bits, group_size = self.recipe.bits[path], self._group_size(path)
+                bits, group_size = self.recipe.bits[path], self.recipe.group_sizes[path]
                 rounded = round_module(array, bits, group_size, "fast", self.threads)
                 self.sink.emit(path, rounded)
             else:
@@ -265,12 +265,8 @@ class _Run:
         num_biases = sum(bias.size for bias in biases.values()) // experts.num_experts
         for name in biases:
             self.sink.emit(f"{block.path}.{name}.bias", biases[name])
-        _ExpertRounding(experts, asked, self.recipe, self._group_size, self.threads).run(self.sink, num_biases)
+        _ExpertRounding(experts, asked, self.recipe, self.threads).run(self.sink, num_biases)
         return experts
-
-    def _group_size(self, path: str) -> int:
-        sizes = self.recipe.group_size
-        return sizes[path] if isinstance(sizes, dict) else sizes
 
     def _take(self, names: Sequence[str]) -> Arrays:
         for name in names:
@@ -326,7 +322,6 @@ class _ExpertRounding:
     experts: Experts
     asked: Asked
     recipe: Recipe
-    group_size_of: Callable[[str], int]
     threads: int
 
     def run(self, sink: _Sink, num_biases: int) -> None:
@@ -361,7 +356,8 @@ class _ExpertRounding:
         """Round projections that read the same input; those of one format in one go, as they share what is made of
         the Hessian."""
         paths = {name: f"{self.experts.block.path}.{name}" for name in names}
-        formats = {n: (self.recipe.bits[p], self.group_size_of(p)) for n, p in paths.items() if p in self.recipe.bits}
+        bits_of, sizes = self.recipe.bits, self.recipe.group_sizes
+        formats = {name: (bits_of[path], sizes[path]) for name, path in paths.items() if path in bits_of}
         for bits, group_size in sorted(set(formats.values())):
             same = [name for name, f in formats.items() if f == (bits, group_size)]
             wanted = [np.array(self.experts.weight(name, expert)) for name in same]
@@ -371,7 +367,7 @@ class _ExpertRounding:
             )
             start = 0
             for name, weight in zip(same, wanted, strict=True):
-                own = _rows(chosen, start, start + len(weight))
+                own = _rows(chosen, slice(start, start + len(weight)))
                 start += len(weight)
                 self._errors[name].append(codes.relative_error(weight, own, hessian))
                 self.experts.rounded[name].append(from_codes([own], weight.shape, dtype))
@@ -388,13 +384,9 @@ class _ExpertRounding:
             sink.emit(path, _stack(self.experts.rounded[name]), {**means, **note})
 
 
-def _rows(chosen: Codes, start: int, stop: int) -> Codes:
-    return Codes(
-        chosen.codes[start:stop],
-        chosen.scales[start:stop],
-        chosen.biases[start:stop],
-        chosen.bits,
-        chosen.group_size,
+def _rows(chosen: Codes, rows: slice) -> Codes:
+    return replace(
+        chosen, codes=chosen.codes[rows], scales=chosen.scales[rows], biases=chosen.biases[rows]
     )
 
 
