@@ -185,7 +185,7 @@ class _Run:
             last_restored, output = self.restored
             if number > last_restored:
                 args, kwargs = tree_map(_to_float32, (args, kwargs))
-                mx.eval([leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)])
+                mx.eval([leaf for _, leaf in _leaves((args, kwargs)) if isinstance(leaf, mx.array)])
                 self._forget(self.outside)
                 output = self._quantize_layer(self.layers[number], call, args, kwargs)
                 self._save(number, output)
@@ -203,7 +203,9 @@ class _Run:
         for block in layer.blocks:
             become(block.switch, _HookedSwitch)
             become(block.module, _HookedBlock)
-        for block in layer.blocks:  # a later one sees what the earlier ones give; the earlier ones do not see it
+        for (
+            block
+        ) in layer.blocks:  # a later one sees what the earlier ones give; the earlier ones do not see it
             recorder = Recorder()
             block.switch._answer, block.module._probe = recorder.switch, recorder.block
             for _ in self._chunks(call, args, kwargs):
@@ -284,7 +286,7 @@ class _Run:
     # State.
 
     def _save(self, number: int, output: Any) -> None:
-        leaves = tree_flatten(output)
+        leaves = _leaves(output)
         arrays = {f"leaf.{key}": leaf for key, leaf in leaves if isinstance(leaf, mx.array)}
         others = json.dumps([[key, leaf] for key, leaf in leaves if not isinstance(leaf, mx.array)])
         path = self.out_state / f"layer-{number:05}.safetensors"
@@ -305,9 +307,10 @@ class _Run:
             names = [name for name in self.left if name.startswith(paths)]
             if not all(self.sink.done(name) for name in names):
                 continue  # the state is ahead of the units: begin again
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = loaded
             leaves = [(key.removeprefix("leaf."), leaf) for key, leaf in arrays.items()]
-            sizes = {name: leaf.size for name, leaf in tree_flatten(self.model.parameters())}
+            sizes = {name: leaf.size for name, leaf in _leaves(self.model.parameters())}
             for name in names:
                 del self.left[name]
                 self.sink.count(sizes[name], name)
@@ -346,11 +349,11 @@ class _ExpertRounding:
         projection reads."""
         rows, num_routed = self.asked.rows, np.float32(self.asked.ids.size)
         of_input = gram(rows, mx.array(np.sqrt((self.asked.scores**2).sum(-1))))
-        of_inner = sum(
+        of_inner: Any = sum(
             gram(self.experts.inner(rows[indices], expert), scores)
             for expert, (indices, scores) in enumerate(tokens)
         )
-        return of_input / num_routed, of_inner / num_routed
+        return np.asarray(of_input / num_routed), np.asarray(of_inner / num_routed)
 
     def _round(self, names: Sequence[str], expert: int, hessian: Matrix) -> None:
         """Round projections that read the same input; those of one format in one go, as they share what is made of
@@ -385,9 +388,7 @@ class _ExpertRounding:
 
 
 def _rows(chosen: Codes, rows: slice) -> Codes:
-    return replace(
-        chosen, codes=chosen.codes[rows], scales=chosen.scales[rows], biases=chosen.biases[rows]
-    )
+    return replace(chosen, codes=chosen.codes[rows], scales=chosen.scales[rows], biases=chosen.biases[rows])
 
 
 def _stack(parts: Sequence[Rounded]) -> Rounded:
@@ -403,6 +404,11 @@ def _join(parts: Sequence[Any]) -> Any:
     return mx.concatenate(list(parts)) if isinstance(first, mx.array) and first.ndim > 2 else first
 
 
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves: Any = tree_flatten(tree)
+    return [(key, leaf) for key, leaf in leaves]
+
+
 def _module_of(name: str) -> str | None:
     """The path of the module that a parameter is the weight of, if it is one."""
     path, _, leaf = name.rpartition(".")
@@ -410,4 +416,8 @@ def _module_of(name: str) -> str | None:
 
 
 def _to_float32(leaf: Any) -> Any:
-    return leaf.astype(mx.float32) if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating) else leaf
+    return (
+        leaf.astype(mx.float32)
+        if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+        else leaf
+    )

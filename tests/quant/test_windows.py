@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ def starts(length: int, num_windows: int, window_tokens: int, seed: int) -> list
 @pytest.mark.parametrize("seed", range(5))
 def test_windows_do_not_overlap(seed: int) -> None:
     found = starts(1000, 12, 50, seed)
-    assert all(b - a >= 50 for a, b in zip(found, found[1:], strict=False))
+    assert all(b - a >= 50 for a, b in pairwise(found))
 
 
 def test_seed_alone_decides() -> None:
