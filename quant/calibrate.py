@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,7 +179,7 @@ class _Run:
             last_restored, output = self.restored
             if number > last_restored:
                 args, kwargs = tree_map(_to_float32, (args, kwargs))
-                mx.eval([leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)])
+                mx.eval([leaf for _, leaf in _leaves((args, kwargs)) if isinstance(leaf, mx.array)])
                 self._forget(self.outside)
                 output = self._quantize_layer(self.layers[number], call, args, kwargs)
                 self._save(number, output)
@@ -197,7 +197,9 @@ class _Run:
         for block in layer.blocks:
             become(block.switch, _HookedSwitch)
             become(block.module, _HookedBlock)
-        for block in layer.blocks:  # a later one sees what the earlier ones give; the earlier ones do not see it
+        for (
+            block
+        ) in layer.blocks:  # a later one sees what the earlier ones give; the earlier ones do not see it
             recorder = Recorder()
             block.switch._answer, block.module._probe = recorder.switch, recorder.block
             for _ in self._chunks(call, args, kwargs):
@@ -242,7 +244,7 @@ class _Run:
             path = _module_of(name)
             rounded: mx.array | Rounded = array
             if path is not None and path in self.recipe.bits:
-                bits, group_size = self.recipe.bits[path], self._group_size(path)
+                bits, group_size = self.recipe.bits[path], self.recipe.group_sizes[path]
                 rounded = round_module(array, bits, group_size, "fast", self.threads)
                 self.sink.emit(path, rounded)
             else:
@@ -259,11 +261,8 @@ class _Run:
         num_biases = sum(bias.size for bias in biases.values()) // experts.num_experts
         for name in biases:
             self.sink.emit(f"{block.path}.{name}.bias", biases[name])
-        _ExpertRounding(experts, asked, self.recipe, self._group_size, self.threads).run(self.sink, num_biases)
+        _ExpertRounding(experts, asked, self.recipe, self.threads).run(self.sink, num_biases)
         return experts
-
-    def _group_size(self, path: str) -> int:
-        return self.recipe.group_sizes[path]
 
     def _take(self, names: Sequence[str]) -> Arrays:
         for name in names:
@@ -282,7 +281,7 @@ class _Run:
 
     def _save(self, number: int, output: Any) -> None:
         self.sink.sync()  # a state without its layer's units would have to be made again, from the first layer on
-        leaves = tree_flatten(output)
+        leaves = _leaves(output)
         arrays = {f"leaf.{key}": leaf for key, leaf in leaves if isinstance(leaf, mx.array)}
         others = json.dumps([[key, leaf] for key, leaf in leaves if not isinstance(leaf, mx.array)])
         path = self.out_state / f"layer-{number:05}.safetensors"
@@ -303,9 +302,10 @@ class _Run:
             names = [name for name in self.left if name.startswith(paths)]
             if not all(self.sink.done(name) for name in names):
                 continue  # the state is ahead of the units: begin again
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = loaded
             leaves = [(key.removeprefix("leaf."), leaf) for key, leaf in arrays.items()]
-            sizes = {name: leaf.size for name, leaf in tree_flatten(self.model.parameters())}
+            sizes = {name: leaf.size for name, leaf in _leaves(self.model.parameters())}
             for name in names:
                 del self.left[name]
                 self.sink.count(sizes[name], name)
@@ -320,7 +320,6 @@ class _ExpertRounding:
     experts: Experts
     asked: Asked
     recipe: Recipe
-    group_size_of: Callable[[str], int]
     threads: int
 
     def run(self, sink: _Sink, num_biases: int) -> None:
@@ -345,17 +344,18 @@ class _ExpertRounding:
         projection reads."""
         rows, num_routed = self.asked.rows, np.float32(self.asked.ids.size)
         of_input = gram(rows, mx.array(np.sqrt((self.asked.scores**2).sum(-1))))
-        of_inner = sum(
+        of_inner: Any = sum(
             gram(self.experts.inner(rows[indices], expert), scores)
             for expert, (indices, scores) in enumerate(tokens)
         )
-        return of_input / num_routed, of_inner / num_routed
+        return np.asarray(of_input / num_routed), np.asarray(of_inner / num_routed)
 
     def _round(self, names: Sequence[str], expert: int, hessian: Matrix) -> None:
         """Round projections that read the same input; those of one format in one go, as they share what is made of
         the Hessian."""
         paths = {name: f"{self.experts.block.path}.{name}" for name in names}
-        formats = {n: (self.recipe.bits[p], self.group_size_of(p)) for n, p in paths.items() if p in self.recipe.bits}
+        bits_of, sizes = self.recipe.bits, self.recipe.group_sizes
+        formats = {name: (bits_of[path], sizes[path]) for name, path in paths.items() if path in bits_of}
         for bits, group_size in sorted(set(formats.values())):
             same = [name for name, f in formats.items() if f == (bits, group_size)]
             wanted = [np.array(self.experts.weight(name, expert)) for name in same]
@@ -365,7 +365,7 @@ class _ExpertRounding:
             )
             start = 0
             for name, weight in zip(same, wanted, strict=True):
-                own = _rows(chosen, start, start + len(weight))
+                own = _rows(chosen, slice(start, start + len(weight)))
                 start += len(weight)
                 self._errors[name].append(codes.relative_error(weight, own, hessian))
                 self.experts.rounded[name].append(from_codes([own], weight.shape, dtype))
@@ -382,14 +382,8 @@ class _ExpertRounding:
             sink.emit(path, _stack(self.experts.rounded[name]), {**means, **note})
 
 
-def _rows(chosen: Codes, start: int, stop: int) -> Codes:
-    return Codes(
-        chosen.codes[start:stop],
-        chosen.scales[start:stop],
-        chosen.biases[start:stop],
-        chosen.bits,
-        chosen.group_size,
-    )
+def _rows(chosen: Codes, rows: slice) -> Codes:
+    return replace(chosen, codes=chosen.codes[rows], scales=chosen.scales[rows], biases=chosen.biases[rows])
 
 
 def _stack(parts: Sequence[Rounded]) -> Rounded:
@@ -405,6 +399,11 @@ def _join(parts: Sequence[Any]) -> Any:
     return mx.concatenate(list(parts)) if isinstance(first, mx.array) and first.ndim > 2 else first
 
 
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves: Any = tree_flatten(tree)
+    return [(key, leaf) for key, leaf in leaves]
+
+
 def _module_of(name: str) -> str | None:
     """The path of the module that a parameter is the weight of, if it is one."""
     path, _, leaf = name.rpartition(".")
@@ -412,4 +411,8 @@ def _module_of(name: str) -> str | None:
 
 
 def _to_float32(leaf: Any) -> Any:
-    return leaf.astype(mx.float32) if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating) else leaf
+    return (
+        leaf.astype(mx.float32)
+        if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+        else leaf
+    )

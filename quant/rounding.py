@@ -34,7 +34,15 @@ class Rounded:
     def dequantized(self) -> mx.array:
         """What the kernels multiply by, float32 [..., rows, cols]: they do not round the products to 16 bits."""
         scales, biases = self.scales.astype(mx.float32), self.biases.astype(mx.float32)
-        return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits)
+        if mx.default_device() != mx.cpu or 32 % self.bits:
+            return mx.dequantize(self.weight, scales, biases, self.group_size, self.bits)
+        # MLX takes 30 ns per weight on a CPU, NumPy a sixth of that.
+        shifts = np.arange(0, 32, self.bits, dtype=np.uint32)
+        codes = (np.asarray(self.weight)[..., None] >> shifts) & np.uint32((1 << self.bits) - 1)
+        weight = codes.reshape(*scales.shape, self.group_size).astype(np.float32)
+        weight *= np.asarray(scales)[..., None]
+        weight += np.asarray(biases)[..., None]
+        return mx.array(weight.reshape(*scales.shape[:-1], -1))
 
 
 def from_codes(parts: Sequence[Codes], shape: Sequence[int], dtype: mx.Dtype) -> Rounded:
