@@ -29,7 +29,8 @@
 enum {
     XQ_OK = 0,
     XQ_ARGUMENT = -1, /* bits, group, dtype, shape or a null pointer that cannot be */
-    XQ_MEMORY = -2    /* no memory for the scratch of one thread */
+    XQ_MEMORY = -2,   /* no memory for the scratch of one thread */
+    XQ_NOT_POSITIVE = -3 /* a Hessian that no sum of squares can be */
 };
 
 enum { XQ_F32 = 0, XQ_BF16 = 1, XQ_F16 = 2, XQ_F8_E4M3 = 3 };
@@ -49,8 +50,12 @@ typedef struct {
 /* Writes codes, scales and biases. `weight` [cols], at least 0: the diagonal of H; NULL for I. */
 int xq_fit(const xq_matrix *m, const float *weight);
 
-/* Writes codes, scales and biases. `feedback` [cols][cols]: row j holds L_kj for k > j (the rest is not read). `weight`
- * [cols]: what the grids are fitted with. */
+/* L and D of H, for xq_gptq: row j of feedback[cols][cols] gets L_kj for k > j (the rest below is not written), weight[cols]
+ * the diagonal of D. `reversed` [cols][cols] is H with rows and columns in reverse order, and is destroyed; its lower
+ * triangle is read. */
+int xq_factor(double *reversed, size_t cols, int threads, float *feedback, float *weight);
+
+/* Writes codes, scales and biases, from what xq_factor gave; grids are fitted with `weight`. */
 int xq_gptq(const xq_matrix *m, const float *feedback, const float *weight);
 
 /* Improves codes, scales and biases in place, at most `sweeps` times over all groups. `h` [cols][cols]: symmetric. */

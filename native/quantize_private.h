@@ -13,7 +13,7 @@ enum { LANES = 32, MAX_GROUP = 128, MAX_THREADS = 256 };
 
 /* Compiled once for every x86-64 and once with AVX2 (and AVX-512), chosen at start-up. Both do the same arithmetic in the
  * same order; only the width differs. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__OPTIMIZE__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__OPTIMIZE__) && !defined(__SANITIZE_THREAD__)
 #define WIDE __attribute__((target_clones("default", "avx2")))
 #else
 #define WIDE

@@ -77,7 +77,8 @@ def gptq(
     diagonal added.
     """
     w, codes = _matrix(w), _empty(w, bits, group_size, dtype)
-    feedback, weight = _feedback(_checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64), damping)
+    moments = _checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64)
+    feedback, weight = _feedback(moments, damping, threads)
     _call(lib.xq_gptq, w, codes, threads, _floats(feedback), _floats(weight))
     return codes
 
@@ -215,19 +216,17 @@ def _normal(w: Floats, hessian: NDArray[Any]) -> Floats:
     return np.ascontiguousarray(checked / mean if mean > 0 else checked, np.float32)
 
 
-def _feedback(hessian: NDArray[np.float64], damping: float) -> tuple[Floats, Floats]:
-    """(I + L)' D (I + L) = damped Hessian, as L' and the diagonal of D (see native/quantize.h).
-
-    Cholesky of the matrix with its order reversed, and reversed again, is the upper triangular R with R R' = H.
-    """
-    damped = hessian / (np.mean(np.abs(hessian.diagonal())) or 1.0)
-    damped[np.diag_indices_from(damped)] += damping
-    try:
-        upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    except np.linalg.LinAlgError as error:
-        raise ValueError(f"hessian: not positive definite with damping {damping}") from error
-    diagonal = upper.diagonal()
-    return np.ascontiguousarray(upper / diagonal, np.float32), np.square(diagonal).astype(np.float32)
+def _feedback(hessian: NDArray[np.float64], damping: float, threads: int | None) -> tuple[Floats, Floats]:
+    """What error feedback needs of the damped Hessian: L' and D (see native/quantize.h)."""
+    reverse = np.ascontiguousarray(hessian[::-1, ::-1]) / (np.mean(np.abs(hessian.diagonal())) or 1.0)
+    reverse[np.diag_indices_from(reverse)] += damping
+    feedback, weight = np.zeros(hessian.shape, np.float32), np.empty(len(hessian), np.float32)
+    source = ffi.from_buffer("double[]", reverse)
+    result = lib.xq_factor(source, len(hessian), _num_threads(threads), _floats(feedback), _floats(weight))
+    if result == lib.XQ_NOT_POSITIVE:
+        raise ValueError(f"hessian: not positive definite with damping {damping}")
+    _check(result)
+    return feedback, weight
 
 
 def _moments(
