@@ -56,8 +56,7 @@ void xq_fit_group(const column *x, const float *weight, int group, int bits, int
 /* The codes nearest to x: q = clip(round((x - bias) / scale)), 0 where the scale is 0. */
 void xq_assign(const column *x, int n, int bits, const grid *g, column *codes);
 
-/* sum[k] += scaled[j] * matrix[j][k] over j in [from, to), k in [0, n); n is a multiple of 32, to - from of 4. */
-void xq_accumulate(column *sum, int n, const column *scaled, const float *matrix, size_t stride, size_t from,
-                   size_t to);
+/* sum[k] += scaled[j] * panel[j][k] over j in [from, to), k in [0, n); to - from is a multiple of 4. */
+void xq_accumulate(column *sum, int n, const column *scaled, const float *panel, size_t from, size_t to);
 
 #endif

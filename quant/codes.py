@@ -79,7 +79,7 @@ def gptq(
     w, codes = _matrix(w), _empty(w, bits, group_size, dtype)
     moments = _checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64)
     feedback, weight = _feedback(moments, damping, threads)
-    _call(lib.xq_gptq, w, codes, threads, _floats(feedback), _floats(weight))
+    _call(lib.xq_gptq, w, codes, threads, _floats(_panels(feedback, group_size)), _floats(weight))
     return codes
 
 
@@ -88,7 +88,7 @@ def refine(
 ) -> Codes:
     """Better codes, scales and biases under `hessian`, by coordinate descent; never worse ones."""
     w, better = _matrix(w), _copy(codes)
-    _call(lib.xq_refine, w, better, threads, _floats(_normal(w, hessian)), sweeps)
+    _call(lib.xq_refine, w, better, threads, _floats(_normal(w, hessian, codes.group_size)), sweeps)
     return better
 
 
@@ -209,11 +209,17 @@ def _checked(
     return np.ascontiguousarray(array, dtype)
 
 
-def _normal(w: Floats, hessian: NDArray[Any]) -> Floats:
-    """The Hessian as float32, its mean diagonal 1: no scale of inputs overflows it."""
+def _normal(w: Floats, hessian: NDArray[Any], group_size: int) -> Floats:
+    """Panels of the Hessian as float32, its mean diagonal 1: no scale of inputs overflows it."""
     checked = _checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64)
     mean = float(np.mean(np.abs(checked.diagonal())))
-    return np.ascontiguousarray(checked / mean if mean > 0 else checked, np.float32)
+    return _panels(checked / mean if mean > 0 else checked, group_size)
+
+
+def _panels(matrix: NDArray[Any], group_size: int) -> Floats:
+    """A square matrix cut into panels of one group's columns: float32 [cols / group_size, cols, group_size]."""
+    cut = matrix.reshape(len(matrix), -1, group_size).swapaxes(0, 1)
+    return np.ascontiguousarray(cut, np.float32)
 
 
 def _feedback(hessian: NDArray[np.float64], damping: float, threads: int | None) -> tuple[Floats, Floats]:
@@ -234,7 +240,7 @@ def _moments(
 ) -> NDArray[np.float64]:
     """Per row w H w', w H q' and e H e', q being what `codes` stand for: float64 [rows, 3]."""
     moments = np.empty((len(w), 3), np.float64)
-    normal = None if hessian is None else _normal(w, hessian)
+    normal = None if hessian is None else _normal(w, hessian, codes.group_size)
     _call(lib.xq_moments, w, codes, threads, _floats(normal), ffi.from_buffer("double[]", moments))
     return moments
 

@@ -54,9 +54,19 @@ static void fill(void) {
     }
 }
 
-static double error_of(const xq_matrix *m, const float *h) {
+/* Panels of a matrix, one group's columns after the other. */
+static const float *panels_of(const float *matrix, int group) {
+    static float panels[NUM_COLS * NUM_COLS];
+    float *out = panels;
+    for (int first = 0; first < NUM_COLS; first += group)
+        for (int j = 0; j < NUM_COLS; j++, out += group)
+            memcpy(out, matrix + j * NUM_COLS + first, (size_t)group * sizeof *out);
+    return panels;
+}
+
+static double error_of(const xq_matrix *m) {
     double moments[NUM_ROWS][3], sum = 0;
-    CHECK(xq_moments(m, h, moments[0]) == XQ_OK);
+    CHECK(xq_moments(m, panels_of(hessian, m->group), moments[0]) == XQ_OK);
     for (int row = 0; row < NUM_ROWS; row++) sum += moments[row][2];
     return sum;
 }
@@ -76,13 +86,13 @@ static void run(int bits, int group, int dtype, int threads) {
     for (int row = 0; row < NUM_ROWS; row++) gain[row] = 1.0f + 0.01f * (float)row;
     CHECK(xq_fit(&m, NULL) == XQ_OK);
     add_matrix(&m);
-    const double fitted = error_of(&m, hessian);
-    CHECK(xq_gptq(&m, feedback, weight) == XQ_OK);
+    const double fitted = error_of(&m);
+    CHECK(xq_gptq(&m, panels_of(feedback, group), weight) == XQ_OK);
     add_matrix(&m);
-    const double fed_back = error_of(&m, hessian);
+    const double fed_back = error_of(&m);
     CHECK(fed_back < fitted);
-    CHECK(xq_refine(&m, hessian, 4) == XQ_OK);
-    CHECK(error_of(&m, hessian) < fed_back);
+    CHECK(xq_refine(&m, panels_of(hessian, group), 4) == XQ_OK);
+    CHECK(error_of(&m) < fed_back);
     CHECK(xq_rescale(&m, gain, 0) == XQ_OK);
     CHECK(xq_pack(codes, NUM_ROWS, NUM_COLS, bits, threads, packed) == XQ_OK);
     add_matrix(&m);
