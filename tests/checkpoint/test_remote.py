@@ -544,9 +544,9 @@ def test_a_killed_process_goes_on(
     assert_same(source, local, tensors(source))
 
 
-def test_closing_ends_what_waits(open_remote: Callable[..., RemoteSource], site: Site) -> None:
-    """A server that asks for an hour's patience does not hold a process that wants to end."""
-    source = open_remote()
+def test_closing_ends_what_waits(site: Site, tmp_path: Path) -> None:
+    """A server that stands still does not hold a process that wants to end."""
+    source = RemoteSource(Place("x", site.url), tmp_path / "home", limits=Limits(silence_s=60))
     site.fault = faults("stalled")
     failed: list[str] = []
 
