@@ -146,7 +146,9 @@ class _TiledSwitch:
 
     def __call__(self, x: mx.array, ids: mx.array, sorted_indices: bool = False) -> mx.array:
         m: Any = self
-        rows = mx.broadcast_to(x, (*ids.shape, *x.shape[-2:]))  # x has one row per id, or one for all ids of a token
+        rows = mx.broadcast_to(
+            x, (*ids.shape, *x.shape[-2:])
+        )  # x has one row per id, or one for all ids of a token
         flat = ids.flatten()
         y = mx.array(multiply_experts(_rows(rows), np.array(m.weight, copy=False), np.array(flat)))
         if "bias" in m:
@@ -254,7 +256,9 @@ def _widen(model: nn.Module) -> None:
 
     For evaluation: the rounding of bfloat16 activations would be measured along with that of the weights.
     """
-    found = [(path, _WIDE[type(module)](module)) for path, module in model.named_modules() if type(module) in _WIDE]
+    found = [
+        (path, _WIDE[type(module)](module)) for path, module in model.named_modules() if type(module) in _WIDE
+    ]
     model.update_modules(tree_unflatten(found))
     model.set_dtype(mx.float32)
     for _, module in model.named_modules():

@@ -1,10 +1,11 @@
 """Matrix products for evaluation on a CPU: NumPy's BLAS, in tiles of a fixed number of rows.
 
 Theory of operation. MLX's CPU build multiplies float32 matrices at 1.5 GFLOP/s a core and runs 2-bit experts at 65 ms
-per token of the demo model; the BLAS inside NumPy does tens of GFLOP/s. Evaluation has thousands of rows at a time
-and needs no graph, so it computes its products eagerly here. Every call to BLAS has TILE_ROWS rows, the last tile filled
-up with rows that nobody reads: a row's bits then depend neither on how many rows there are nor on which they are
-nor on its place (tests/model/test_wide.py), and so an evaluation that is divided over ranks gives the bits of one rank.
+per token of the demo model; the BLAS inside NumPy reaches 50 GFLOP/s a core (bench/LOG.md). Evaluation has thousands
+of rows at a time and needs no graph, so it computes its products eagerly here. Every call to BLAS has TILE_ROWS rows,
+the last tile filled up with rows that nobody reads: a row's bits then depend neither on how many rows there are
+nor on which they are nor on its place (tests/model/test_wide.py), and so an evaluation that is divided over ranks
+gives the bits of one rank.
 """
 
 from typing import Any
