@@ -30,7 +30,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from mlx_lm.utils import load_model
 
 from expertd.errors import CheckpointError
-from expertd.model.classes import is_switch, model_classes
+from expertd.model.classes import model_classes
 from expertd.model.exchange import Link, exchange
 from expertd.model.tiles import multiply, multiply_experts
 from expertd.split.cut import StepSplit, cut
@@ -339,9 +339,9 @@ class _TappedSwitch:
 
 def tap(model: nn.Module) -> Taps:
     """Make every layer and switch module of an mlx-lm model leave what it gives in the returned Taps."""
-    taps = Taps()
+    taps, switches = Taps(), (SwitchLinear, QuantizedSwitchLinear)
     for number, layer in enumerate(model.layers):
-        found = [m for _, m in layer.named_modules() if any(map(is_switch, _children(m)))]
+        found = [m for _, m in layer.named_modules() if any(isinstance(c, switches) for c in _children(m))]
         for module, mixin in [(layer, _TappedLayer), *((m, _TappedSwitch) for m in found)]:
             _become(module, mixin)
             module._taps, module._number = taps, number
