@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from expertd.bench.ggml import Ggml
 from expertd.checkpoint.config import write_config
 from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint
-from expertd.model.adapter import load
+from expertd.model.adapter import fast_attention, load
 from expertd.model.classes import build_model, is_switch
 from expertd.model.tiles import multiply_experts
 from expertd.quant.convert import copy_texts, load_weights
@@ -64,7 +64,7 @@ def gptq(original: Original, folder: Path, bits: int, group_size: int, windows: 
 
     It quantizes what is exactly an nn.Linear or a SwitchLinear, and whatever else has `to_quantized` by plain
     rounding; so the trunk's modules get classes of their own that have none. It computes in float32 here, in its
-    favour, with the sums of products by NumPy, which is all that is not its own code; scales and biases are rounded to
+    favour, with products and attention by NumPy, which is all that is not its own code; scales and biases are rounded to
     the source's dtype, as its own main() has them.
     """
     model = load(original.info.folder, original.info.config, wide=True)
@@ -73,7 +73,7 @@ def gptq(original: Original, folder: Path, bits: int, group_size: int, windows: 
             module.__class__ = _stock("mlx_lm.models.switch_layers").SwitchLinear
         elif hasattr(module, "to_quantized"):
             module.__class__ = type(f"Kept{type(module).__name__}", (_Kept, type(module)), {})
-    with _fast_products():
+    with _fast_products(), fast_attention():
         quantize = _stock("mlx_lm.quant.gptq").gptq_quantize
         model, _ = quantize(model, mx.array(windows), bits, group_size, 8, group_size, GPTQ_BATCH)
     found = dict(tree_flatten(model.parameters()))
@@ -112,8 +112,8 @@ def collect_importance(original: Original, windows: Array) -> dict[str, Array]:
             block.__class__ = type("Watched", (_Watched, type(block)), {})
             block.path, block.note = f"{path}.switch_mlp", _Adder(seen)
     for start in range(0, len(windows), GPTQ_BATCH):
-        model(mx.array(windows[start : start + GPTQ_BATCH]))
-        mx.eval(seen)
+        with fast_attention():
+            mx.eval(model(mx.array(windows[start : start + GPTQ_BATCH])), seen)
     return {name: np.array(total) for name, total in seen.items()}
 
 

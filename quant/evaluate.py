@@ -136,7 +136,8 @@ class LocalReader:
 
 def count_parameters(info: CheckpointInfo) -> int:
     """The number of weights of a checkpoint, however they are stored."""
-    return sum(array.size for _, array in tree_flatten(build_model(info.config).parameters()))
+    parameters: Any = tree_flatten(build_model(info.config).parameters())
+    return sum(array.size for _, array in parameters)
 
 
 def fits_wide(info: CheckpointInfo) -> bool:
@@ -309,7 +310,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 def layer_sizes(info: CheckpointInfo) -> list[LayerQuality]:
     """Bytes and bits per weight of each layer, in order."""
-    parameters = tree_flatten(build_model(info.config).parameters())
+    parameters: Any = tree_flatten(build_model(info.config).parameters())
     num_weights = _sum_by_layer((name, array.size) for name, array in parameters)
     entries = (item for shard in check_shards(info.folder).values() for item in shard.items())
     num_bytes = _sum_by_layer((name, entry.end - entry.begin) for name, entry in entries)
