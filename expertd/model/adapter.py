@@ -17,18 +17,22 @@ class: the module tree, the parameter names and everything that looks at the typ
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
+import numpy as np
+from mlx.utils import tree_unflatten
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.utils import load_model
 
 from expertd.errors import CheckpointError
-from expertd.model.classes import model_classes
+from expertd.model.classes import is_switch, model_classes
 from expertd.model.exchange import Link, exchange
+from expertd.model.tiles import multiply, multiply_experts
 from expertd.split.cut import StepSplit, cut
 
 # SwitchGLU sorts its rows from this many on (mlx-lm 0.32.2), which on a GPU means another kernel; a slice
@@ -137,6 +141,40 @@ class _Float32Switch:
         return y.astype(x.dtype)
 
 
+class _TiledSwitch:
+    """Float32 experts on a CPU, for evaluation (expertd/model/tiles.py)."""
+
+    def __call__(self, x: mx.array, ids: mx.array, sorted_indices: bool = False) -> mx.array:
+        m: Any = self
+        rows = mx.broadcast_to(x, (*ids.shape, *x.shape[-2:]))  # x has one row per id, or one for all ids of a token
+        flat = ids.flatten()
+        y = mx.array(multiply_experts(_rows(rows), np.array(m.weight, copy=False), np.array(flat)))
+        if "bias" in m:
+            y = y + m.bias[flat]
+        return y.reshape(*rows.shape[:-1], -1)
+
+
+class _TiledLinear:
+    """A float32 linear layer on a CPU, for evaluation."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        m: Any = self
+        y = mx.array(multiply(_rows(x), np.array(m.weight, copy=False))).reshape(*x.shape[:-1], -1)
+        return y + m.bias if "bias" in m else y
+
+
+class _TiledEmbedding:
+    """An embedding that is the head as well."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        m: Any = self
+        return mx.array(multiply(_rows(x), np.array(m.weight, copy=False))).reshape(*x.shape[:-1], -1)
+
+
+def _rows(x: mx.array) -> Any:
+    return np.array(x.astype(mx.float32).reshape(-1, x.shape[-1]), copy=False)
+
+
 def _become(module: Any, mixin: type) -> None:
     cls = type(module)
     module.__class__ = type(f"{mixin.__name__.strip('_')}{cls.__name__}", (mixin, cls), {})
@@ -178,16 +216,20 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
     return ["solo", "experts", "tokens"]
 
 
-def load(folder: Path, config: dict[str, Any]) -> nn.Module:
+def load(folder: Path, config: dict[str, Any], wide: bool = False) -> nn.Module:
     """Load an mlx-lm model from a checked folder, with `config` (normalised) over its config.json.
 
-    Weights are read into memory before this returns. Raises CheckpointError when they do not fit the model.
+    Weights are read into memory before this returns; `wide` makes all of them float32 (see `_widen`).
+    Raises CheckpointError when they do not fit the model.
     """
     try:
         model, _ = load_model(
             folder, lazy=True, strict=True, model_config=config, get_model_classes=model_classes
         )
-        _use_float32_experts_on_cpu(model)
+        if wide:
+            _widen(model)
+        else:
+            _use_float32_experts_on_cpu(model)
         mx.eval(model.parameters())
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, FileNotFoundError) as e:
         reason = " ".join(str(e).split())[:300]
@@ -205,3 +247,98 @@ def _use_float32_experts_on_cpu(model: nn.Module) -> None:
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
             module.weight = module.weight.astype(mx.float32)
             _become(module, _Float32Switch)
+
+
+def _widen(model: nn.Module) -> None:
+    """Every weight to float32, quantized ones by their own format; on a CPU, the products go to tiles.py.
+
+    For evaluation: the rounding of bfloat16 activations would be measured along with that of the weights.
+    """
+    found = [(path, _WIDE[type(module)](module)) for path, module in model.named_modules() if type(module) in _WIDE]
+    model.update_modules(tree_unflatten(found))
+    model.set_dtype(mx.float32)
+    for _, module in model.named_modules():
+        mx.eval([value for value in module.values() if isinstance(value, mx.array)])  # the narrow form can go
+        if mx.default_device() == mx.cpu and type(module) in _TILED:
+            _become(module, _TILED[type(module)])
+
+
+_TILED = {SwitchLinear: _TiledSwitch, nn.Linear: _TiledLinear, nn.Embedding: _TiledEmbedding}
+
+
+def _wide_weight(module: Any) -> mx.array:
+    """The float32 weight that a quantized module stands for."""
+    affine = module.mode == "affine"
+    scales = module.scales.astype(mx.float32) if affine else module.scales
+    biases = module.biases.astype(mx.float32) if affine else None
+    weight: mx.array = mx.dequantize(
+        module.weight,
+        scales,
+        biases,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        dtype=mx.float32,
+    )
+    return weight
+
+
+def _wide(make: Callable[..., nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """A function from a quantized module to the plain one, which `make` builds from the weight's shape."""
+
+    def widen(module: nn.Module) -> nn.Module:
+        weight = _wide_weight(module)
+        wide = make(*weight.shape)
+        wide.weight = weight
+        if "bias" in module:
+            wide.bias = module.bias
+        return wide
+
+    return widen
+
+
+_WIDE = {
+    nn.QuantizedLinear: _wide(lambda out, width: nn.Linear(width, out, bias=False)),
+    nn.QuantizedEmbedding: _wide(nn.Embedding),
+    QuantizedSwitchLinear: _wide(lambda n, out, width: SwitchLinear(width, out, n, bias=False)),
+    QuantizedMultiLinear: _wide(lambda n, out, width: MultiLinear(width, out, n)),
+}
+
+
+class Taps:
+    """What passes through a model's layers in one forward pass: hidden[layer] [..., width], the layer's output;
+    experts[layer] [..., top_k], the router's choice (no entry for a layer without experts)."""
+
+    def __init__(self) -> None:
+        self.hidden: dict[int, mx.array] = {}
+        self.experts: dict[int, mx.array] = {}
+
+
+class _TappedLayer:
+    _taps: Taps
+    _number: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        self._taps.hidden[self._number] = y[0] if isinstance(y, tuple) else y
+        return y
+
+
+class _TappedSwitch:
+    _taps: Taps
+    _number: int
+
+    def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        self._taps.experts[self._number] = ids
+        return super().__call__(x, ids)  # type: ignore[misc, no-any-return]
+
+
+def tap(model: nn.Module) -> Taps:
+    """Make every layer and switch module of an mlx-lm model leave what it gives in the returned Taps."""
+    taps = Taps()
+    for number, layer in enumerate(model.layers):
+        found = [m for _, m in layer.named_modules() if any(map(is_switch, _children(m)))]
+        for module, mixin in [(layer, _TappedLayer), *((m, _TappedSwitch) for m in found)]:
+            _become(module, mixin)
+            module._taps, module._number = taps, number
+    return taps

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.errors import ConfigError
-from expertd.model.adapter import StepState, divide, load
+from expertd.model.adapter import StepState, Taps, divide, load, tap
 from expertd.model.exchange import Link
 from expertd.split.cut import StepSplit
 
@@ -18,11 +18,13 @@ Cache = list[Any]
 class Model:
     """One rank's copy of the whole model; it is alone until `attach` gives it a link to others."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], wide: bool = False) -> None:
+        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load)."""
         start = time.monotonic()
         self._state = StepState()
-        self._model = load(folder, config)
+        self._model = load(folder, config, wide)
         self.splits = divide(self._model, self._state)
+        self._taps: Taps | None = None
         self.load_s = time.monotonic() - start
 
     def require(self, split: str) -> None:
@@ -61,3 +63,16 @@ class Model:
         logits = self.forward([token], cache, split)[0].astype(mx.float32)
         mx.eval(logits)
         return logits
+
+    def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, Taps]:
+        """One pass over whole windows [num_windows, num_tokens] without a cache, for evaluation.
+
+        Gives float32 logits [num_windows, num_tokens, vocab] and what passed through the layers; all evaluated.
+        Under `tokens` the taps hold this rank's choice of experts only.
+        """
+        if self._taps is None:
+            self._taps = tap(self._model)
+        self._state.begin(split)
+        logits = self._model(tokens).astype(mx.float32)
+        mx.eval(logits, self._taps.hidden, self._taps.experts)
+        return logits, self._taps
