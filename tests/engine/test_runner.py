@@ -5,7 +5,7 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from expertd.engine.plan import Plan
+from expertd.engine.plan import Plan, decode_plan
 from expertd.engine.runner import Runner
 from expertd.errors import LinkDown, RemoteProtocolError
 from expertd.link.mailbox import Mailbox
@@ -68,7 +68,7 @@ def test_leader_and_follower_do_the_same() -> None:
     leader, led, box = make()
     logits = [leader.lead(plan) for plan in PLANS]
     assert [x.tolist() if x is not None else None for x in logits] == [None, [9.0], [10.0]]
-    assert [Plan.decode_frame(frame) for frame in box.sent] == PLANS
+    assert [decode_plan(frame) for frame in box.sent] == PLANS
     follower, followed, _ = make(frames=[None, *box.sent, None])
     for _ in range(len(PLANS) + 2):
         follower.follow()
