@@ -182,7 +182,8 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     shutil.rmtree(dst)
     rng, runs = random.Random(seed), [whole]
     num_killed = num_converted = 0
-    while num_killed < kills or dst.with_name("dst.partial").exists():
+    is_complete = False
+    while num_killed < kills or not is_complete:
         # A tenth of a run on average: twenty kills are spread over about two conversions.
         after_s = rng.uniform(0, whole.wall_s / 5) if num_killed < kills else None
         runs.append(usage := _run(ours(src, dst), folder, after_s))
@@ -190,7 +191,7 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, Any]:
             raise ClusterError(_what_failed(ours(src, dst), usage, folder))
         num_killed += usage.code == -9
         _refuse_loadable(dst.with_name("dst.partial"))
-        if dst.exists():
+        if is_complete := dst.exists():
             _compare(_hashes(dst), wanted)
             shutil.rmtree(dst)
             num_converted += 1

@@ -1,8 +1,8 @@
 """Distillation: the experts' scales and biases, trained so that the model answers as at full precision.
 
 Theory of operation. Calibration makes each layer's output right by itself; what the layers' errors do together
-only the end of the model shows. So the codes stay, and the scales and biases of the routed experts (a 16th of
-their bytes at 2 bits in groups of 64) are trained by Adam on the Kullback-Leibler divergence of the next-token
+only the end of the model shows. So the codes stay, and the scales and biases of the routed experts (a fifth of their
+bytes at 2 bits in groups of 64) are trained by Adam on the Kullback-Leibler divergence of the next-token
 distribution from the full-precision model's, over calibration text. The format does not change.
 
 1. *Targets.* The teacher runs once over all windows; the logits of its likeliest tokens lie in a file, with
@@ -13,17 +13,17 @@ distribution from the full-precision model's, over calibration text. The format 
    hardly disturb each other, and one learning rate fits all groups.
 3. *Rounding.* The forward pass sees scales and biases as they will be written (bfloat16); gradients go past
    the rounding to float32 ones. What is validated is what is kept.
-4. *Choice.* Some calibration windows are set aside; every few steps their divergence is measured, and the best scales and
-   biases so far are kept. The first candidate is the start itself, so the result is never worse there.
+4. *Choice.* Some calibration windows are set aside; every few steps their divergence is measured, and the best scales
+   and biases so far are kept. The first candidate is the start itself, so the result is never worse there.
 
-The state is written every few steps; minibatches, learning rates and roundings depend on the step's number and the seed alone,
-so a run that was killed ends in the same bytes.
+The state is written whenever the divergence was measured. Minibatches and learning rates depend on the step and
+the seed alone, so a run that was killed ends in the same bytes. (Products are the BLAS library's: another library,
+or another number of its threads, may change a last bit, and with it the result a little.)
 """
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,26 +35,38 @@ import numpy.typing as npt
 import psutil
 from mlx.nn.layers.base import Module
 
+from expertd.checkpoint.config import top_k
 from expertd.errors import ConfigError
-from expertd.model.classes import Weights
-from expertd.quant.student import Array, build, coded_experts, inner, library, outer
+from expertd.model.classes import Weights, build_model, is_switch
+from expertd.quant.student import CodedExperts, attention_for_training, build
+from expertd.quant.targets import Targets, replace_file
 
 Progress = Callable[[int, int, str], None]
 Windows = npt.NDArray[np.int32]
+Chosen = npt.NDArray[np.intp]
 
+STATE = "distill.safetensors"
+# Adam's. The second moment forgets faster than usual, because a run has a few hundred steps at most.
 BETAS, EPSILON = (0.9, 0.99), 1e-10
+# float32 numbers per group: scale, bias and mean code; a and b, their gradients and two moments each; rounded ones.
+FLOATS_PER_GROUP = 3 + 2 * 4 + 2
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How to train. `learning_rate` is in units of each group's scale."""
+    """How to train. The defaults were chosen on the demo model (bench/LOG.md).
+
+    `learning_rate` is in units of each group's scale: it rises over `num_warmup_steps` and falls as a cosine.
+    `valid_share` of the windows are set aside and looked at every `num_steps_between` steps. Of a vocabulary
+    larger than `num_kept` only the teacher's likeliest tokens are told apart.
+    """
 
     num_steps: int = 160
     batch_tokens: int = 1536
-    learning_rate: float = 4e-3
+    learning_rate: float = 8e-3
     num_warmup_steps: int = 10
     temperature: float = 1.0
-    valid_share: float = 0.125
+    valid_share: float = 0.1
     num_steps_between: int = 20
     num_kept: int = 4096
     seed: int = 0
@@ -69,150 +81,114 @@ def distil(
     state: Path,
     progress: Progress | None = None,
 ) -> Weights:
-    """New `<path>.scales` and `<path>.biases` of all quantized experts of `student`, in the same dtype."""
-    targets = Targets(state, windows, settings)
-    if not targets.complete:
-        model = build(config, teacher())
-        targets.compute(model, progress)
-        del model
-        mx.clear_cache()
-    dtypes = {name: array.dtype for name, array in student.items()}
-    run = Run(build(config, student), dtypes, targets, settings, state)
-    run.train(progress)
+    """New `<path>.scales` and `<path>.biases` of all quantized experts of `student`, in the dtypes they have there.
+
+    `config` is normalised. `teacher()` gives every parameter at full precision by the model's names (a dict
+    that is emptied; not asked for when `state` has the targets). `student` has the converted checkpoint's
+    arrays by name and is emptied as well. `windows` [num_windows, tokens] are token ids of calibration text.
+    `state` is a folder for files that a later call with the same arguments goes on from; once the training is
+    done it answers from there, whatever `student` then holds. `progress(done, total, what)` counts windows, then steps.
+    Raises ConfigError when the windows are too few or the memory is too small.
+    """
+    if len(windows) < 2:
+        raise ConfigError(
+            f"distillation: {len(windows)} windows of calibration text, wanted at least 2. Give more."
+        )
+    state.mkdir(parents=True, exist_ok=True)
+    mark = fingerprint(windows, settings)
+    if (done := finished(state / STATE, mark, settings)) is not None:
+        return done
+    check_memory(config, student, windows, settings, psutil.virtual_memory().available)
+    with attention_for_training():
+        targets = Targets(state, windows, settings.num_kept, settings.temperature, mark)
+        if not targets.complete:
+            targets.compute(build(config, teacher()), progress)
+            mx.clear_cache()
+        dtypes = {name: array.dtype for name, array in student.items()}
+        run = Run(build(config, student), dtypes, targets, settings, state / STATE, mark)
+        run.resume()
+        run.train(progress)
     return run.best
 
 
 def fingerprint(windows: Windows, settings: Distillation) -> str:
-    text = json.dumps(asdict(settings), sort_keys=True).encode()
-    return hashlib.sha256(text + str(windows.shape).encode() + windows.tobytes()).hexdigest()
+    """What a state must have been made for."""
+    text = json.dumps([asdict(settings), windows.shape], sort_keys=True).encode()
+    return hashlib.sha256(text + windows.tobytes()).hexdigest()
 
 
-class Targets:
-    """The teacher's logits for every position of every window, of its likeliest tokens, in files of `state`.
+def finished(file: Path, mark: str, settings: Distillation) -> Weights | None:
+    """The result in a state, when its training is done."""
+    arrays, meta = read_state(file, mark)
+    if int(meta.get("step", -1)) < settings.num_steps:
+        return None
+    return {name.removeprefix("best:"): array for name, array in arrays.items() if name.startswith("best:")}
 
-    Per position: the `num_kept` highest logits less their maximum (float16: near 0, where the probability is,
-    its steps are finest), their token ids, and, where the vocabulary is larger, one logit that stands for all
-    other tokens at the training's temperature.
+
+def read_state(file: Path, mark: str) -> tuple[Weights, dict[str, str]]:
+    """Arrays and numbers of a state; nothing when there is none for `mark`."""
+    if not file.is_file():
+        return Weights(), {}
+    arrays, meta = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
+    return (arrays, meta) if meta["of"] == mark else (Weights(), {})  # type: ignore[return-value]
+
+
+def check_memory(
+    config: dict[str, Any], student: Weights, windows: Windows, settings: Distillation, available: int
+) -> None:
+    """Raises ConfigError, with the arithmetic, when distilling needs more than `available` bytes.
+
+    Per row of a minibatch are counted four copies of the logits and, once each, what every linear module reads and
+    writes.
     """
-
-    def __init__(self, state: Path, windows: Windows, settings: Distillation) -> None:
-        self.windows, self.settings, self.state = windows, settings, state
-        self._mark = state / "targets.json"
-        self._fingerprint = fingerprint(windows, settings)
-        self._num_done, self._vocab = 0, 0
-        if self._mark.is_file() and (found := json.loads(self._mark.read_text()))["of"] == self._fingerprint:
-            self._num_done, self._vocab = found["num_done"], found["vocab"]
-            self._open("r+")
-
-    @property
-    def complete(self) -> bool:
-        return self._num_done == len(self.windows)
-
-    @property
-    def _kept(self) -> int:
-        return min(self.settings.num_kept, self._vocab)
-
-    def _open(self, mode: Any) -> None:
-        shape = self.windows.shape
-        width = self._kept + (self._kept < self._vocab)
-        self._logits = np.memmap(self.state / "targets.f16", np.float16, mode, shape=(*shape, width))
-        self._ids = None
-        if self._kept < self._vocab:
-            self._ids = np.memmap(self.state / "targets.ids", np.int32, mode, shape=(*shape, self._kept))
-
-    def compute(self, model: Module, progress: Progress | None) -> None:
-        """Run `model`, the teacher, over the windows that are still to do."""
-        while not self.complete:
-            start = self._num_done
-            window = self.windows[start]
-            logits = model(mx.array(window[None]))[0].astype(mx.float32)
-            if not start:
-                self._vocab = logits.shape[-1]
-                self.state.mkdir(parents=True, exist_ok=True)
-                self._open("w+")
-            self._store(start, logits)
-            self._num_done += 1
-            self._mark_done()
-            if progress:
-                progress(self._num_done, len(self.windows), "full-precision model")
-
-    def _store(self, index: int, logits: mx.array) -> None:
-        logits = logits - logits.max(-1, keepdims=True)
-        if self._ids is not None:
-            ids = mx.argpartition(-logits, self._kept, axis=-1)[:, : self._kept]
-            self._ids[index] = np.array(ids)
-            logits = with_rest(logits, ids, self.settings.temperature)
-        self._logits[index] = np.array(logits.astype(mx.float16))
-
-    def _mark_done(self) -> None:
-        if self._num_done % 16 and not self.complete:
-            return
-        self._logits.flush()
-        if self._ids is not None:
-            self._ids.flush()
-        text = json.dumps({"of": self._fingerprint, "num_done": self._num_done, "vocab": self._vocab})
-        replace(self._mark, lambda path: path.write_text(text))
-
-    def divergence(self, model: Module, chosen: npt.NDArray[np.intp], temperature: float) -> mx.array:
-        """The mean Kullback-Leibler divergence of `model` from the teacher over the chosen windows."""
-        logits = model(mx.array(self.windows[chosen]))
-        if self._ids is not None:
-            logits = with_rest(logits, mx.array(self._ids[chosen]), temperature)
-        return divergence(logits / temperature, self._logits[chosen].astype(np.float32) / temperature)
-
-
-def divergence(logits: mx.array, wanted: npt.NDArray[np.float32]) -> mx.array:
-    """The mean Kullback-Leibler divergence of softmax(logits) from softmax(wanted), both [..., vocab]."""
-    target = inner(mx.array(wanted)) if library() is mx else wanted
-
-    def forward(logits: mx.array) -> mx.array:
-        p, q = log_softmax(target), log_softmax(inner(logits))
-        return outer((library().exp(p) * (p - q)).sum(-1).mean())
-
-    def backward(logits: mx.array, d_y: mx.array, _: mx.array) -> mx.array:
-        exp, num_rows = library().exp, logits.size // logits.shape[-1]
-        difference = exp(log_softmax(inner(logits))) - exp(log_softmax(target))
-        return outer(difference * (inner(d_y) / num_rows))
-
-    mean = mx.custom_function(forward)
-    mean.vjp(backward)
-    result: mx.array = mean(logits)
-    return result
-
-
-def log_softmax(logits: Array) -> Array:
-    xp = library()
-    logits = logits - logits.max(-1, keepdims=True)
-    return logits - xp.log(xp.exp(logits).sum(-1, keepdims=True))
-
-
-def with_rest(logits: mx.array, ids: mx.array, temperature: float) -> mx.array:
-    """The logits of `ids` and, last, one that weighs as much as all others do at this temperature."""
-    kept = mx.take_along_axis(logits, ids, axis=-1)
-    whole = mx.logsumexp(logits / temperature, axis=-1, keepdims=True)
-    share = mx.exp(kept / temperature - whole).sum(-1, keepdims=True)
-    rest = temperature * (whole + mx.log(mx.maximum(1 - share, 1e-6)))
-    return mx.concatenate([kept, rest], axis=-1)
-
-
-def replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `path` that takes its name when it is complete and on the disk."""
-    new = path.with_name(f"new-{path.name}")
-    write(new)
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    new.replace(path)
+    num_weights = num_codes = num_groups = row_floats = vocab = 0
+    for path, module in build_model(config).named_modules():
+        if "weight" not in module:
+            continue
+        shape = module.weight.shape
+        num_weights += math.prod(shape)
+        if len(shape) < 2:
+            continue
+        row_floats += sum(shape[-2:]) * (top_k(config) if is_switch(module) else 1)
+        if is_switch(module) and f"{path}.scales" in student:
+            num_codes += math.prod(shape)
+            num_groups += student[f"{path}.scales"].size
+        elif not is_switch(module):
+            vocab = max(vocab, shape[-2])
+    num_rows = max(settings.batch_tokens, windows.shape[1])
+    parts = {
+        "teacher": 4 * num_weights,
+        "trunk": 4 * (num_weights - num_codes),
+        "codes": num_codes,
+        "training": 4 * FLOATS_PER_GROUP * num_groups,
+        "activations": 4 * num_rows * (row_floats + 4 * vocab),
+    }
+    needed = max(parts["teacher"], parts["trunk"] + parts["codes"] + parts["training"]) + parts["activations"]
+    if needed > available:
+        raise ConfigError(
+            f"--effort best: distillation needs {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free. "
+            f"It has first the teacher in float32 ({parts['teacher'] / 1e9:.1f} GB), then the student's trunk "
+            f"({parts['trunk'] / 1e9:.1f}), codes ({parts['codes'] / 1e9:.1f}) and scales, biases, gradients and "
+            f"moments ({parts['training'] / 1e9:.1f}); beside either, activations of {num_rows} tokens "
+            f"({parts['activations'] / 1e9:.1f}). Use --effort normal, or a machine with more memory."
+        )
 
 
 class Run:
     """The training of one student."""
 
     def __init__(
-        self, model: Module, dtypes: dict[str, mx.Dtype], targets: Targets, settings: Distillation, state: Path
+        self,
+        model: Module,
+        dtypes: dict[str, mx.Dtype],
+        targets: Targets,
+        settings: Distillation,
+        file: Path,
+        mark: str,
     ) -> None:
         self.model, self.targets, self.settings = model, targets, settings
-        self._dtypes, self._file = dtypes, state / "distilled.safetensors"
-        self.experts = dict(sorted(coded_experts(model)))
+        self._dtypes, self._file, self._mark = dtypes, file, mark
+        self.experts = dict(sorted((p, m) for p, m in model.named_modules() if isinstance(m, CodedExperts)))
         self._start = {path: (m.scales, m.biases, m.mean_codes()) for path, m in self.experts.items()}
         self.params = {
             f"{path}.{leaf}": mx.zeros(m.scales.shape) for path, m in self.experts.items() for leaf in "ab"
@@ -220,12 +196,43 @@ class Run:
         self.means = {name: mx.zeros_like(array) for name, array in self.params.items()}
         self.squares = dict(self.means)
         self.step, self.best_loss, self.best = 0, math.inf, Weights()
-        order = np.random.default_rng([settings.seed, 0]).permutation(len(targets.windows))
-        num_valid = max(1, round(len(order) * settings.valid_share))
-        self._valid, self._train = np.sort(order[:num_valid]), order[num_valid:]
+        self._valid, self._train = divided(len(targets.windows), settings)
+
+    def train(self, progress: Progress | None) -> None:
+        """Go on to the last step; the result is `best` then."""
+        s = self.settings
+        while True:
+            due = self.step % s.num_steps_between == 0 or self.step == s.num_steps
+            if due:
+                self.validate()
+                self.save()
+            if self.step == s.num_steps:
+                return
+            loss = self.take_step()
+            if progress:
+                progress(self.step, s.num_steps, f"KL {loss:.4f}, best {self.best_loss:.4f}")
+
+    def take_step(self) -> float:
+        """One step of Adam; the minibatch's loss before it."""
+        loss, grads = mx.value_and_grad(self._loss)(self.params, self.batch(self.step))
+        rate, (b1, b2) = self.rate(self.step), BETAS
+        self.step += 1
+        for name, g in grads.items():
+            self.means[name] = m = b1 * self.means[name] + (1 - b1) * g
+            self.squares[name] = v = b2 * self.squares[name] + (1 - b2) * g * g
+            m, v = m / (1 - b1**self.step), v / (1 - b2**self.step)
+            self.params[name] = self.params[name] - rate * m / (mx.sqrt(v) + EPSILON)
+        mx.eval(loss, self.params, self.means, self.squares)
+        return float(loss.item())
+
+    def _loss(self, params: Weights, chosen: Chosen) -> mx.array:
+        """In units of the divergence at temperature 1, whatever the temperature is."""
+        self._place(self.rounded(params))
+        t = self.settings.temperature
+        return self.targets.divergence(self.model, chosen, t) * t * t
 
     def rounded(self, params: Weights) -> Weights:
-        """Scales and biases by name, as they would be written, in float32."""
+        """Scales and biases by name, float32 with the values that will be written; gradients go past the rounding."""
         result = Weights()
         for path, (scales, biases, mean) in self._start.items():
             a, b = params[f"{path}.a"], params[f"{path}.b"]
@@ -235,20 +242,16 @@ class Run:
                 result[name] = exact + mx.stop_gradient(written - exact)
         return result
 
-    def place(self, arrays: Weights) -> None:
+    def _place(self, arrays: Weights) -> None:
         for path, module in self.experts.items():
             module.scales, module.biases = arrays[f"{path}.scales"], arrays[f"{path}.biases"]
 
-    def loss(self, params: Weights, chosen: npt.NDArray[np.intp]) -> mx.array:
-        self.place(self.rounded(params))
-        t = self.settings.temperature
-        return self.targets.divergence(self.model, chosen, t) * t * t
-
-    def batch(self, step: int) -> npt.NDArray[np.intp]:
+    def batch(self, step: int) -> Chosen:
+        """The windows of one step; every epoch has an order of its own."""
         size = max(1, self.settings.batch_tokens // self.targets.windows.shape[1])
         size = min(size, len(self._train))
         epoch, index = divmod(step, len(self._train) // size)
-        order = np.random.default_rng([self.settings.seed, 1, epoch]).permutation(self._train)
+        order = np.random.RandomState([self.settings.seed, epoch]).permutation(self._train)
         return np.sort(order[index * size : (index + 1) * size])
 
     def rate(self, step: int) -> float:
@@ -256,40 +259,46 @@ class Run:
         warm = min(1.0, (step + 1) / s.num_warmup_steps)
         return s.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / s.num_steps))
 
-    def take_step(self) -> float:
-        loss, grads = mx.value_and_grad(self.loss)(self.params, self.batch(self.step))
-        self.step += 1
-        rate, (b1, b2) = self.rate(self.step - 1), BETAS
-        for name, g in grads.items():
-            self.means[name] = m = b1 * self.means[name] + (1 - b1) * g
-            self.squares[name] = v = b2 * self.squares[name] + (1 - b2) * g * g
-            m, v = m / (1 - b1**self.step), v / (1 - b2**self.step)
-            self.params[name] = self.params[name] - rate * m / (mx.sqrt(v) + EPSILON)
-        mx.eval(loss, self.params, self.means, self.squares)
-        return float(loss.item())
-
     def validate(self) -> float:
+        """The divergence over the windows set aside; keeps the scales and biases if they are the best so far."""
         arrays = self.rounded(self.params)
-        self.place(arrays)
-        total = 0.0
-        for window in self._valid:
-            total += self.targets.divergence(self.model, np.array([window]), 1.0).item()
-        loss = total / len(self._valid)
+        self._place(arrays)
+        each = [self.targets.divergence(self.model, np.array([w]), 1.0).item() for w in self._valid]
+        loss = sum(each) / len(each)
         if loss < self.best_loss:
             self.best_loss = loss
-            self.best = {n: array.astype(self._dtypes[n]) for n, array in arrays.items()}
+            self.best = {name: array.astype(self._dtypes[name]) for name, array in arrays.items()}
             mx.eval(self.best)
         return loss
 
-    def train(self, progress: Progress | None) -> None:
-        s = self.settings
-        while True:
-            if self.step % s.num_steps_between == 0 or self.step == s.num_steps:
-                loss = self.validate()
-                if progress:
-                    progress(self.step, s.num_steps, f"valid {loss:.5f}")
-            if self.step == s.num_steps:
-                return
-            loss = self.take_step()
-            if progress:
-                progress(self.step, s.num_steps, f"{loss:.5f}")
+    def save(self) -> None:
+        """Write the state; a later run goes on from here."""
+        kinds = {"param": self.params, "mean": self.means, "square": self.squares, "best": self.best}
+        arrays = {f"{kind}:{name}": array for kind, of in kinds.items() for name, array in of.items()}
+        meta = {"of": self._mark, "step": str(self.step), "best_loss": self.best_loss.hex()}
+        replace_file(self._file, lambda path: mx.save_safetensors(str(path), arrays, meta))
+
+    def resume(self) -> None:
+        """Go on from the state, if there is one for these arguments."""
+        arrays, meta = read_state(self._file, self._mark)
+        if not meta:
+            return
+        self.step, self.best_loss = int(meta["step"]), float.fromhex(meta["best_loss"])
+        kinds: dict[str, Weights] = {
+            "param": Weights(),
+            "mean": Weights(),
+            "square": Weights(),
+            "best": Weights(),
+        }
+        for name, array in arrays.items():
+            kind, _, rest = name.partition(":")
+            kinds[kind][rest] = array
+        mx.eval(kinds)  # the file is replaced later
+        self.params, self.means, self.squares, self.best = kinds.values()
+
+
+def divided(num_windows: int, settings: Distillation) -> tuple[Chosen, Chosen]:
+    """Which windows are set aside for choosing, and which are trained on."""
+    order = np.random.RandomState(settings.seed).permutation(num_windows)
+    num_valid = min(max(1, round(num_windows * settings.valid_share)), num_windows - 1)
+    return np.sort(order[:num_valid]), np.sort(order[num_valid:])

@@ -10,11 +10,14 @@ of mlx-lm's model is given one of three products, each a node of MLX's graph wit
     experts as codes (the student's)                     the same; one expert at a time becomes float32, in the
                                                          backward pass again, so that never all of them are held
 
-Inside a product the arrays are NumPy's on a CPU and MLX's on a GPU; the code is the same for both. The rest of the
-model (norms, attention, routers' choice, activations) is MLX's own, so any family of mlx-lm will do.
+Inside a product the arrays are NumPy's on a CPU and MLX's on a GPU; the code is the same for both. On a CPU plain
+attention is NumPy's too (`attention_for_training`). The rest of the model (norms, positions, routers' choice,
+activations) is MLX's own, so any family of mlx-lm will do.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -230,3 +233,61 @@ def wide(array: mx.array) -> mx.array:
 def coded_experts(model: Module) -> Iterator[tuple[str, CodedExperts]]:
     """The model's trainable experts with their module paths."""
     yield from ((path, m) for path, m in model.named_modules() if isinstance(m, CodedExperts))
+
+
+@contextmanager
+def attention_for_training() -> Iterator[None]:
+    """On a CPU, attention with no mask or the causal one is NumPy's inside this block.
+
+    mlx-lm's families all call MLX's function, and most of them through names of their own: so it is
+    replaced where they look it up, for this process and as long as the block lasts. Half of a step's time was there.
+    """
+    own = mx.fast.scaled_dot_product_attention
+    if library() is np:
+        mx.fast.scaled_dot_product_attention = lambda *args, **kwargs: _attention(own, *args, **kwargs)
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = own
+
+
+def _attention(own: Any, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
+    """As mx.fast.scaled_dot_product_attention, here `own`, which does what is out of the ordinary."""
+    scale, mask, sinks = kwargs["scale"], kwargs.get("mask"), kwargs.get("sinks")
+    if sinks is not None or not (mask is None or isinstance(mask, str)) or q.dtype != mx.float32:
+        y: mx.array = own(q, k, v, **kwargs)
+        return y
+    product = mx.custom_function(lambda *qkv: mx.array(_attend(*map(np.asarray, qkv), scale, mask)))
+    product.vjp(
+        lambda qkv, d_y, _: tuple(map(mx.array, _attend_back(*map(np.asarray, (*qkv, d_y)), scale, mask)))
+    )
+    y = product(q, k, v)
+    return y
+
+
+def _shares(q: Array, k: Array, scale: float, mask: str | None) -> tuple[Array, Array]:
+    """Queries by key head [batch, key heads, queries per key, tokens, dims], and what each attends to."""
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
+    scores = (grouped * np.float32(scale)) @ k[:, :, None].swapaxes(-1, -2)
+    if mask:
+        later = np.triu(np.ones(scores.shape[-2:], bool), 1 + scores.shape[-1] - scores.shape[-2])
+        scores = np.where(later, np.float32(-math.inf), scores)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    return grouped, scores / scores.sum(-1, keepdims=True)
+
+
+def _attend(q: Array, k: Array, v: Array, scale: float, mask: str | None) -> Array:
+    _, shares = _shares(q, k, scale, mask)
+    return (shares @ v[:, :, None]).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _attend_back(
+    q: Array, k: Array, v: Array, d_y: Array, scale: float, mask: str | None
+) -> tuple[Array, Array, Array]:
+    grouped, shares = _shares(q, k, scale, mask)
+    d_y = d_y.reshape(*grouped.shape[:-1], v.shape[-1])
+    d_v = (shares.swapaxes(-1, -2) @ d_y).sum(2)
+    d_shares = d_y @ v[:, :, None].swapaxes(-1, -2)
+    d_scores = shares * (d_shares - (d_shares * shares).sum(-1, keepdims=True)) * np.float32(scale)
+    d_q = (d_scores @ k[:, :, None]).reshape(q.shape)
+    return d_q, (d_scores.swapaxes(-1, -2) @ grouped).sum(2), d_v

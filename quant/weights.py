@@ -15,14 +15,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 from expertd.checkpoint.config import Config
-from expertd.checkpoint.shards import TensorEntry
+from expertd.checkpoint.source import Source
 from expertd.errors import CheckpointError
 from expertd.model.classes import Weights, is_switch
 from expertd.quant.finite import Span, check_finite
@@ -32,23 +31,6 @@ LOAD = re.compile(r'\{ (\d+) \[label ="Load"')
 EXPERT = re.compile(r"(.+\.experts\.)\d+(\..+)")
 LOADED = re.compile(r'(\d+) -> "S:(\d+)"')
 MAX_NAMED = 1000  # MLX's bindings take no more than 1024 keyword arguments
-
-
-class Source(Protocol):
-    """What is needed of expertd.checkpoint.source."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def shards(self) -> Mapping[str, Mapping[str, TensorEntry]]: ...
-
-    @property
-    def is_remote(self) -> bool: ...
-
-    def fetch(self, names: Iterable[str]) -> None: ...
-
-    def release(self, names: Iterable[str]) -> None: ...
 
 
 class SourceWeights:
@@ -117,12 +99,6 @@ class SourceWeights:
         if self.source.is_remote:
             check_finite(self.spans(wanted))
         return {name: self._compute(name) for name in names}
-
-    def take_lazy(self) -> Weights:
-        """All parameters that were not taken yet, not computed. They must be computed in the order of `names`, each
-        dropped before the next, and the source must be local."""
-        arrays, self._arrays = self._arrays, {}
-        return arrays
 
     def _compute(self, name: str) -> mx.array:
         array = self._arrays.pop(name)

@@ -101,7 +101,7 @@ def describe_quantization(config: Config) -> str | None:
     settings = config.get("quantization") or config.get("quantization_config")
     if not isinstance(settings, dict):
         return None
-    if "bits" not in settings:
+    if "bits" not in settings or "quant_method" in settings:  # GPTQ and others have bits as well
         return repr(settings.get("quant_method"))[:40].strip("'")
     modules = [value for value in settings.values() if isinstance(value, dict)]
     all_bits = sorted({str(part["bits"]) for part in modules if "bits" in part} or {str(settings["bits"])})

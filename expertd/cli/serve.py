@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import click
 
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible HTTP API until Ctrl-C or SIGTERM.
 
-    MODEL is `demo`, a folder or a hub id. Prints the URL and a curl command once it can answer. Machines that were
-    paired with this one (`expertd pair`) may then `expertd join` it.
+    MODEL is `demo`, a folder, a hub id or an https:// URL of a folder. Prints the URL and a curl command once it can
+    answer. Machines that were paired with this one (`expertd pair`) may then `expertd join` it.
     """
     from expertd.server.serve import take_port
 
@@ -73,7 +74,9 @@ def _verify(folder: Path, hosts: HostsConfig) -> None:
 
 
 def model_id(name: str, folder: Path) -> str:
-    """The id that clients use: MODEL as typed for `demo` and hub ids, the folder's name for a folder."""
+    """The id that clients use: MODEL as typed for `demo` and hub ids, the folder's name for a folder or its URL."""
+    if "://" in name:
+        return unquote(name.rstrip("/").rpartition("/")[2])
     return folder.name if Path(name).expanduser().is_dir() and name != "demo" else name
 
 

@@ -77,8 +77,9 @@ class Handler(BaseHTTPRequestHandler):
             self.body(200, data, about, fault)
             return
         begin, end = int(span[1]), min(int(span[2]) + 1, len(data))
-        shift = 1 if fault == "wrong range" else 0
-        about["Content-Range"] = f"bytes {begin + shift}-{end - 1 + shift}/{len(data)}"
+        if fault == "wrong range":
+            begin, end = begin + 1, end + 1
+        about["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data)}"
         if fault == "other size":
             about["Content-Range"] = f"bytes {begin}-{end - 1}/{len(data) + 1}"
         self.body(206, data[begin:end], about, fault)

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from expertd.checkpoint import blocks, ranges, remote
 from expertd.checkpoint.blocks import BLOCK_BYTES, BlockFile
@@ -38,10 +39,10 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     weight_map = {}
     for number, shard in enumerate(SHARDS):
         arrays = {
-            f"layers.{number}.{i:02}": mx.array(rng.standard_normal((450 + i, 500), np.float32))
+            f"layers.{number}.{i:02}": rng.standard_normal((450 + i, 500), np.float32)
             for i in range(NUM_TENSORS)
         }
-        mx.save_safetensors(str(folder / shard), arrays, metadata={"format": "mlx"})
+        save_file(arrays, folder / shard)
         weight_map |= dict.fromkeys(arrays, shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text('{"model_type": "x"}')
@@ -74,9 +75,9 @@ def open_remote(site: Site, tmp_path: Path) -> Iterator[Callable[..., RemoteSour
         source.close()
 
 
-def faults(fault: str, first: int = 2, last: int = 10**9) -> Callable[[str, int], str]:
-    """The fault at the given requests for each shard; the first request reads the header."""
-    return lambda name, n: fault if name in SHARDS and first <= n <= last else ""
+def faults(fault: str, at: Container[int] = range(2, 10**9)) -> Callable[[str, int], str]:
+    """The fault at the given requests for each shard; the first good answer brings the header."""
+    return lambda name, n: fault if name in SHARDS and n in at else ""
 
 
 def tensors(source: RemoteSource) -> list[str]:
@@ -161,7 +162,7 @@ def test_what_may_pass_is_tried_again(
     fault: str, open_remote: Callable[..., RemoteSource], site: Site, local: Path
 ) -> None:
     # A false size at the first request is the size.
-    site.fault = faults(fault, 2, 3) if fault == "other size" else faults(fault, 1, 2)
+    site.fault = faults(fault, (2, 3) if fault == "other size" else (1, 3, 4))
     source = open_remote()
     source.fetch(tensors(source))
     assert_same(source, local, tensors(source))
@@ -250,7 +251,7 @@ def test_redirects_do_not_carry_the_token(
 ) -> None:
     with serve(Site().take(local)) as other:
         site.elsewhere = other.url.replace("127.0.0.1", "localhost")
-        site.fault = faults("redirect", 1)
+        site.fault = faults("redirect", range(1, 10**9))
         source = open_remote(Authorization="Bearer secret")
         source.fetch(["layers.0.01"])
         assert_same(source, local, ["layers.0.01"])
@@ -272,13 +273,13 @@ def test_redirects_do_not_carry_the_token(
 def test_redirects_to_less_safe_places_are_refused(
     where: str, open_remote: Callable[..., RemoteSource], site: Site
 ) -> None:
-    site.elsewhere, site.fault = where, faults("redirect", 1)
+    site.elsewhere, site.fault = where, faults("redirect", range(1, 10**9))
     with pytest.raises(CheckpointError, match="redirected"):
         open_remote()
 
 
 def test_redirects_in_a_circle_end(open_remote: Callable[..., RemoteSource], site: Site) -> None:
-    site.elsewhere, site.fault = site.url, faults("redirect", 1)
+    site.elsewhere, site.fault = site.url, faults("redirect", range(1, 10**9))
     with pytest.raises(CheckpointError, match="redirected more than"):
         open_remote()
 
@@ -334,8 +335,8 @@ def test_a_large_header_is_read_in_two_pieces(
     header = whole[8 : 8 + length] + b" " * 200_000
     site.files[SHARDS[0]] = len(header).to_bytes(8, "little") + header + whole[8 + length :]
     source = open_remote(0)
-    source.fetch(["layers.0.00"])
-    source.release(["layers.0.00"])
+    source.fetch(tensors(source))
+    source.release(tensors(source))
     assert source.held_bytes == 0
     here = (source.folder / SHARDS[0]).read_bytes()
     assert here[: 8 + len(header)] == site.files[SHARDS[0]][: 8 + len(header)]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from expertd.checkpoint.config import Config, normalise_config, read_config
-from expertd.checkpoint.inspect import check_shards
+from expertd.checkpoint.source import LocalSource
 from expertd.model.classes import build_model
 from expertd.quant.weights import SourceWeights
 from tests.tiny import to_bfloat16, write_json
@@ -116,14 +116,11 @@ def rewrite(folder: Path, tensors: Tensors, **config: Any) -> Path:
     return folder
 
 
-class LocalSource:
+class NearSource(LocalSource):
     """A folder as a source of weights; remembers what was asked for."""
 
-    is_remote = False
-
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shards = check_shards(folder)
+        super().__init__(folder.name, folder)
         self.fetched: list[str] = []
         self.released: list[str] = []
 
@@ -134,7 +131,7 @@ class LocalSource:
         self.released += names
 
 
-class FarSource(LocalSource):
+class FarSource(NearSource):
     """A copy of a folder in which a tensor's bytes are zeros but between `fetch` and `release`."""
 
     is_remote = True
@@ -170,6 +167,6 @@ def config_of(folder: Path) -> Config:
     return normalise_config(read_config(folder))
 
 
-def open_weights(folder: Path, source: LocalSource | None = None) -> SourceWeights:
+def open_weights(folder: Path, source: NearSource | None = None) -> SourceWeights:
     config = config_of(folder)
-    return SourceWeights(build_model(config), source or LocalSource(folder), config)
+    return SourceWeights(build_model(config), source or NearSource(folder), config)

@@ -8,7 +8,9 @@ import pytest
 from expertd.checkpoint.shards import TensorEntry
 from expertd.errors import CheckpointError
 from expertd.quant.convert import quantize_checkpoint
-from expertd.quant.formats import Stored, find_stored, float_formats, refuse_quantized, widen
+from expertd.quant.formats import Stored, find_stored, float_formats, refuse_quantized, widen, widen_sanitized
+from expertd.quant.settings import Settings
+from expertd.quant.survey import survey
 from tests.quant.narrow import (
     E4M3,
     Array,
@@ -24,7 +26,7 @@ from tests.quant.narrow import (
     wide,
     write_tensors,
 )
-from tests.tiny import E2M1, make_tiny, to_mxfp4
+from tests.tiny import E2M1, make_tiny, to_mxfp4, write_json
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 PACKED = {
@@ -254,6 +256,31 @@ def test_codes_without_scales(tmp_path: Path) -> None:
         widened(tmp_path, {"a.weight_packed": ("I32", words(8, 4))})
 
 
+@pytest.mark.parametrize(("mode", "bits"), [("mxfp4", 4), ("mxfp8", 8)])
+def test_what_a_family_leaves_packed(mode: str, bits: int, tmp_path: Path) -> None:
+    values = mx.array(random(3, 4, 64).astype(np.float32))
+    packed, scales = mx.quantize(values, group_size=32, bits=bits, mode=mode)
+    parameters = {"a.weight": values, "b.weight": values}
+    weights = {"a.weight": packed, "a.scales": scales, "b.weight": values}
+    wide = widen_sanitized(tmp_path, weights, parameters)
+    assert list(wide) == ["a.weight", "b.weight"] and wide["a.weight"].dtype == mx.bfloat16
+    exact = 2.0 ** (np.array(scales).astype(np.float64) - 127).repeat(32, axis=-1)
+    bytes_ = np.array(packed.view(mx.uint8))
+    if bits == 8:
+        exact *= E4M3[bytes_]
+    else:
+        nibbles = np.stack([bytes_ & 15, bytes_ >> 4], axis=-1).reshape(3, 4, 64)
+        exact *= E2M1[nibbles & 7] * np.where(nibbles & 8, -1, 1)
+    np.testing.assert_array_equal(bits_of(wide["a.weight"]), bf16_of(exact))
+
+
+def test_what_a_family_leaves_packed_otherwise(tmp_path: Path) -> None:
+    values = mx.array(random(4, 64).astype(np.float32))
+    packed, scales = mx.quantize(values, group_size=16, bits=4, mode="nvfp4")
+    with pytest.raises(CheckpointError, match=r"tensor 'a\.weight' has 4 bits in groups of 16, wanted MXFP4"):
+        widen_sanitized(tmp_path, {"a.weight": packed, "a.scales": scales}, {"a.weight": values})
+
+
 def test_formats_of_bytes() -> None:
     tensors: Tensors = {
         "a.weight": ("U8", small(8, 8)), "a.weight_scale_inv": ("U8", small(1, 1)),
@@ -310,4 +337,82 @@ def test_packed_int4_converts_and_loads(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "src", "qwen3_moe", "bfloat16")
     tensors, _ = narrowed(read_tensors(folder / "model.safetensors"), "packed")
     rewrite(folder, tensors, **PACKED)
-    assert quantize_checkpoint(folder, tmp_path / "dst").num_parameters > 0
+    assert quantize_checkpoint(folder, tmp_path / "dst", Settings(effort="plain")).num_parameters > 0
+
+
+V41 = {
+    "model_type": "deepseek_v41", "architectures": ["DeepseekV41ForCausalLM"], "vocab_size": 64, "hidden_size": 128,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16,
+    "o_groups": 2, "o_lora_rank": 32, "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "compress_ratios": [0], "quantization_config": {
+        "quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]
+    },
+}  # fmt: skip
+
+
+def native_v41() -> tuple[Tensors, dict[str, Array]]:
+    """As DeepSeek publishes it: FP8 in tiles of 32 x 32, experts in FP4, all scales powers of two. And the exact
+    values of the parameters made of these, as bfloat16 bits."""
+    tensors: Tensors = {"embed.weight": ("BF16", small(64, 256).view(np.uint16))}
+    exact: dict[str, Array] = {}
+    linears = {
+        "attn.wq_a": (64, 128), "attn.wq_b": (256, 64), "attn.wkv": (64, 128), "attn.wo_a": (64, 128),
+        "attn.wo_b": (128, 64), "ffn.shared_experts.w1": (64, 128), "ffn.shared_experts.w2": (128, 64),
+        "ffn.shared_experts.w3": (64, 128),
+    }  # fmt: skip
+    for name, (rows, columns) in linears.items():
+        values, powers = (
+            codes(rows, columns),
+            random(rows // 32, columns // 32).astype(np.int8).view(np.uint8),
+        )
+        powers = (powers + 120).astype(np.uint8)
+        tensors |= {
+            f"layers.0.{name}.weight": ("F8_E4M3", values),
+            f"layers.0.{name}.scale": ("F8_E8M0", powers),
+        }
+        exact[name] = bf16_of(from_fp8(values, np.exp2(powers.astype(np.float64) - 127), (32, 32)))
+    for expert in range(4):
+        for name, shape in {"w1": (64, 128), "w2": (128, 64), "w3": (64, 128)}.items():
+            packed, powers = to_mxfp4(random(*shape, seed=expert).astype(np.float32))
+            path = f"layers.0.ffn.experts.{expert}.{name}"
+            tensors |= {
+                f"{path}.weight": ("I8", packed.reshape(shape[0], -1)),
+                f"{path}.scale": ("F8_E8M0", powers),
+            }
+            nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(shape)
+            values = E2M1[nibbles & 7] * np.where(nibbles & 8, -1, 1)
+            exact[f"{name}.{expert}"] = bf16_of(
+                values * np.exp2(powers.astype(np.float64) - 127).repeat(32, axis=1)
+            )
+    floats = {
+        "norm.weight": (128,), "head.weight": (64, 128), "layers.0.attn.q_norm.weight": (64,),
+        "layers.0.attn.kv_norm.weight": (64,), "layers.0.attn.attn_sink": (4,), "layers.0.ffn.gate.weight": (4, 128),
+        "layers.0.ffn.gate.bias": (4,), "layers.0.attn_norm.weight": (128,), "layers.0.ffn_norm.weight": (128,),
+    }  # fmt: skip
+    for part in ("attn", "ffn"):
+        floats |= {
+            f"layers.0.hc_{part}_{n}": s for n, s in (("fn", (24, 512)), ("base", (24,)), ("scale", (3,)))
+        }
+    return tensors | {name: ("F32", np.ones(shape, np.float32)) for name, shape in floats.items()}, exact
+
+
+def test_deepseeks_own_files(tmp_path: Path) -> None:
+    """FP8 is widened before this family's sanitize, which would keep it; FP4 is what it leaves packed."""
+    tensors, exact = native_v41()
+    folder = make_tiny(tmp_path / "src", "deepseek_v3")
+    write_json(folder / "config.json", V41)
+    write_tensors(folder / "model.safetensors", tensors)
+    weights = open_weights(folder)
+    survey(weights, [])
+    found = weights.take(weights.names)
+    layer = "model.layers.0"
+    for ours, theirs in (
+        ("self_attn.q_b_proj", "attn.wq_b"),
+        ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2"),
+    ):
+        np.testing.assert_array_equal(bits_of(found[f"{layer}.{ours}.weight"]), exact[theirs])
+    o_a_proj = bits_of(found[f"{layer}.self_attn.o_a_proj.weight"])
+    np.testing.assert_array_equal(o_a_proj, exact["attn.wo_a"].reshape(2, 32, 128))
+    for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+        stacked = bits_of(found[f"{layer}.mlp.experts.switch_mlp.{ours}.weight"])
+        np.testing.assert_array_equal(stacked, np.stack([exact[f"{theirs}.{e}"] for e in range(4)]))

@@ -166,6 +166,36 @@ def test_lost_shard_is_written_again(wanted: dict[str, str], texts: Path, tmp_pa
     assert complete(tmp_path / "dst", texts) == wanted
 
 
+@pytest.mark.parametrize("stop_in", ["_put", "sync_data"])
+def test_unit_that_is_written_again_is_old_or_new(
+    stop_in: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_some(tmp_path / "dst", 8)
+    put, (name, *_) = shards.ShardFile._put, [t.name for t in UNITS[4].tensors]
+
+    def torn(self: shards.ShardFile, at: int, data: Any) -> None:
+        put(self, at, memoryview(data)[:50])
+        raise KeyboardInterrupt
+
+    def interrupt(fd: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "dst") as out:
+        monkeypatch.setattr(
+            *{"_put": (shards.ShardFile, "_put", torn)}.get(stop_in, (output, stop_in, interrupt))
+        )
+        out.write("model.layers.4", content(UNITS[4], seed=1), {"n": 2})
+    monkeypatch.undo()
+    assert (out.work / "redo").stat().st_size > UNITS[4].num_bytes
+    if stop_in == "sync_data":  # what was not waited for may be lost with the power
+        os.truncate(out.work / "redo", 100)
+    seed = int(stop_in == "_put")
+    for _ in range(2):
+        with begin(tmp_path / "dst") as out:
+            assert len(out.notes) == 8 and out.notes["model.layers.4"] == {"n": 1 + seed}
+            assert out.read("model.layers.4")[name].tobytes() == content(UNITS[4], seed)[name]
+
+
 def test_torn_journal(wanted: dict[str, str], texts: Path, tmp_path: Path) -> None:
     journal = write_some(tmp_path / "dst", 3) / "journal"
     whole = journal.read_bytes()
@@ -344,6 +374,29 @@ def test_interrupted_while_finishing(
     assert not (tmp_path / "dst.partial").exists()
 
 
+def test_finished_shards_become_unloadable_first(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed with everything in place is taken up again: config.json goes before a shard does."""
+    write_some(tmp_path / "dst", 8)
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "dst") as out:
+        sync = output.sync_path
+        monkeypatch.setattr(
+            output, "sync_path", lambda p: interrupt() if (p / "config.json").exists() else sync(p)
+        )
+        out.finish(CONFIG, texts, {})
+    assert check_checkpoint(out.work / "checkpoint")  # whole, but for the name
+    monkeypatch.setattr(output, "sync_path", sync)
+    monkeypatch.setattr(shards.ShardFile, "open", interrupt)
+    with pytest.raises(KeyboardInterrupt), begin(tmp_path / "dst"):
+        pass
+    assert not (out.work / "checkpoint" / "config.json").exists()
+
+
 @pytest.mark.parametrize(
     "name", ["../../x", "a\nb", "/etc/passwd", "", "\0", "ü\u2028", "a" * 5000, '"}', "."]
 )
@@ -393,7 +446,8 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as jobs:
         assert jobs.stdin and jobs.stdout
-        while kills < 20 or (tmp_path / f"{name}.partial").exists():
+        is_complete = False
+        while kills < 20 or not is_complete:
             jobs.stdin.write(f"{name}\n")
             pid = int(jobs.stdout.readline())
             if kills < 20:
@@ -402,7 +456,7 @@ def test_killed_twenty_times(tmp_path: Path) -> None:
             code = int(jobs.stdout.readline())
             assert code in (0, -signal.SIGKILL)
             kills += code != 0
-            if (tmp_path / str(name)).exists():  # as a whole, or not at all
+            if is_complete := (tmp_path / str(name)).exists():  # as a whole, or not at all
                 assert hashes(tmp_path / str(name)) == wanted
                 name += 1
         jobs.stdin.close()

@@ -12,6 +12,7 @@ from expertd.quant import finite
 from expertd.quant.convert import quantize_checkpoint
 from expertd.quant.ewq import measure
 from expertd.quant.finite import Span, check_finite
+from expertd.quant.settings import Settings
 from expertd.quant.survey import survey
 from tests.quant.narrow import (
     Array,
@@ -215,6 +216,6 @@ def test_damaged_source_is_refused_before_anything_is_written(
 ) -> None:
     harm(src)
     with pytest.raises(CheckpointError) as caught:
-        quantize_checkpoint(src, tmp_path / "dst")
+        quantize_checkpoint(src, tmp_path / "dst", Settings(effort="plain"))
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["src"]

@@ -17,7 +17,7 @@ from expertd.quant.weights import SourceWeights
 from tests import tiny
 from tests.quant.narrow import (
     FarSource,
-    LocalSource,
+    NearSource,
     Tensors,
     config_of,
     open_weights,
@@ -116,7 +116,7 @@ def test_remote_tensors_are_fetched_first_and_released_last(family: str, tmp_pat
 
 def test_a_shared_tensor_is_released_after_its_last_use(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "src", "gpt_oss", "bfloat16")
-    source = LocalSource(folder)
+    source = NearSource(folder)
     weights = open_weights(folder, source)
     shared = "model.layers.1.mlp.experts.gate_up_proj"
     for half, released in (("up", False), ("gate", True)):
@@ -150,7 +150,7 @@ def test_family_that_reads_early_needs_a_local_folder(
         return sanitize(weights)
 
     monkeypatch.setattr(type(model), "sanitize", reading)
-    SourceWeights(model, LocalSource(src), config)
+    SourceWeights(model, NearSource(src), config)
     with pytest.raises(CheckpointError, match=r"reads tensor 'model\.norm\.weight' of this family"):
         SourceWeights(model, FarSource(src, tmp_path / "far"), config)
 
