@@ -230,10 +230,14 @@ class Cluster:
         leader = self._leader or await self._wait_leader()
         if not isinstance(leader, LocalRank):
             raise ConfigError("another host leads this group, and windows stay on their host.")
-        async with aclosing(leader.generate(observe)) as events:
-            async for event in events:
-                if isinstance(event, Done):
-                    return event
+        self._num_open += 1
+        try:
+            async with aclosing(leader.generate(observe)) as events:
+                async for event in events:
+                    if isinstance(event, Done):
+                        return event
+        finally:
+            self._num_open -= 1
         raise ClusterError("the answer has no end. This is a bug of expertd.")
 
     async def _wait_leader(self) -> Leader:

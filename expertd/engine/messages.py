@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
 A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Ready (once),
-Joined and Ended (each at most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and one of
-Done, Rejected (the request is wrong) and Failed (we are).
+Joined and Ended (each at most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and
+one of Done, Rejected (the request is wrong) and Failed (we are).
 """
 
 from dataclasses import dataclass, field
