@@ -5,7 +5,7 @@ import random
 import msgpack
 import pytest
 
-from expertd.engine.plan import Plan, decode_plan
+from expertd.engine.plan import Plan, WindowsPlan, decode_plan
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
@@ -17,8 +17,10 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_round_trip(plan: Plan) -> None:
+@pytest.mark.parametrize(
+    "plan", [*PLANS, WindowsPlan([[1, 2**31], [3, 4]], StepSplit("tokens", (0.25, 0.75)))]
+)
+def test_round_trip(plan: Plan | WindowsPlan) -> None:
     again = decode_plan(plan.encode())
     assert again == plan
     assert type(again.split.fractions) is tuple
