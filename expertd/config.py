@@ -22,7 +22,8 @@ class GroupConfig:
     processors (empty: not pinned). Waits inside one step may add up to `exchange_timeout_s`; a rank
     whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
-    on one host and the fastest link between two, "mlx" is MLX's own engine.
+    on one host and the fastest link between two, "mlx" is MLX's own engine. `wide` is for evaluation: weights as
+    float32 (expertd/model/adapter.py).
     """
 
     checkpoint: str
@@ -35,6 +36,7 @@ class GroupConfig:
     pulse_timeout_s: float = 1.5
     cpus: tuple[tuple[int, ...], ...] = ()
     link: str = "auto"
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ranks <= MAX_RANKS:

@@ -13,6 +13,7 @@ from expertd.cli.doctor import doctor_command
 from expertd.cli.hosts import hosts_command
 from expertd.cli.join import join_command
 from expertd.cli.pair import pair_command
+from expertd.cli.quality import quality_command
 from expertd.cli.quantize import quantize_command
 from expertd.cli.run import run_command
 from expertd.cli.serve import serve_command
@@ -40,6 +41,7 @@ for _command in (
     topology_command,
     doctor_command,
     quantize_command,
+    quality_command,
     bench_command,
 ):
     cli.add_command(_command)

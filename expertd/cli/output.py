@@ -65,12 +65,13 @@ async def _tick(what: str) -> None:
 
 
 class Progress:
-    """A bar on standard error for work that counts bytes: `progress(what, done, of)`, from any thread.
+    """A bar on standard error for work that counts bytes, or `unit`s: `progress(what, done, of)`, from any thread.
 
     Without a terminal it prints nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "B") -> None:
+        self._unit = unit
         self._bar: Any = None
         self._what = ""
         self._lock = threading.Lock()
@@ -88,7 +89,8 @@ class Progress:
             if what != self._what:
                 self._close()
                 self._what = what
-                self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
+                kind = {"unit": self._unit, "unit_scale": self._unit == "B"}
+                self._bar = tqdm(total=total, desc=what, disable=None, leave=False, **kind)
             self._bar.update(done - self._bar.n)
             if done >= total:
                 self._close()

@@ -17,6 +17,7 @@ from expertd.engine.messages import (
     Cancel,
     Done,
     Failed,
+    Observe,
     Ready,
     Rejected,
     Setup,
@@ -136,7 +137,7 @@ class LocalRank:
             return f"has said nothing for {SILENCE_TIMEOUT_S:g} s with {len(self.replies)} requests open"
         return None
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
+    async def generate(self, submit: Submit | Observe) -> AsyncGenerator[Started | Token | Done, None]:
         """Run one request on this rank, the leader. As Cluster.generate."""
         if self.dead:
             raise ClusterError(f"rank {self.number} {self.dead}; ask again")

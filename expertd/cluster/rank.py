@@ -30,6 +30,7 @@ from expertd.engine.messages import (
     Fatal,
     Joined,
     Message,
+    Observe,
     Ready,
     Setup,
     Submit,
@@ -214,9 +215,9 @@ class Rank:
             self._take(message)
 
     def _take(self, message: Message) -> None:
-        if isinstance(message, Submit | Cancel) and self._leads:
+        if isinstance(message, Submit | Observe | Cancel) and self._leads:
             self._engine.take(message)
-        elif isinstance(message, Submit):
+        elif isinstance(message, Submit | Observe):
             self._control.send(Failed(message.request_id, "this rank does not lead any more; ask again"))
 
 
@@ -228,7 +229,7 @@ def _load(setup: Setup, control: Control) -> Rank:
 
     group = _group(setup)
     info = check_checkpoint(Path(group.checkpoint))
-    model = Model(info.folder, info.config)
+    model = Model(info.folder, info.config, group.wide)
     model.require(group.split)
     # Every rank may come to lead, and has no time to spare then.
     tokenizer = Tokenizer(info.folder, info.config)

@@ -42,13 +42,14 @@ from expertd.engine.messages import (
     Fatal,
     Joined,
     Message,
+    Observe,
     Ready,
     Rejected,
     Started,
     Submit,
     Token,
 )
-from expertd.errors import ClusterError, ExpertdError, RemoteProtocolError
+from expertd.errors import ClusterError, ConfigError, ExpertdError, RemoteProtocolError
 
 RANK_MODULE = "expertd.cluster.rank"
 LOAD_TIMEOUT_S = 600.0
@@ -219,6 +220,26 @@ class Cluster:
         finally:
             self._num_open -= 1
 
+    async def observe(self, observe: Observe) -> Done:
+        """Let the ranks read whole windows, for evaluation; rank 0 must be this host's.
+
+        Raises ConfigError when the rank rejects it or is another host's, ClusterError as `generate`.
+        """
+        if self._ended.done():
+            raise ClusterError(str(self._ended.result()))
+        leader = self._leader or await self._wait_leader()
+        if not isinstance(leader, LocalRank):
+            raise ConfigError("another host leads this group, and windows stay on their host.")
+        self._num_open += 1
+        try:
+            async with aclosing(leader.generate(observe)) as events:
+                async for event in events:
+                    if isinstance(event, Done):
+                        return event
+        finally:
+            self._num_open -= 1
+        raise ClusterError("the answer has no end. This is a bug of expertd.")
+
     async def _wait_leader(self) -> Leader:
         try:
             async with asyncio.timeout(LEADER_TIMEOUT_S):
@@ -388,7 +409,7 @@ class Cluster:
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
         elif isinstance(message, Started | Token | Done | Rejected | Failed):
-            if isinstance(message, Token) and self.running:
+            if isinstance(message, Token | Done) and self.running:
                 self._epochs[-1].fruitful = True
             rank.answer(message)
         else:

@@ -18,8 +18,18 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from expertd.engine.messages import Cancel, Failed, Message, Rejected, Started, Submit, Token
-from expertd.engine.plan import Plan
+from expertd.engine.messages import (
+    Cancel,
+    Done,
+    Failed,
+    Message,
+    Observe,
+    Rejected,
+    Started,
+    Submit,
+    Token,
+)
+from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, prompt_ids
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
@@ -41,6 +51,7 @@ class Engine:
     _split: str = "solo"
     _fractions: tuple[float, ...] = (1.0,)
     _waiting: deque[Sequence] = field(default_factory=deque)
+    _to_observe: deque[Observe] = field(default_factory=deque)
     _released: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _logits: list[mx.array] = field(default_factory=list)
@@ -48,7 +59,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether `step` would find nothing to do."""
-        return not self._waiting
+        return not self._waiting and not self._to_observe
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
         """Go on in a new epoch: no sequence has a cache in `runner`, and steps are divided by `split`."""
@@ -59,16 +70,22 @@ class Engine:
 
     def abandon(self, reason: str) -> None:
         """Fail every open request: another rank leads now, and knows nothing of them."""
-        for sequence in self._waiting:
-            self.send(Failed(sequence.submit.request_id, reason))
+        ids = [s.submit.request_id for s in self._waiting] + [o.request_id for o in self._to_observe]
+        for request_id in ids:
+            self.send(Failed(request_id, reason))
         self._waiting.clear()
+        self._to_observe.clear()
         self._logits, self._runner = [], None
 
-    def take(self, message: Submit | Cancel) -> None:
+    def take(self, message: Submit | Observe | Cancel) -> None:
         """Queue a request, or mark one as cancelled."""
         if isinstance(message, Submit):
             self._admit(message)
             return
+        if isinstance(message, Observe):
+            self._admit_windows(message)
+            return
+        self._to_observe = deque(o for o in self._to_observe if o.request_id != message.request_id)
         for sequence in self._waiting:
             if sequence.submit.request_id == message.request_id:
                 sequence.cancelled = True
@@ -79,6 +96,9 @@ class Engine:
         Raises TransportError when the epoch is over; the step then has not happened, and `begin` comes next.
         """
         assert self._runner is not None
+        if self._to_observe:
+            self._observe(self._runner, self._to_observe[0])
+            return
         sequence = self._schedule()
         if sequence is None:
             return
@@ -164,3 +184,37 @@ class Engine:
                 self.send(Failed(sequence.submit.request_id, reason))
                 return
         self.send(done)
+
+    # Whole windows, for evaluation: one step each, which an interruption repeats.
+
+    def _admit_windows(self, observe: Observe) -> None:
+        lengths = {len(window) for window in observe.windows}
+        if len(lengths) != 1 or not 1 <= max(lengths) <= self.context_length:
+            self.send(
+                Rejected(
+                    observe.request_id,
+                    f"windows of {sorted(lengths)} tokens: wanted one length, at most {self.context_length}.",
+                )
+            )
+            return
+        self._to_observe.append(observe)
+        self.send(Started(observe.request_id, len(observe.windows) * max(lengths)))
+
+    def _observe(self, runner: Runner, observe: Observe) -> None:
+        num_tokens = len(observe.windows) * len(observe.windows[0])
+        split = choose(self._split, num_tokens, self.splits, self._fractions)
+        start = time.monotonic()
+        logits, taps = runner.lead_windows(WindowsPlan(observe.windows, split))
+        speed = num_tokens / max(time.monotonic() - start, 1e-9)
+        self._to_observe.popleft()
+        arrays = {"logits": logits}
+        arrays |= {f"hidden.{layer}": hidden.astype(mx.float32) for layer, hidden in taps.hidden.items()}
+        arrays |= {f"experts.{layer}": ids for layer, ids in taps.experts.items()}
+        try:
+            with open(observe.file, "wb") as file:
+                mx.save_safetensors(file, arrays)
+        except (RuntimeError, OSError) as e:
+            self.send(Failed(observe.request_id, f"cannot write {observe.file}: {e}"))
+            return
+        ranks = len(self._fractions)
+        self.send(Done(observe.request_id, "stop", num_tokens, 0, speed, 0.0, split.name, ranks))

@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
-A supervisor says Setup (first, once), Begin (once per epoch), Submit and Cancel. A rank says Ready (once), Joined and
-Ended (each at most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and one of
-Done, Rejected (the request is wrong) and Failed (we are).
+A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Ready (once),
+Joined and Ended (each at most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and
+one of Done, Rejected (the request is wrong) and Failed (we are).
 """
 
 from dataclasses import dataclass, field
@@ -67,6 +67,21 @@ class Submit:
     stop: list[str] = field(default_factory=list)
     ignore_end: bool = False
     logits_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Read whole windows of token ids, all equally long, without a cache: for evaluation.
+
+    Rank 0 writes what it saw to `file`, as safetensors: "logits" float32 [num_windows, num_tokens, vocab];
+    "hidden.N" float32 [num_windows, num_tokens, width], layer N's output; "experts.N" uint32 [num_windows,
+    num_tokens, top_k], for layers with experts. It answers Started and Done. Only this host's own
+    supervisor can say it: the file is one of ours.
+    """
+
+    request_id: str
+    windows: list[list[int]]
+    file: str
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,7 @@ Message = (
     Setup
     | Begin
     | Submit
+    | Observe
     | Cancel
     | Ready
     | Joined

@@ -26,12 +26,25 @@ class Plan:
         frame: bytes = msgpack.packb(asdict(self))
         return frame
 
-    @classmethod
-    def decode_frame(cls, frame: bytes) -> "Plan":
-        """Raises RemoteProtocolError when the bytes are no plan."""
-        try:
-            values = msgpack.unpackb(frame)
-            split = values.pop("split")
-            return cls(**values, split=StepSplit(split["name"], tuple(split["fractions"])))
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e
+
+@dataclass(frozen=True)
+class WindowsPlan:
+    """Read `windows`, all equally long, under `split` and without a cache."""
+
+    windows: list[list[int]]
+    split: StepSplit
+
+    def encode(self) -> bytes:
+        frame: bytes = msgpack.packb(asdict(self))
+        return frame
+
+
+def decode_plan(frame: bytes) -> Plan | WindowsPlan:
+    """Raises RemoteProtocolError when the bytes are no plan."""
+    try:
+        values = msgpack.unpackb(frame)
+        split = values.pop("split")
+        kind = WindowsPlan if "windows" in values else Plan
+        return kind(**values, split=StepSplit(split["name"], tuple(split["fractions"])))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e

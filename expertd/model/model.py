@@ -1,6 +1,8 @@
 """A loaded model as the engine sees it: tokens and a cache in, logits out, under the split of the step."""
 
+import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +69,8 @@ class Model:
     def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, Taps]:
         """One pass over whole windows [num_windows, num_tokens] without a cache, for evaluation.
 
-        Gives float32 logits [num_windows, num_tokens, vocab] and what passed through the layers; all evaluated.
-        Under `tokens` the taps hold this rank's choice of experts only.
+        Gives float32 logits [num_windows, num_tokens, vocab] and what passed through the layers, the same on every
+        rank; all evaluated.
         """
         if self._taps is None:
             self._taps = tap(self._model)
@@ -76,4 +78,17 @@ class Model:
         with fast_attention():
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
+        if split.name == "tokens":
+            self._gather_choices(self._taps, tokens.shape)
         return logits, self._taps
+
+    def _gather_choices(self, taps: Taps, shape: Sequence[int]) -> None:
+        """Under `tokens` a rank's routers see its own tokens alone: swap what they chose, layer by layer."""
+        counts, own = self._state.cut(math.prod(shape))
+        for layer, ids in sorted(taps.experts.items()):
+            mine = ids.reshape(-1, ids.shape[-1])[
+                : own.stop - own.start
+            ]  # a rank without tokens computed one
+            every = self._state.exchange(mine, counts)
+            mx.eval(every)  # the next exchange may not overtake it
+            taps.experts[layer] = every.reshape(*shape, -1)

@@ -15,7 +15,7 @@ from expertd.config import GroupConfig, ServerConfig
 from expertd.errors import ConfigError
 
 
-@pytest.mark.parametrize("command", ["run", "serve", "pair", "hosts", "quantize", "bench"])
+@pytest.mark.parametrize("command", ["run", "serve", "pair", "hosts", "quantize", "quality", "bench"])
 def test_each_help_has_an_example(command: str) -> None:
     result = CliRunner().invoke(cli, [command, "--help"])
     assert result.exit_code == 0 and f"Example: expertd {command} " in " ".join(result.output.split())

@@ -3,14 +3,25 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
 from expertd.engine.engine import Engine
-from expertd.engine.messages import Cancel, Done, Failed, Message, Rejected, Started, Submit, Token
-from expertd.engine.plan import Plan
+from expertd.engine.messages import (
+    Cancel,
+    Done,
+    Failed,
+    Message,
+    Observe,
+    Rejected,
+    Started,
+    Submit,
+    Token,
+)
+from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.runner import Runner
 from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError, LinkDown
@@ -45,6 +56,7 @@ class ScriptedRunner:
         self.caches: dict[int, list[int]] = {}
         self.scripts = scripts
         self.before_step: Callable[[Plan], None] = lambda plan: None
+        self.before_windows: Callable[[WindowsPlan], None] = lambda plan: None
 
     def lead(self, plan: Plan) -> mx.array | None:
         self.before_step(plan)
@@ -56,6 +68,14 @@ class ScriptedRunner:
         tokens += plan.tokens
         assert plan.tokens and len(plan.tokens) <= (1 if plan.decode else CONTEXT)
         return self._logits(tokens) if plan.decode else None
+
+    def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Any]:
+        self.before_windows(plan)
+        tokens = mx.array(plan.windows)
+        ids = mx.zeros((*tokens.shape, 2), dtype=mx.uint32)
+        return tokens[..., None] * mx.ones(VOCAB), SimpleNamespace(
+            hidden={0: tokens[..., None].astype(mx.bfloat16), 1: tokens[..., None] + 0.5}, experts={1: ids}
+        )
 
     def _logits(self, tokens: list[int]) -> mx.array:
         text = bytes(t for t in tokens if t != END)
@@ -468,3 +488,69 @@ def test_splits_follow_the_configuration() -> None:
         assert {p.split.name for p in bench.runner.plans if p.decode} == {decode}
         assert {p.split.fractions for p in bench.runner.plans} == {(0.75, 0.25)}
         assert bench.done("r") == replace(bench.done("r"), split=decode, ranks=2)
+
+
+# Whole windows, for evaluation.
+
+
+def test_windows_come_back_in_a_file(tmp_path: Path) -> None:
+    bench = Bench(shares=(0.5, 0.5))
+    bench.engine.take(Observe("w", [[1, 2, 3], [4, 5, 6]], str(tmp_path / "w")))
+    assert not bench.engine.idle
+    bench.engine.step()
+    assert bench.engine.idle
+    assert bench.of("w")[0] == Started("w", 6)
+    assert bench.done("w") == replace(bench.done("w"), prompt_tokens=6, split="tokens", ranks=2)
+    found = cast(dict[str, mx.array], mx.load(str(tmp_path / "w"), format="safetensors"))
+    assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
+        "logits": ((2, 3, VOCAB), mx.float32),
+        "hidden.0": ((2, 3, 1), mx.float32),
+        "hidden.1": ((2, 3, 1), mx.float32),
+        "experts.1": ((2, 3, 2), mx.uint32),
+    }
+    assert found["logits"][1, 2, 0].item() == 6
+
+
+def test_windows_of_a_broken_epoch_are_read_again(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.engine.take(Observe("w", [[1]], str(tmp_path / "w")))
+
+    def fail(plan: WindowsPlan) -> None:
+        raise LinkDown("rank 1 died")
+
+    bench.runner.before_windows = fail
+    with pytest.raises(LinkDown):
+        bench.engine.step()
+    assert bench.of("w") == [Started("w", 1)] and not (tmp_path / "w").exists()
+    bench.begin()
+    bench.engine.step()
+    assert isinstance(bench.of("w")[-1], Done) and (tmp_path / "w").exists()
+
+
+def test_windows_may_be_cancelled_and_abandoned(tmp_path: Path) -> None:
+    bench = Bench()
+    for name in ("a", "b"):
+        bench.engine.take(Observe(name, [[1]], str(tmp_path / name)))
+    bench.engine.take(Cancel("a"))
+    bench.engine.abandon("another rank leads")
+    assert bench.of("a") == [Started("a", 1)]
+    assert bench.of("b")[-1] == Failed("b", "another rank leads")
+    assert bench.engine.idle
+
+
+@pytest.mark.parametrize("windows", [[], [[]], [[1], [1, 2]], [[1] * (CONTEXT + 1)]])
+def test_windows_that_cannot_be_are_rejected(windows: list[list[int]], tmp_path: Path) -> None:
+    bench = Bench()
+    bench.engine.take(Observe("w", windows, str(tmp_path / "w")))
+    (event,) = bench.of("w")
+    assert isinstance(event, Rejected) and f"at most {CONTEXT}" in event.message
+
+
+def test_windows_that_cannot_be_written(tmp_path: Path) -> None:
+    bench = Bench()
+    bench.engine.take(Observe("w", [[1]], str(tmp_path / "no folder" / "w")))
+    bench.ask("r", "prompt", "ok")
+    bench.finish()
+    failed = bench.of("w")[-1]
+    assert isinstance(failed, Failed) and str(tmp_path / "no folder") in failed.message
+    assert bench.text("r") == "ok"

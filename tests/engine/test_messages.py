@@ -7,6 +7,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from expertd.cluster import host_messages
 from expertd.engine.messages import (
     MAX_FRAME_BYTES,
     Begin,
@@ -17,6 +18,7 @@ from expertd.engine.messages import (
     Fatal,
     Joined,
     Message,
+    Observe,
     Ready,
     Rejected,
     Setup,
@@ -34,6 +36,7 @@ MESSAGES: list[Message] = [
         "r2", messages=[{"role": "user", "content": "hi"}], max_tokens=3, temperature=0.7, top_p=0.9, seed=-5
     ),
     Submit("r3", prompt="", stop=["\n", "</s>"], ignore_end=True, logits_file="/tmp/x.safetensors"),
+    Observe("w1", [[1, 2], [3, 2**31]], "/tmp/x.safetensors"),
     Cancel("r1"),
     Begin(epoch=3, rank=1, split="auto", fractions=(0.25, 0.75), reason="rank 1 died: killed by SIGKILL"),
     Begin(4, 0, "auto", (0.5, 0.5), "", address="10.0.0.1", interface="en2"),
@@ -52,6 +55,13 @@ MESSAGES: list[Message] = [
 
 def test_every_class_is_tried() -> None:
     assert {type(m) for m in MESSAGES} == set(Message.__args__)
+
+
+def test_no_other_host_can_name_a_file_of_ours() -> None:
+    """Observe makes rank 0 write a file, so it is no message between hosts."""
+    frame = codec.encode(Observe("w", [[1]], "/tmp/x"))
+    with pytest.raises(RemoteProtocolError):
+        list(host_messages.codec.decoder().feed(frame))
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)

@@ -5,7 +5,7 @@ import random
 import msgpack
 import pytest
 
-from expertd.engine.plan import Plan
+from expertd.engine.plan import Plan, WindowsPlan, decode_plan
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
@@ -17,9 +17,11 @@ PLANS = [
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_round_trip(plan: Plan) -> None:
-    again = Plan.decode_frame(plan.encode())
+@pytest.mark.parametrize(
+    "plan", [*PLANS, WindowsPlan([[1, 2**31], [3, 4]], StepSplit("tokens", (0.25, 0.75)))]
+)
+def test_round_trip(plan: Plan | WindowsPlan) -> None:
+    again = decode_plan(plan.encode())
     assert again == plan
     assert type(again.split.fractions) is tuple
 
@@ -34,7 +36,7 @@ def test_frame_of_a_whole_prefill_chunk_fits_a_slot() -> None:
 )
 def test_garbage_is_refused(frame: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="rank 0 sent no plan"):
-        Plan.decode_frame(frame)
+        decode_plan(frame)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_garbage_is_refused(frame: bytes) -> None:
 def test_other_fields_are_refused(change: dict[str, object]) -> None:
     values = msgpack.unpackb(PLANS[0].encode()) | change
     with pytest.raises(RemoteProtocolError):
-        Plan.decode_frame(msgpack.packb(values))
+        decode_plan(msgpack.packb(values))
 
 
 def test_missing_fields_are_refused() -> None:
@@ -58,7 +60,7 @@ def test_missing_fields_are_refused() -> None:
         values = msgpack.unpackb(PLANS[0].encode())
         del values[name]
         with pytest.raises(RemoteProtocolError):
-            Plan.decode_frame(msgpack.packb(values))
+            decode_plan(msgpack.packb(values))
 
 
 def test_mutated_frames_parse_or_are_refused() -> None:
@@ -69,7 +71,7 @@ def test_mutated_frames_parse_or_are_refused() -> None:
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         try:
-            Plan.decode_frame(bytes(data))
+            decode_plan(bytes(data))
         except RemoteProtocolError:
             num_refused += 1
     assert num_refused > 500

@@ -5,7 +5,7 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from expertd.engine.plan import Plan
+from expertd.engine.plan import Plan, WindowsPlan, decode_plan
 from expertd.engine.runner import Runner
 from expertd.errors import LinkDown, RemoteProtocolError
 from expertd.link.mailbox import Mailbox
@@ -39,6 +39,10 @@ class FakeModel:
         self.prefill([token], cache, split)
         return mx.array([token + 1.0])
 
+    def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, str]:
+        self.splits.append(split)
+        return tokens + 1, "taps"
+
 
 class FakeMailbox:
     """Brings frames, takes frames, and may break."""
@@ -68,12 +72,25 @@ def test_leader_and_follower_do_the_same() -> None:
     leader, led, box = make()
     logits = [leader.lead(plan) for plan in PLANS]
     assert [x.tolist() if x is not None else None for x in logits] == [None, [9.0], [10.0]]
-    assert [Plan.decode_frame(frame) for frame in box.sent] == PLANS
+    assert [decode_plan(frame) for frame in box.sent] == PLANS
     follower, followed, _ = make(frames=[None, *box.sent, None])
     for _ in range(len(PLANS) + 2):
         follower.follow()
     assert followed.caches == led.caches == [[5, 6, 7, 8], [9]]
     assert followed.splits == led.splits == [SPLIT] * 3
+
+
+def test_windows_need_no_cache() -> None:
+    leader, led, box = make()
+    logits, taps = leader.lead_windows(WindowsPlan([[1, 2], [3, 4]], SPLIT))
+    assert (logits.tolist(), taps) == ([[2, 3], [4, 5]], "taps")
+    follower, followed, _ = make(frames=list(box.sent))
+    follower.follow()
+    assert followed.splits == led.splits == [SPLIT]
+    assert followed.caches == led.caches == []
+    box.failure = LinkDown("rank 0: over")
+    with pytest.raises(LinkDown):
+        leader.lead_windows(WindowsPlan([[1]], SPLIT))
 
 
 def test_one_rank_sends_nothing() -> None:
