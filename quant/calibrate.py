@@ -79,7 +79,9 @@ def calibrate(
     `sync` waits until all that was emitted outlives a kill. `progress(done_weights, all_weights, what)` is called after each unit and each expert.
     Raises ConfigError for a family that does not say what its layers are.
     """
-    _Run(model, weights, recipe, windows, threads, out_state, _Sink(done, emit, weights, progress, sync)).run()
+    _Run(
+        model, weights, recipe, windows, threads, out_state, _Sink(done, emit, weights, progress, sync)
+    ).run()
 
 
 class _Finished(Exception):
