@@ -98,7 +98,9 @@ def apply_gain(
     """One factor per row, folded into scales and biases, that undoes the shrinking of least squares.
 
     Without a Hessian the codes become those nearest to the enlarged weights, because the rounding of the
-    scales has moved the levels a little; with one they stay, because nearest is not best there.
+    scales has moved the levels a little; with one they stay, because nearest is not best there. Nearest to the
+    weights themselves would shrink them again: 4 % on Gaussian rows at 2 bits. Experts of the demo model at 2 bits, KL
+    divergence beside plain rounding's: least squares alone 0.935, with the gain 0.574.
     """
     w, larger = _matrix(w), _copy(codes)
     moments = _moments(w, codes, hessian, threads)
