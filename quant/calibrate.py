@@ -21,6 +21,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,15 +74,15 @@ def calibrate(
     """Give every parameter of `model` (never computed) to `emit`, quantized by `recipe`, layer by layer.
 
     `emit(unit, arrays, note)` gets one tensor of the model with its scales and biases; a unit for which `done`
-    is true is not emitted again. Notes of experts hold `error_mean` and `error_max` over experts (relative, weighted by the
-    moments), `tokens_min` and `tokens_median` per expert, and `seconds`. `windows` are token ids
-    [num_windows, window_tokens]; `out_state` is an existing folder that this run and its resumptions share.
-    `sync` waits until all that was emitted outlives a kill. `progress(done_weights, all_weights, what)` is called after each unit and each expert.
+    is true is not emitted again. Notes of experts hold `error_mean` and `error_max` over experts (relative,
+    weighted by the moments), `tokens_min` and `tokens_median` per expert, and the block's `seconds`. `windows` are
+    token ids [num_windows, window_tokens]; `out_state` is a folder that this run and its resumptions share.
+    `progress(done_weights, all_weights, what)` is called after each unit and each expert; `sync` waits until all
+    that was emitted outlives a kill.
     Raises ConfigError for a family that does not say what its layers are.
     """
-    _Run(
-        model, weights, recipe, windows, threads, out_state, _Sink(done, emit, weights, progress, sync)
-    ).run()
+    sink = _Sink(done, emit, weights, progress, sync)
+    _Run(model, weights, recipe, windows, threads, out_state, sink).run()
 
 
 class _Finished(Exception):
@@ -167,12 +168,10 @@ class _Run:
         for number, layer in enumerate(self.layers):
             become(layer.module, _HookedLayer)
             layer.module._hook = self._hook(number)
-        self._round(self.outside)
-        try:
+        self._round(self.outside, is_outside=True)
+        with suppress(_Finished):
             self.model(mx.array(self.windows))
-        except _Finished:
-            pass
-        self._round(list(self.left))  # what the forward call did not come by
+        self._round(list(self.left), is_outside=True)  # what the forward call did not come by
 
     # A layer.
 
@@ -239,8 +238,12 @@ class _Run:
 
     # Weights.
 
-    def _round(self, names: Sequence[str]) -> None:
-        """Take parameters one by one, round what the recipe rounds, emit them and put them into the model."""
+    def _round(self, names: Sequence[str], is_outside: bool = False) -> None:
+        """Take parameters one by one, round what the recipe rounds, emit them and put them into the model.
+
+        Those of a layer are put in as float32, the others in their own dtype and not computed: an embedding is as
+        large as a layer of experts, and the head is never asked.
+        """
         for name in names:
             array = self._take([name])[name]
             path = _module_of(name)
@@ -251,7 +254,9 @@ class _Run:
                 self.sink.emit(path, rounded)
             else:
                 self.sink.emit(name, array)
-            self._put({name: rounded.dequantized() if isinstance(rounded, Rounded) else _to_float32(array)})
+            if isinstance(rounded, Rounded):
+                array = rounded.lazy() if is_outside else rounded.dequantized()
+            self._put({name: array if is_outside else _to_float32(array)})
             self.sink.count(array.size, name)
 
     def _quantize_experts(self, block: MoeBlock, asked: Asked) -> Experts:

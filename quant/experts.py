@@ -91,8 +91,8 @@ class Recorder:
 
     The routing weights are inside the block, in every family's own way. But nearly every block's output is a
     weighted sum of the experts' rows (and of what does not depend on them), so two more runs of the block
-    show the weights: slot j answers with the j-th unit vector, and output j rises by weight j. Where the rows go through
-    anything else, the weights are taken to be equal.
+    show the weights: slot j answers with the j-th unit vector, and output j rises by weight j. Where the rows go
+    through anything else, the weights are taken to be equal.
     """
 
     def __init__(self) -> None:
