@@ -61,9 +61,9 @@ class Distillation:
     larger than `num_kept` only the teacher's likeliest tokens are told apart.
     """
 
-    num_steps: int = 160
+    num_steps: int = 120
     batch_tokens: int = 1536
-    learning_rate: float = 8e-3
+    learning_rate: float = 6e-3
     num_warmup_steps: int = 10
     temperature: float = 1.0
     valid_share: float = 0.1
