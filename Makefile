@@ -13,7 +13,7 @@ FUZZ_FLAGS := -std=c11 -g -O1 -Inative
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-$(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/*.cpp native/build.py)
+$(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/*.cpp native/build*.py)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
@@ -51,7 +51,7 @@ bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's rin
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
 
-fuzz: $(READY) ## Fuzz the frames, then the messages, for FUZZ_S seconds each (60); libFuzzer where there is clang
+fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FUZZ_S seconds each (60); libFuzzer where there is clang
 	mkdir -p build/fuzz/corpus
 	if command -v clang >/dev/null; then \
 	  clang $(FUZZ_FLAGS) -fsanitize=fuzzer,address,undefined $(FUZZED) -o build/fuzz/frame -lpthread && \
@@ -63,6 +63,8 @@ fuzz: $(READY) ## Fuzz the frames, then the messages, for FUZZ_S seconds each (6
 	$(BIN)/python -m pip install --quiet atheris
 	mkdir -p build/fuzz/messages
 	$(BIN)/python -m tests.fuzz_wire -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/messages
+	mkdir -p build/fuzz/answers
+	$(BIN)/python -m tests.fuzz_answers -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/answers
 
 soak: $(READY) ## The long forms: a million swaps over TCP and the mailbox; the logits' bits over real verbs
 	$(BIN)/python -m expertd.bench.soak tcp
@@ -79,5 +81,5 @@ format: $(READY) ## Format the code
 	$(BIN)/ruff format
 
 clean: ## Remove everything that was built
-	rm -rf .venv build dist *.egg-info native/*.so native/_transport.c
+	rm -rf .venv build dist *.egg-info native/*.so native/_*.c
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The two things pyproject.toml cannot say: how to compile the transport, and the MLX primitive.
+"""The two things pyproject.toml cannot say: how to compile what is in C, and the MLX primitive.
 
 The primitive is built against the installed mlx wheel, whose headers and library it uses, and is tied to
 that exact release; there is no fallback. A missing compiler or mlx wheel therefore fails the installation here.
@@ -34,4 +34,4 @@ exchange = Extension(
     extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-fno-strict-aliasing"],
 )
 
-setup(cffi_modules=["native/build.py:ffibuilder"], ext_modules=[exchange])
+setup(cffi_modules=["native/build.py:ffibuilder", "native/build_quantize.py:ffibuilder"], ext_modules=[exchange])

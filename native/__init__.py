@@ -1,1 +1,2 @@
-"""Compiled code: the transport in C (`_transport`, through cffi) and the exchange as an MLX primitive in C++."""
+"""Compiled code: the transport and the quantizer in C (`_transport`, `_quantize`, through cffi) and the exchange as
+an MLX primitive in C++."""

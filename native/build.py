@@ -18,7 +18,8 @@ for header in HEADERS:
 ffibuilder.set_source(
     "expertd.native._transport",
     "\n".join(["#include <stddef.h>", "#include <stdint.h>", *(f'#include "{h}"' for h in HEADERS)]),
-    sources=sorted(f"native/{p.name}" for p in HERE.glob("*.c") if p.name != "_transport.c"),
+    # Not what cffi leaves here, and not the quantizer, which is a module of its own (build_quantize.py).
+    sources=sorted(f"native/{p.name}" for p in HERE.glob("*.c") if not p.name.startswith(("_", "quantize"))),
     include_dirs=["native"],
     depends=sorted(f"native/{p.name}" for p in HERE.glob("*.h")),
     extra_compile_args=["-std=c11", "-O2", "-Wall", "-Wextra"],

@@ -1,63 +1,67 @@
-"""A checkpoint at full precision to one with few bits per expert weight, by plain rounding (mx.quantize).
+"""A checkpoint at full precision to one with few bits per expert weight: the quantizer's main path.
 
-Theory of operation. mlx-lm's model class, built but never computed, says which modules there are; its
-`sanitize` turns the file's names into the model's. All arrays stay lazy until each is rounded, written and
-dropped, so the peak is about one stacked expert tensor, whatever the size of the model. Experts get the
-fewest bits because they are most of the weights and each token reads few of them; routers keep 16 bits
-because one wrong choice of expert costs more than all their bytes.
+Theory of operation. mlx-lm's model class, built but never computed, says which modules there are; the source says
+where their bytes lie (weights.py). One pass over the weights finds numbers that are none and measures the
+entropies (survey.py), from which the recipe follows (ewq.py, budget.py): so all shapes, and with them every
+byte's place in the output, are known before anything is written (output.py). Then the weights are rounded,
+one tensor or one layer at a time, and can be interrupted anywhere:
+
+    plain    mx.quantize                              what mlx_lm.convert does
+    fast     least squares and a gain per row         no text needed (codes.py)
+    normal   codes by each expert's own inputs        layer by layer, on calibration text (calibrate.py)
+    best     and scales and biases distilled          needs the whole model in memory (distil.py)
 """
 
-import shutil
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 
-from expertd.checkpoint.config import Config, write_config
 from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint
-from expertd.checkpoint.locate import WANTED_FILES
-from expertd.errors import CheckpointError, ConfigError
-from expertd.model.classes import Weights, build_model, is_switch
-from expertd.quant.writer import Group, Progress, write_shards
+from expertd.checkpoint.source import Source, open_source
+from expertd.engine.text import Tokenizer
+from expertd.errors import ConfigError
+from expertd.model.classes import Weights, build_model
+from expertd.quant.budget import size_in_words, target_bytes
+from expertd.quant.calibrate import calibrate
+from expertd.quant.distill import Distillation, distil
+from expertd.quant.output import Output, TensorPlan, Unit
+from expertd.quant.recipe import ModuleInfo, Plan, describe_modules, decide
+from expertd.quant.report import ExpertError, Facts, make_facts, render
+from expertd.quant.rounding import round_module
+from expertd.quant.settings import Settings
+from expertd.quant.survey import survey
+from expertd.quant.weights import SourceWeights
+from expertd.quant.windows import Windows, default_text, read_text, read_windows
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-ROUTERS = {"gate", "router"}
-# Describe the source's weights, not those that we write.
-NOT_COPIED = ("config.json", "model.safetensors.index.json", "hf_quant_config.json")
+CODES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint32: "U32"}
+MLX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32}
+REPORT = "report.html"
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Which module gets how many bits, by module path. `indivisible` could not be cut into whole groups."""
-
-    bits: dict[str, int]
-    group_size: int
-    indivisible: tuple[str, ...] = ()
-
-    def settings(self, default_bits: int) -> Config:
-        """The `quantization` entry of config.json: explicit for every module, as older releases of mlx-lm
-        need."""
-        base = {"group_size": self.group_size, "mode": "affine"}
-        return {**base, "bits": default_bits, **{path: {**base, "bits": b} for path, b in self.bits.items()}}
+# What is being done, how much of it, of how much.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What `quantize_checkpoint` wrote; `indivisible` are the modules left as they were, for want of whole
-    groups."""
+    """What `quantize_checkpoint` wrote. `indivisible` are the modules left whole for want of whole groups."""
 
     folder: Path
     num_parameters: int
+    source_bytes: int
     num_bytes: int
     indivisible: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -65,180 +69,303 @@ class Quantized:
 
 
 def quantize_checkpoint(
-    src: Path,
+    src: str | Path,
     dst: Path,
-    experts_bits: int = 2,
-    trunk_bits: int = 4,
-    group_size: int = 64,
-    progress: Progress | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    progress: Progress = lambda what, done, total: None,
+    cache: Path | None = None,
+    cache_bytes: int | None = None,
 ) -> Quantized:
-    """Write checkpoint `src` to the new folder `dst`, experts at `experts_bits`, the rest at `trunk_bits`.
+    """Write checkpoint `src` (a folder, `demo`, a hub id or a URL) to the new folder `dst` by `settings`.
 
-    Routers, norms and biases keep their dtype, as does any tensor whose rows are no multiple of
-    `group_size`. `progress(done_bytes, total_bytes, name)` counts written bytes. `dst` appears only when it
-    is complete. Raises ConfigError for settings that cannot be and for a `dst` that is not empty,
-    CheckpointError for a `src` that is damaged, unknown or quantized already.
+    `dst` appears only when it is complete; an interrupted run leaves `dst`.partial, and the same call goes on
+    there. `cache` is this user's cache folder: bytes of a remote source are kept there while they are
+    needed, up to `cache_bytes`, and the result's hashes. Raises ConfigError for settings that
+    cannot be, a `dst` that is not empty and a full disk; CheckpointError for a `src` that is damaged, unknown or
+    quantized already, before anything is written.
     """
-    check_settings(experts_bits, trunk_bits, group_size)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ConfigError(f"{dst}: exists and is not an empty folder. Choose another, or delete it first.")
-    info = check_checkpoint(src)
-    refuse_quantized(info)
-    model = build_model(info.config)
-    weights = load_weights(model, info)
-    recipe = make_recipe(model, experts_bits, trunk_bits, group_size)
-    num_parameters = sum(array.size for array in weights.values())
-    groups = deque(quantized_groups(weights, recipe))
-    check_space(dst, sum(group.num_bytes for group in groups))
-    with new_folder(dst) as folder:
-        num_bytes = write_shards(folder, groups, num_parameters, progress)
-        settings = recipe.settings(trunk_bits)
-        write_config(folder, {**info.config, "quantization": settings, "quantization_config": settings})
-        copy_texts(src, folder)
-    return Quantized(dst, num_parameters, num_bytes, recipe.indivisible)
-
-
-def check_settings(experts_bits: int, trunk_bits: int, group_size: int) -> None:
-    """Raises ConfigError for bits or a group size that MLX has no kernels for."""
-    for what, found, wanted in (
-        ("expert bits", experts_bits, BITS),
-        ("trunk bits", trunk_bits, BITS),
-        ("group size", group_size, GROUP_SIZES),
-    ):
-        if found not in wanted:
-            raise ConfigError(
-                f"{what} {found}: MLX knows {', '.join(map(str, wanted))}. Choose one of these."
-            )
-
-
-def refuse_quantized(info: CheckpointInfo) -> None:
-    """Raises CheckpointError unless the weights are full precision, or FP8 or MXFP4 from training.
-
-    `check_fit` refuses what then turns out not to be widened: only some families' `sanitize` widens FP8.
-    """
-    if info.quantization in (None, "fp8") or (info.family == "gpt_oss" and info.quantization == "mxfp4"):
-        return
-    raise CheckpointError(
-        f"{info.folder}: quantized already ({info.quantization}), and rounding again loses more. "
-        "Give the full-precision checkpoint (bf16, f16 or f32) instead."
+    with opened(src, cache, cache_bytes) as source:
+        job = prepare(source, settings, progress)
+        with job.output(dst) as out:
+            job.write_weights(out)
+            job.finish(out, cache / "manifests" if cache else None)
+    plan = job.plan
+    return Quantized(
+        dst,
+        job.num_parameters,
+        job.info.total_bytes,
+        plan.num_bytes,
+        plan.recipe.indivisible,
+        tuple(plan.warnings),
     )
 
 
-def load_weights(model: Module, info: CheckpointInfo) -> Weights:
-    """Every parameter of `model` by name, not computed yet. Raises CheckpointError when they do not fit the
-    model."""
-    weights: Weights = {}
-    for path in sorted(info.folder.glob("model*.safetensors")):
-        weights.update(mx.load(str(path)))  # type: ignore[arg-type]
-    try:
-        weights = model.sanitize(weights) if hasattr(model, "sanitize") else weights
-    except Exception as error:  # mlx-lm assumes complete checkpoints: a missing tensor is a KeyError here
-        raise CheckpointError(
-            f"{info.folder}: mlx-lm cannot arrange the weights ({type(error).__name__}: {str(error)[:120]}). "
-            "Download the checkpoint again."
-        ) from error
-    weights = widen_mxfp4(weights)
-    check_fit(info.folder, weights, dict(tree_flatten(model.parameters())))
-    return weights
-
-
-def widen_mxfp4(weights: Weights) -> Weights:
-    """MXFP4 weights (8-bit scales) as bfloat16, which holds their values exactly; the others as they are."""
-    scales = {name for name, array in weights.items() if name.endswith(".scales") and array.dtype == mx.uint8}
-    return {
-        name: mx.dequantize(
-            array, weights[name.removesuffix("weight") + "scales"], group_size=32, bits=4, mode="mxfp4",
-            dtype=mx.bfloat16,
-        )
-        if name.removesuffix("weight") + "scales" in scales
-        else array
-        for name, array in weights.items()
-        if name not in scales
-    }  # fmt: skip
-
-
-def check_fit(folder: Path, weights: Weights, parameters: Weights) -> None:
-    """Raises CheckpointError unless `weights` are just the model's parameters, shapes too, all floats."""
-    for name in sorted(parameters.keys() - weights.keys()):
-        raise CheckpointError(f"{folder}: lacks tensor {name!r} of the model. Download the checkpoint again.")
-    for name in sorted(weights.keys() - parameters.keys()):
-        raise CheckpointError(
-            f"{folder}: tensor {name!r} is none of the model's. Check config.json's model_type."
-        )
-    for name, array in weights.items():
-        if array.shape != parameters[name].shape:
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} has shape {list(array.shape)}, "
-                f"wanted {list(parameters[name].shape)}. Download the checkpoint again."
-            )
-        if not mx.issubdtype(array.dtype, mx.floating):
-            raise CheckpointError(
-                f"{folder}: tensor {name!r} holds {array.dtype}, wanted floats: it is quantized already, "
-                "in a way that expertd cannot undo. Give the full-precision checkpoint instead."
-            )
-
-
-def make_recipe(model: Module, experts_bits: int, trunk_bits: int, group_size: int) -> Recipe:
-    """Bits for every module that MLX can quantize, but for routers and single-output gates."""
-    bits: dict[str, int] = {}
-    indivisible: list[str] = []
-    for path, module in model.named_modules():
-        if not hasattr(module, "to_quantized") or is_router(path, module):
-            continue
-        if module.weight.shape[-1] % group_size:
-            indivisible.append(path)
-        else:
-            bits[path] = experts_bits if is_switch(module) else trunk_bits
-    return Recipe(dict(sorted(bits.items())), group_size, tuple(sorted(indivisible)))
-
-
-def is_router(path: str, module: Module) -> bool:
-    """Whether `module` scores experts, or is the one-output gate of a shared expert."""
-    return not is_switch(module) and (bool(ROUTERS & set(path.split("."))) or module.weight.shape[-2] == 1)
-
-
-def quantized_groups(weights: Weights, recipe: Recipe) -> Iterator[Group]:
-    """What to write, tensor by tensor; empties `weights`."""
-    for name in list(weights):
-        array = weights.pop(name)
-        path, _, leaf = name.rpartition(".")
-        if leaf != "weight" or path not in recipe.bits:
-            yield Group(name, {name: array})
-            continue
-        packed, scales, biases = mx.quantize(array, recipe.group_size, recipe.bits[path])
-        yield Group(name, {name: packed, f"{path}.scales": scales, f"{path}.biases": biases})
-
-
-def check_space(dst: Path, num_bytes: int) -> None:
-    """Raises ConfigError when the disk of `dst` has no room for `num_bytes`."""
-    parent = next(folder for folder in dst.absolute().parents if folder.exists())
-    if (free := shutil.disk_usage(parent).free) < num_bytes:
-        raise ConfigError(
-            f"{dst}: needs {num_bytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB. Choose another disk."
-        )
-
-
 @contextmanager
-def new_folder(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` that takes its name when the block ends well, and vanishes when it does not."""
-    workplace: Path | None = None
-    try:
-        dst.absolute().parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(mkdtemp(prefix=f".{dst.name}.", suffix=".partial", dir=dst.absolute().parent))
-        folder = workplace / dst.name  # one deeper, as mkdtemp's own folder is closed to other users
-        folder.mkdir()
-        yield folder
-        folder.replace(dst)
-    except OSError as error:
-        raise ConfigError(f"{dst}: cannot be written ({error.strerror or error}). Choose another.") from error
-    finally:
-        if workplace:
-            shutil.rmtree(workplace, ignore_errors=True)
+def opened(src: str | Path, cache: Path | None, cache_bytes: int | None) -> Iterator[Source]:
+    """The source for as long as the block runs; what is not here is kept below `cache`, or a folder that goes."""
+    with ExitStack() as stack:
+        folder = cache / "ranges" if cache else Path(stack.enter_context(TemporaryDirectory()))
+        source = open_source(str(src), folder, cache_bytes)
+        stack.callback(source.close)
+        yield source
 
 
-def copy_texts(src: Path, dst: Path) -> None:
-    """Copy tokenizer, chat template and generation settings, never code or weights."""
-    patterns: tuple[Any, ...] = tuple(p for p in WANTED_FILES if not p.endswith(".safetensors"))
-    for path in sorted({path for pattern in patterns for path in src.glob(pattern)}):
-        if path.name not in NOT_COPIED and path.is_file():
-            shutil.copyfile(path, dst / path.name)
+def describe(
+    src: str,
+    settings: Settings,
+    progress: Progress,
+    cache: Path | None = None,
+    cache_bytes: int | None = None,
+) -> str:
+    """What `quantize_checkpoint` would write, as a table of blocks and the size. Reads the weights, writes nothing."""
+    with opened(src, cache, cache_bytes) as source:
+        job = prepare(source, settings, progress)
+    rows = [
+        f"{b.name:24} {b.bits:4} bits {size_in_words(b.num_bytes):>10}  {b.reason}" for b in job.plan.blocks
+    ]
+    total = f"{size_in_words(job.info.total_bytes)} -> {size_in_words(job.plan.num_bytes)}"
+    per_weight = 8 * job.plan.num_bytes / job.num_parameters
+    experts = f"experts {settings.experts_bits} bits in groups of {settings.group_size}"
+    return "\n".join([*rows, *job.plan.warnings, f"{experts}; {total}, {per_weight:.2f} bits per weight"])
+
+
+def prepare(source: Source, settings: Settings, progress: Progress) -> "Job":
+    """Check the source and decide everything; nothing is written."""
+    started = time.monotonic()
+    info = check_checkpoint(source.folder)
+    model = build_model(info.config)
+    weights = SourceWeights(model, source, info.config)
+    windows = find_windows(info, settings) if settings.effort in ("normal", "best") else None
+    modules = describe_modules(model, lambda name: weights.dtype(name).size)
+    trunk = [m.path for m in modules if m.kind == "trunk"]
+    units_of = partial(progress, "checking the weights")
+    found = survey(weights, trunk, lambda done, total, name: units_of(done, total), settings.threads or None)
+    errors = RoundingErrors(model, source, info, settings)
+    plan = decide(modules, found.entropies, settings, target_bytes(settings, info.config), errors)
+    seconds = {"checking the weights": time.monotonic() - started}
+    return Job(
+        source, info, model, modules, weights.num_parameters, plan, settings, windows, progress, seconds
+    )
+
+
+def find_windows(info: CheckpointInfo, settings: Settings) -> Windows:
+    """The calibration text's windows, no longer than the model's context. Raises ConfigError."""
+    text = read_text(settings.calibrate or default_text())
+    window_tokens = min(settings.window_tokens, info.context_length)
+    tokenizer = Tokenizer(info.folder, info.config)
+    return read_windows(text, tokenizer, settings.num_windows, window_tokens, settings.seed)
+
+
+class RoundingErrors:
+    """The squared error of rounding a trunk module to so many bits, measured when the budget asks for it."""
+
+    def __init__(self, model: Module, source: Source, info: CheckpointInfo, settings: Settings) -> None:
+        self._open = partial(SourceWeights, model, source, info.config)
+        self._settings = settings
+        self._known: dict[tuple[str, int], float] = {}
+
+    def __call__(self, path: str, bits: int) -> float:
+        if (path, bits) not in self._known:
+            name = f"{path}.weight"
+            weight = self._open().take([name])[name]
+            group_size = next(g for g in (64, 32) if weight.shape[-1] % g == 0)
+            for level in {bits, *(b for b in self._settings.trunk if b < 16)}:
+                rounded = round_module(weight, level, group_size, "plain", self._settings.threads)
+                error = mx.square(rounded.dequantized() - weight.astype(mx.float32)).sum()
+                self._known[path, level] = float(error.item())
+        return self._known[path, bits]
+
+
+@dataclass
+class Job:
+    """One conversion: everything is decided, the weights are not rounded yet. `seconds` has each stage's time."""
+
+    source: Source
+    info: CheckpointInfo
+    model: Module
+    modules: list[ModuleInfo]
+    num_parameters: int
+    plan: Plan
+    settings: Settings
+    windows: Windows | None
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        return self.settings.threads or num_cores()
+
+    def weights(self) -> SourceWeights:
+        return SourceWeights(self.model, self.source, self.info.config)
+
+    def units(self, weights: SourceWeights) -> list[Unit]:
+        """Every parameter with its scales and biases, in the model's order."""
+        return [self._unit(name, weights.shape(name), CODES[weights.dtype(name)]) for name in weights.names]
+
+    def _unit(self, name: str, shape: tuple[int, ...], dtype: str) -> Unit:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" or path not in self.plan.recipe.bits:
+            return Unit(name, (TensorPlan(name, dtype, shape),))
+        bits, group_size = self.plan.recipe.bits[path], self.plan.recipe.group_sizes[path]
+        per_group = (*shape[:-1], shape[-1] // group_size)
+        return Unit(
+            name,
+            (
+                TensorPlan(name, "U32", (*shape[:-1], shape[-1] * bits // 32)),
+                TensorPlan(f"{path}.scales", dtype, per_group),
+                TensorPlan(f"{path}.biases", dtype, per_group),
+            ),
+        )
+
+    def output(self, dst: Path) -> Output:
+        verify = partial(self.progress, "checking what an earlier run wrote")
+        return Output(
+            dst,
+            self.units(self.weights()),
+            self.fingerprint(),
+            self.num_parameters,
+            progress=lambda done, total, name: verify(done, total),
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the output's bytes depend on."""
+        facts = {k: v for k, v in asdict(self.settings).items() if k not in ("threads", "calibrate")}
+        text = hashlib.sha256(self.windows.tobytes()).hexdigest() if self.windows is not None else ""
+        return {**facts, "source": self.source.identity, "calibration windows": text}
+
+    # The weights.
+
+    def write_weights(self, out: Output) -> None:
+        with self._timed("rounding"):
+            if self.windows is None:
+                self._round_all(out)
+            else:
+                self._calibrate(out, self.windows)
+        if self.settings.effort == "best" and self.windows is not None:
+            with self._timed("distilling"):
+                self._distil(out, self.windows)
+
+    def _round_all(self, out: Output) -> None:
+        weights, total = self.weights(), self.num_parameters
+        done = 0
+        for name in weights.names:
+            if name not in out:
+                self._round(out, name, weights.take([name])[name])
+            done += int(np.prod(weights.shape(name)))
+            self.progress("rounding", done, total)
+
+    def _round(self, out: Output, name: str, weight: mx.array) -> None:
+        path = name.removesuffix(".weight")
+        bits = self.plan.recipe.bits.get(path) if name.endswith(".weight") else None
+        arrays: Weights = {name: weight}
+        if bits:
+            group_size = self.plan.recipe.group_sizes[path]
+            arrays = round_module(weight, bits, group_size, self.settings.effort, self.threads).arrays(path)
+        out.write(name, to_buffers(arrays))
+
+    def _calibrate(self, out: Output, windows: Windows) -> None:
+        state = out.state / "calibration"
+        if all(name in out for name in self.weights().names):
+            return  # an earlier run got that far, and may have rewritten scales since
+        with out.disk_errors():
+            state.mkdir(parents=True, exist_ok=True)
+        calibrate(
+            self.model,
+            self.weights(),
+            self.plan.recipe,
+            windows,
+            self.threads,
+            state,
+            out.__contains__,
+            lambda name, arrays, note: out.write(name, to_buffers(arrays), note),
+            lambda done, total, what: self.progress("rounding", done, total),
+        )
+
+    def _distil(self, out: Output, windows: Windows) -> None:
+        state = out.state / "distillation"
+        out.sync()
+        with out.disk_errors():
+            state.mkdir(parents=True, exist_ok=True)
+        teacher = self.weights()
+        student = {name: array for unit in teacher.names for name, array in read_arrays(out, unit).items()}
+        config = {**self.info.config, "quantization": self._quantization()}
+        trained = distil(
+            config,
+            lambda: teacher.take(teacher.names),
+            student,
+            windows,
+            Distillation(seed=self.settings.seed),
+            state,
+            lambda done, total, what: self.progress(f"distilling: {what}", done, total),
+        )
+        for path in sorted({name.rpartition(".")[0] for name in trained}):
+            unit = f"{path}.weight"
+            arrays = {name: trained.get(name, student[name]) for name in read_arrays(out, unit)}
+            out.write(unit, to_buffers(arrays), out.notes[unit])
+
+    # The end.
+
+    def finish(self, out: Output, manifests: Path | None) -> None:
+        facts = self.facts(out.notes)
+        quantization = self._quantization()
+        config = {**self.info.config, "quantization": quantization, "quantization_config": quantization}
+        timed = Facts(**facts, seconds={k: round(v, 1) for k, v in self.seconds.items()})  # type: ignore[misc]
+        files = {REPORT: render(timed).encode(errors="replace")}
+        with self._timed("finishing"):
+            out.finish(config, self.source.folder, facts, files, manifests)
+
+    def facts(self, notes: Mapping[str, Mapping[str, Any]]) -> Facts:
+        """What the manifest and the report say; nothing in it changes from run to run."""
+        facts = make_facts(
+            self._name(), self.info.config, self.info.total_bytes, self.modules, self.plan, self.settings
+        )
+        layers = {m.path: (m.layer, m.role) for m in self.modules}
+        errors = []
+        for name, note in notes.items():
+            layer, role = layers.get(name.removesuffix(".weight"), (None, ""))
+            if layer is not None and "error_mean" in note:
+                projection = role.rpartition(".")[2]
+                errors.append(
+                    ExpertError(layer=layer, projection=projection, relative_error=note["error_mean"])
+                )
+        if errors:
+            facts["expert_errors"] = errors
+        return facts
+
+    def _name(self) -> str:
+        """Of the source, without where it lies on this machine."""
+        return self.source.name if self.source.is_remote else Path(self.source.name).resolve().name
+
+    def _quantization(self) -> dict[str, Any]:
+        return self.plan.recipe.settings(self.settings.experts_bits, self.settings.group_size)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[stage] = time.monotonic() - started
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def to_buffers(arrays: Weights) -> dict[str, Any]:
+    """Computed arrays as contiguous buffers."""
+    mx.eval(arrays)
+    found = {name: mx.contiguous(array) for name, array in arrays.items()}
+    mx.eval(found)
+    return {name: memoryview(array) for name, array in found.items()}  # type: ignore[arg-type]
+
+
+def read_arrays(out: Output, unit: str) -> Weights:
+    """What was written of a unit, as MLX's arrays."""
+    found = {}
+    stored = out.read(unit)
+    for tensor in out.unit(unit).tensors:
+        array = mx.array(stored[tensor.name])
+        found[tensor.name] = array.view(MLX[tensor.dtype]) if array.dtype != MLX[tensor.dtype] else array
+    return found

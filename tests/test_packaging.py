@@ -20,7 +20,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy without anything that was built before: setuptools would take it over."""
     pytest.importorskip("nanobind", reason="the build's own requirements are not installed here")
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_transport.c", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_*.c", "*.egg-info")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
     for file in ROOT.iterdir():
@@ -38,10 +38,12 @@ def _pip(command: str, *args: str | Path) -> None:
 
 
 def _expected() -> set[str]:
-    """Every Python file of the five folders, the type checkers' marker, the demo model, the benchmark's loops."""
+    """Every Python file of the five folders, the type checkers' marker, the demo model, the benchmark's loops,
+    the report's page."""
     files = {p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts}
     files |= {p for p in (ROOT / "expertd/demo").iterdir() if p.suffix in DEMO_FILES}
     files |= {p for p in (ROOT / "bench").iterdir() if p.suffix in (".c", ".h")}
+    files |= set((ROOT / "quant").glob("*.jinja"))
     names = {p.relative_to(ROOT).as_posix() for p in files}
     return {n if n.startswith("expertd/") else f"expertd/{n}" for n in names} | {"expertd/py.typed"}
 
@@ -52,6 +54,7 @@ def test_wheel_holds_expertd_and_nothing_else(wheel: Path) -> None:
     compiled = {n for n in inside if n.endswith(".so")}
     assert sorted(n.split(".")[0] for n in compiled) == [
         "expertd/native/_exchange",
+        "expertd/native/_quantize",
         "expertd/native/_transport",
     ]
     assert inside - compiled == _expected()
@@ -64,6 +67,7 @@ PROBE = """
 import importlib, os
 import expertd
 print(os.path.dirname(expertd.__file__))
+import expertd.native._quantize
 import expertd.native._transport
 import mlx.core
 modules = "native._exchange", "quant", "topology", "bench", "demo", "cluster.rank", "cli", "model.exchange"

@@ -77,7 +77,7 @@ def check_shards(folder: Path) -> dict[str, dict[str, TensorEntry]]:
 
     Raises CheckpointError.
     """
-    index = _read_index(folder)
+    index = read_index(folder)
     # mlx-lm loads every file of this pattern, in the index or not.
     names = sorted({path.name for path in folder.glob("model*.safetensors")} | set(index.values()))
     if not names:
@@ -101,7 +101,7 @@ def describe_quantization(config: Config) -> str | None:
     settings = config.get("quantization") or config.get("quantization_config")
     if not isinstance(settings, dict):
         return None
-    if "bits" not in settings:
+    if "bits" not in settings or "quant_method" in settings:  # GPTQ and others have bits as well
         return repr(settings.get("quant_method"))[:40].strip("'")
     modules = [value for value in settings.values() if isinstance(value, dict)]
     all_bits = sorted({str(part["bits"]) for part in modules if "bits" in part} or {str(settings["bits"])})
@@ -118,7 +118,7 @@ def _check_tokenizer(folder: Path) -> None:
         )
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def read_index(folder: Path) -> dict[str, str]:
     """Tensor name -> shard name; empty when there is no index."""
     path = folder / INDEX
     if not path.is_file():

@@ -4,6 +4,7 @@ Two hosts may only work together on the same bytes, and 100 GB are not read agai
 folder is kept in the user's cache, and a file is hashed anew only when its size, time or inode changed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,18 +12,22 @@ import re
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertd.checkpoint.config import read_json
 from expertd.checkpoint.locate import WANTED_FILES
 from expertd.errors import CheckpointError
 
+# Written by our quantizer: every other file of the folder, with size and SHA-256, and how it was made.
+QUANTIZATION_MANIFEST = "quantization_manifest.json"
 # Plain names of data files: nothing that is run, nothing outside the folder. Peers' manifests are checked by it too.
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.(?:safetensors|json|jinja|model|txt)", re.ASCII)
 MAX_FILES = 10_000
 HASH_THREADS = 4
+_ANEW = "Copy or download the checkpoint again."
 
 
 @dataclass(frozen=True)
@@ -86,22 +91,72 @@ def make_manifest(
             )
         kept[name] = {"seen": stats[name], "sha256": hashes[name]}
     if fresh:
-        write_atomically(kept_at, json.dumps({n: kept[n] for n in names}).encode())
+        _keep(kept_at, {name: kept[name] for name in names})
     return Manifest(tuple(FileEntry(n, stats[n][0], kept[n]["sha256"]) for n in names))
+
+
+def check_sizes(folder: Path) -> tuple[FileEntry, ...]:
+    """The files that the folder's quantization manifest lists, none without one; their sizes are right.
+
+    Raises CheckpointError for a manifest that is none, a file that is absent, of another size, or a shard that
+    is not listed: mlx-lm would load it.
+    """
+    path = folder / QUANTIZATION_MANIFEST
+    if not path.is_file():
+        return ()
+    entries: Any = read_json(path).get("files")
+    try:
+        listed = check_manifest([FileEntry(**entry) for entry in entries]).files
+    except (TypeError, AttributeError, CheckpointError) as e:
+        raise CheckpointError(f"{path}: its list of files is damaged. {_ANEW}") from e
+    for file in listed:
+        if not (folder / file.name).is_file():
+            raise CheckpointError(f"{folder / file.name}: absent, but listed in {path.name}. {_ANEW}")
+        if (found := _fingerprint(folder / file.name)[0]) != file.size:
+            raise CheckpointError(
+                f"{folder / file.name}: has {found} bytes, wanted {file.size} by {path.name}. {_anew(file)}"
+            )
+    for name in sorted(set(file_names(folder)) - {file.name for file in listed}):
+        if name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / name}: not listed in {path.name}, and mlx-lm would load it. Move it away."
+            )
+    return listed
+
+
+def verify(
+    folder: Path, cache: Path, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Compare a folder with its quantization manifest, if it has one; `cache` as for `make_manifest`, which says
+    what is read. Raises CheckpointError for the first file that is not as listed.
+    """
+    if not (listed := check_sizes(folder)):
+        return
+    found = {file.name: file.sha256 for file in make_manifest(folder, cache, progress).files}
+    for file in listed:
+        if found.get(file.name) != file.sha256:
+            raise CheckpointError(
+                f"{folder / file.name}: has SHA-256 {found.get(file.name)}, wanted {file.sha256} by "
+                f"{QUANTIZATION_MANIFEST}. {_anew(file)}"
+            )
 
 
 def hash_files(folder: Path, names: list[str], progress: Callable[[int, int], None]) -> dict[str, str]:
     """SHA-256 of files, by name; what `progress` raises ends it. Raises CheckpointError."""
     counter = _Counter(sum(_fingerprint(folder / name)[0] for name in names), progress)
     with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashlib lets others run meanwhile
-        return dict(zip(names, pool.map(lambda n: _hash(folder / n, counter), names), strict=True))
+        try:
+            return dict(zip(names, pool.map(lambda n: _hash(folder / n, counter), names), strict=True))
+        except BaseException:  # Ctrl-C, say: the pool waits for its threads, which may have 5 GB left each
+            counter.is_stopped = True
+            raise
 
 
 def write_manifest(manifest: Manifest, folder: Path, cache: Path) -> None:
     """Keep the manifest of a folder whose files have just been verified, so that they are not read again."""
     kept_at = cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
     kept = {f.name: {"seen": _fingerprint(folder / f.name), "sha256": f.sha256} for f in manifest.files}
-    write_atomically(kept_at, json.dumps(kept).encode())
+    _keep(kept_at, kept)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -112,13 +167,27 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(file.name, path)
 
 
+def _anew(file: FileEntry) -> str:
+    if file.name.endswith(".safetensors"):
+        return _ANEW
+    return f"{_ANEW[:-1]}; if you changed it on purpose, delete {QUANTIZATION_MANIFEST}."
+
+
+def _keep(path: Path, kept: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it saves time, no more: a home that is read-only must not matter
+        write_atomically(path, json.dumps(kept).encode())
+
+
 class _Counter:
     def __init__(self, total: int, progress: Callable[[int, int], None]) -> None:
         self._done, self._total, self._progress = 0, total, progress
         self._lock = threading.Lock()
+        self.is_stopped = False
 
     def add(self, num_bytes: int) -> None:
         with self._lock:
+            if self.is_stopped:
+                raise CancelledError
             self._done += num_bytes
             self._progress(self._done, self._total)
 

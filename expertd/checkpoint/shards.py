@@ -45,44 +45,53 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         file_bytes = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            _check_length(path, length, file_bytes)
-            text = file.read(length)
+            first = file.read(8)
+            header = first + file.read(header_bytes(str(path), first, file_bytes) - 8)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Download it again.") from error
-    start = 8 + length
-    entries = {
-        name: _read_entry(f"{path}: tensor {name[:200]!r}", entry, start)
-        for name, entry in _parse(path, text).items()
-        if name != "__metadata__"
-    }
-    _check_offsets(path, entries, file_bytes)
-    return entries
+    return parse_header(str(path), header, file_bytes)
 
 
-def _check_length(path: Path, length: int, file_bytes: int) -> None:
-    if file_bytes < 8:
-        raise CheckpointError(f"{path}: has {file_bytes} bytes, wanted a safetensors file. {DAMAGED}")
+def header_bytes(where: str, first: bytes, file_bytes: int) -> int:
+    """How many of the file's bytes come before its tensors, by its `first` 8 or more. Raises CheckpointError."""
+    length = int.from_bytes(first[:8], "little")
+    if min(len(first), file_bytes) < 8:
+        raise CheckpointError(f"{where}: has {file_bytes} bytes, wanted a safetensors file. {DAMAGED}")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: header length {length}, wanted at most {MAX_HEADER_BYTES} bytes. {DAMAGED}"
+            f"{where}: header length {length}, wanted at most {MAX_HEADER_BYTES} bytes. {DAMAGED}"
         )
     if 8 + length > file_bytes:
         raise CheckpointError(
-            f"{path}: truncated: the header ends at byte {8 + length}, the file has {file_bytes}. {DAMAGED}"
+            f"{where}: truncated: the header ends at byte {8 + length}, the file has {file_bytes}. {DAMAGED}"
         )
+    return 8 + length
 
 
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
+def parse_header(where: str, header: bytes, file_bytes: int) -> dict[str, TensorEntry]:
+    """The tensors in a file's first `header_bytes` bytes, which are `header`; `where` names the file in errors.
+
+    Raises CheckpointError as read_header does.
+    """
+    entries = {
+        name: _read_entry(f"{where}: tensor {name[:200]!r}", entry, len(header))
+        for name, entry in _parse(where, header[8:]).items()
+        if name != "__metadata__"
+    }
+    _check_offsets(where, entries, file_bytes)
+    return entries
+
+
+def _parse(where: str, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the header is not JSON ({type(error).__name__}). {DAMAGED}"
+            f"{where}: the header is not JSON ({type(error).__name__}). {DAMAGED}"
         ) from error
     if not isinstance(header, dict):
         raise CheckpointError(
-            f"{path}: the header is a JSON {type(header).__name__}, wanted an object. {DAMAGED}"
+            f"{where}: the header is a JSON {type(header).__name__}, wanted an object. {DAMAGED}"
         )
     return header
 
@@ -114,16 +123,16 @@ def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < MAX_DIM for value in values)
 
 
-def _check_offsets(path: Path, entries: dict[str, TensorEntry], file_bytes: int) -> None:
+def _check_offsets(where: str, entries: dict[str, TensorEntry], file_bytes: int) -> None:
     previous_end, previous_name = 0, ""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.end > file_bytes:
             raise CheckpointError(
-                f"{path}: truncated: tensor {name[:200]!r} ends at byte {entry.end}, "
+                f"{where}: truncated: tensor {name[:200]!r} ends at byte {entry.end}, "
                 f"the file has {file_bytes}. {DAMAGED}"
             )
         if entry.begin < previous_end:
             raise CheckpointError(
-                f"{path}: tensors {previous_name[:200]!r} and {name[:200]!r} overlap. {DAMAGED}"
+                f"{where}: tensors {previous_name[:200]!r} and {name[:200]!r} overlap. {DAMAGED}"
             )
         previous_end, previous_name = entry.end, name

@@ -74,7 +74,7 @@ def hosts_config(
     setup_time: float,
 ) -> HostsConfig:
     """The settings of hosts_options, in this user's folders."""
-    cache = _user_folder("XDG_CACHE_HOME", ".cache")
+    cache = cache_folder()
     return HostsConfig(
         folder=config_folder(),
         cache=cache,
@@ -93,6 +93,11 @@ def config_folder() -> Path:
     return _user_folder("XDG_CONFIG_HOME", ".config")
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept for this user: $XDG_CACHE_HOME/expertd, or ~/.cache/expertd."""
+    return _user_folder("XDG_CACHE_HOME", ".cache")
+
+
 def _user_folder(variable: str, default: str) -> Path:
     base = os.environ.get(variable, "")
     return (Path(base) if os.path.isabs(base) else Path.home() / default) / "expertd"
@@ -102,8 +107,13 @@ def find_model(name: str) -> "CheckpointInfo":
     """Find and check the checkpoint that MODEL names. Raises CheckpointError before anything is started."""
     from expertd.checkpoint.inspect import check_checkpoint
     from expertd.checkpoint.locate import find_checkpoint
+    from expertd.checkpoint.manifest import check_sizes
+    from expertd.cli.output import Progress
 
-    return check_checkpoint(find_checkpoint(name))
+    with Progress() as bar:
+        info = check_checkpoint(find_checkpoint(name, cache_folder(), bar))
+    check_sizes(info.folder)
+    return info
 
 
 def make_group(

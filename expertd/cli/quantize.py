@@ -2,73 +2,113 @@
 
 import importlib
 import shlex
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from expertd.cli.options import find_model
+from expertd.cli.options import cache_folder, find_model
+from expertd.cli.output import Progress
 from expertd.errors import ConfigError
 
-if TYPE_CHECKING:
-    pass
-
+EFFORTS = ("plain", "fast", "normal", "best")
 BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
+TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+# Demo model, 7.1 million expert weights, two cores: 1 s, 2 s, 20 s, 5 min (bench/LOG.md).
+EPILOG = """\b
+What the efforts do to the experts, and what they cost:
+  plain   rounds, as mlx_lm.convert does: as fast as the disk.
+  fast    chooses scales by least squares, with a gain per row; no text.
+  normal  chooses codes by the inputs each expert really sees, layer by layer.
+  best    also trains scales and biases against the full model, which must
+          fit into memory.
+
+Interrupted, it leaves DST.partial; the same command goes on there.
+Example: expertd quantize Qwen/Qwen3-30B-A3B ./qwen3-2bit --fit 32GB"""
 
 
-@click.command(
-    "quantize", epilog="Example: expertd quantize Qwen/Qwen3-30B-A3B ./qwen3-2bit --experts-bits 2"
-)
+@click.command("quantize", epilog=EPILOG)
 @click.argument("src")
 @click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--effort", type=click.Choice(EFFORTS), default="normal", show_default=True, help="See below.")
 @click.option("--experts-bits", type=BITS, default="2", show_default=True, help="Bits per expert weight.")
-@click.option("--trunk-bits", type=BITS, default="4", show_default=True, help="Bits of the other weights.")
-@click.option("--group-size", type=click.Choice(["32", "64", "128"]), default="64", show_default=True)
-def quantize_command(src: str, dst: Path, experts_bits: str, trunk_bits: str, group_size: str) -> None:
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Expert weights per scale.",
+)
+@click.option(
+    "--trunk",
+    default="4,16",
+    show_default=True,
+    help="Bits for all other weights: EWQ chooses from these for each layer.",
+)
+@click.option(
+    "--ewq",
+    type=click.Choice(["normalized", "paper"]),
+    default="normalized",
+    show_default=True,
+    help="How entropies of layers are compared: by like matrices, or as published.",
+)
+@click.option(
+    "--ewq-x", default=1.0, show_default=True, help="Low bits from so many deviations below the mean."
+)
+@click.option("--target-bytes", metavar="SIZE", help="Size of the result, such as 9.5GB.")
+@click.option("--fit", metavar="SIZE", help="Memory of the machine that shall run it, such as 128GB.")
+@click.option("--calibrate", type=TEXT_FILE, metavar="FILE", help="Text to calibrate on [default: stories].")
+@click.option("--windows", default=128, show_default=True, help="Calibration windows of 512 tokens.")
+@click.option("--seed", default=0, show_default=True, help="Chooses the windows.")
+@click.option("--threads", default=0, help="Processor cores to use [default: all]; changes no byte.")
+@click.option("--cache-bytes", metavar="SIZE", help="Most disk for bytes of a remote SRC [default: 50GB].")
+@click.option("--dry-run", is_flag=True, help="Print what would be written, and stop.")
+def quantize_command(src: str, dst: Path, dry_run: bool, cache_bytes: str | None, **options: Any) -> None:
     """Quantize checkpoint SRC into the new folder DST.
 
-    SRC is `demo`, a folder or a hub id. Routers and norms keep their precision.
+    SRC is `demo`, a folder, a hub id, or the https:// or file:// URL of a folder; of remote ones, only the
+    bytes that are needed are fetched. DST is plain MLX format, with a report.html that says what was decided.
     """
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise ConfigError(f"{dst}: exists and is not an empty folder. Choose another DST.")
-    before = find_model(src)
+    settings = _settings(**options)
     convert = importlib.import_module("expertd.quant.convert")
-    with _Progress() as progress:
-        convert.quantize_checkpoint(
-            before.folder, dst, int(experts_bits), int(trunk_bits), int(group_size), progress.show
-        )
+    budget = importlib.import_module("expertd.quant.budget")
+    cache = cache_folder()
+    limit = budget.parse_size(cache_bytes) if cache_bytes else None
+    with Progress() as progress:
+        if dry_run:
+            click.echo(convert.describe(src, settings, progress, cache, limit))
+            return
+        done = convert.quantize_checkpoint(src, dst, settings, progress, cache, limit)
+    for warning in done.warnings:
+        print(f"expertd: {warning}", file=sys.stderr)
     after = find_model(str(dst.absolute()))
-    ratio = before.total_bytes / max(1, after.total_bytes)
+    ratio = done.source_bytes / max(1, after.total_bytes)
     click.echo(
-        f"{in_words(before.total_bytes)} -> {in_words(after.total_bytes)} ({ratio:.1f} times smaller)\n"
+        f"{budget.size_in_words(done.source_bytes)} -> {budget.size_in_words(after.total_bytes)} "
+        f"({ratio:.1f} times smaller, {done.bits_per_weight:.2f} bits per weight)\n"
+        f"report: {dst / 'report.html'}\n"
         f"next: expertd run {shlex.quote(str(dst))} 'Once upon a time'"
     )
 
 
-class _Progress:
-    """A progress bar in bytes of the source checkpoint; silent unless standard error is a terminal."""
-
-    def __enter__(self) -> "_Progress":
-        from tqdm import tqdm
-
-        self._bar: tqdm[Any] = tqdm(unit="B", unit_scale=True, disable=None)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-    def show(self, done_bytes: int, total_bytes: int, name: str) -> None:
-        """Show that `done_bytes` of `total_bytes` are done, the last of them of tensor `name`."""
-        self._bar.total = total_bytes
-        self._bar.set_description(name[-40:], refresh=False)
-        self._bar.update(done_bytes - self._bar.n)
-
-
-def in_words(num_bytes: int) -> str:
-    """A size for people: "16.2 GB"."""
-    size, unit = float(num_bytes), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+def _settings(
+    trunk: str, target_bytes: str | None, fit: str | None, experts_bits: str, group_size: str, windows: int,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The flags as Settings, which checks them. Raises ConfigError."""
+    module = importlib.import_module("expertd.quant.settings")
+    size = importlib.import_module("expertd.quant.budget").parse_size
+    if options["calibrate"] and options["effort"] in ("plain", "fast"):
+        raise ConfigError(
+            f"--calibrate: --effort {options['effort']} uses no text. Leave one of them out, or use --effort normal."
+        )
+    return module.Settings(
+        trunk=module.parse_menu(trunk),
+        target_bytes=size(target_bytes) if target_bytes else None,
+        fit_bytes=size(fit) if fit else None,
+        experts_bits=int(experts_bits),
+        group_size=int(group_size),
+        num_windows=windows,
+        **options,
+    )

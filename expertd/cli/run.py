@@ -38,8 +38,8 @@ BROKEN_PIPE = 141
 def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     """Let MODEL continue PROMPT and print its text as it comes.
 
-    MODEL is `demo`, a folder or a hub id. PROMPT is raw text (- reads standard input). The figures of
-    the run go to standard error.
+    MODEL is `demo`, a folder, a hub id or a URL of a folder. PROMPT is raw text (- reads standard input). The
+    figures of the run go to standard error.
     """
     submit_options = {k: options.pop(k) for k in ("max_tokens", "temperature", "top_p", "seed", "stop")}
     chat, logits = options.pop("chat"), options.pop("logits")

@@ -1,5 +1,6 @@
 """`expertd serve`: the OpenAI-compatible HTTP server."""
 
+import functools
 import inspect
 import ipaddress
 import json
@@ -9,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import click
 
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
 def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible HTTP API until Ctrl-C or SIGTERM.
 
-    MODEL is `demo`, a folder or a hub id. Prints the URL and a curl command once it can answer. Machines that were
-    paired with this one (`expertd pair`) may then `expertd join` it.
+    MODEL is `demo`, a folder, a hub id or an https:// URL of a folder. Prints the URL and a curl command once it can
+    answer. Machines that were paired with this one (`expertd pair`) may then `expertd join` it.
     """
     from expertd.server.serve import take_port
 
@@ -49,6 +51,7 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     hosts = hosts_config(**{name: options.pop(name) for name in names})
     make_group(Path(), **options)
     info = find_model(model)
+    _verify(info.folder, hosts)
     group = make_group(info.folder, **options)
     config = ServerConfig(host, port, model_id(model, info.folder), group)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
@@ -58,8 +61,22 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
         _serve(config, listener, info, hosts)
 
 
+def _verify(folder: Path, hosts: HostsConfig) -> None:
+    """Compare the checkpoint with what the quantizer wrote, if that wrote it. Raises CheckpointError.
+
+    It is read once per machine; who joins compares all its files with ours.
+    """
+    from expertd.checkpoint.manifest import verify
+    from expertd.cli.output import Progress
+
+    with Progress() as bytes_done:
+        verify(folder, hosts.manifests, functools.partial(bytes_done, "verifying the checkpoint"))
+
+
 def model_id(name: str, folder: Path) -> str:
-    """The id that clients use: MODEL as typed for `demo` and hub ids, the folder's name for a folder."""
+    """The id that clients use: MODEL as typed for `demo` and hub ids, the folder's name for a folder or its URL."""
+    if "://" in name:
+        return unquote(name.rstrip("/").rpartition("/")[2])
     return folder.name if Path(name).expanduser().is_dir() and name != "demo" else name
 
 

@@ -31,7 +31,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from mlx_lm.utils import load_model
 
 from expertd.errors import CheckpointError
-from expertd.model.classes import model_classes
+from expertd.model.classes import become, model_classes
 from expertd.model.exchange import Link, exchange
 from expertd.model.tiles import attend, multiply, multiply_experts
 from expertd.split.cut import StepSplit, cut
@@ -198,11 +198,6 @@ def _rows(x: mx.array) -> Any:
     return np.array(x.astype(mx.float32).reshape(-1, x.shape[-1]), copy=False)
 
 
-def _become(module: Any, mixin: type) -> None:
-    cls = type(module)
-    module.__class__ = type(f"{mixin.__name__.strip('_')}{cls.__name__}", (mixin, cls), {})
-
-
 def _children(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that are direct attributes (or elements of list attributes) of a module."""
     for child in module.children().values():
@@ -227,14 +222,14 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
             if type(child) in kinds:
                 if all(parent is not block for block in blocks):  # modules are dicts: `in` compares arrays
                     blocks.append(parent)
-                _become(child, kinds[type(child)])
+                become(child, kinds[type(child)])
                 child._step = step
     if not blocks:
         return ["solo"]
     if not all(_takes_hidden_states_alone(block) for block in blocks):
         return ["solo", "experts"]
     for block in blocks:
-        _become(block, _SplitBlock)
+        become(block, _SplitBlock)
         block._step = step
     return ["solo", "experts", "tokens"]
 
@@ -269,7 +264,7 @@ def _use_float32_experts_on_cpu(model: nn.Module) -> None:
     for _, module in model.named_modules():
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
             module.weight = module.weight.astype(mx.float32)
-            _become(module, _Float32Switch)
+            become(module, _Float32Switch)
 
 
 def _widen(model: nn.Module) -> None:
@@ -285,7 +280,7 @@ def _widen(model: nn.Module) -> None:
     for _, module in model.named_modules():
         mx.eval([value for value in module.values() if isinstance(value, mx.array)])  # the narrow form can go
         if mx.default_device() == mx.cpu and type(module) in _TILED:
-            _become(module, _TILED[type(module)])
+            become(module, _TILED[type(module)])
 
 
 _TILED = {SwitchLinear: _TiledSwitch, nn.Linear: _TiledLinear, nn.Embedding: _TiledEmbedding}
@@ -364,6 +359,6 @@ def tap(model: nn.Module) -> Taps:
     for number, layer in enumerate(model.layers):
         found = [m for _, m in layer.named_modules() if any(isinstance(c, switches) for c in _children(m))]
         for module, mixin in [(layer, _TappedLayer), *((m, _TappedSwitch) for m in found)]:
-            _become(module, mixin)
+            become(module, mixin)
             module._taps, module._number = taps, number
     return taps

@@ -3,11 +3,12 @@
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 from expertd.checkpoint.config import family_of
 from expertd.errors import CheckpointError
@@ -45,6 +46,56 @@ def build_model(config: dict[str, Any]) -> Module:
 def is_switch(module: Module) -> bool:
     """Whether `module` holds one weight per expert, stacked [num_experts, out, in]."""
     return isinstance(module, SwitchLinear)
+
+
+# The projections of each kind of switch: those that read its input, in the order of its activation's arguments,
+# and the one that reads what the activation gives.
+PROJECTIONS: dict[type, tuple[tuple[str, ...], str]] = {
+    SwitchGLU: (("up_proj", "gate_proj"), "down_proj"),
+    SwitchMLP: (("fc1",), "fc2"),
+}
+
+
+@dataclass(frozen=True)
+class MoeBlock:
+    """A switch, which sends rows through experts, and the module around it that chooses and adds them up."""
+
+    path: str  # the switch's
+    module: Module
+    switch: Module
+    inputs: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a model and the MoE blocks in it, by path."""
+
+    path: str
+    module: Module
+    blocks: tuple[MoeBlock, ...]
+
+
+def layers_of(model: Module) -> list[Layer]:
+    """The layers that the model runs, in that order; none for a family that does not say them."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    modules = [module for module in getattr(model, "layers", ()) if isinstance(module, Module)]
+    return [Layer(paths[id(m)], m, tuple(_moe_blocks(m, paths[id(m)]))) for m in modules]
+
+
+def _moe_blocks(layer: Module, layer_path: str) -> list[MoeBlock]:
+    modules = dict(layer.named_modules())
+    return [
+        MoeBlock(f"{layer_path}.{path}", modules[path.rpartition(".")[0]], module, *PROJECTIONS[type(module)])
+        for path, module in sorted(modules.items())
+        if type(module) in PROJECTIONS
+    ]
+
+
+def become(module: Any, mixin: type) -> None:
+    """Give an instance a subclass of its own class: its parameters and whatever looks at its type stay valid."""
+    cls = type(module)
+    module.__class__ = type(f"{mixin.__name__.strip('_')}{cls.__name__}", (mixin, cls), {})
 
 
 def _fixed_gpt_oss(base: type[Module]) -> type[Module]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ def list_files(folder: Path) -> list[dict[str, object]]:
 class Hub(BaseHTTPRequestHandler):
     repositories: ClassVar[dict[str, Path]] = {}
     requested: ClassVar[list[str]] = []
+    ranges: ClassVar[list[tuple[str, str, str]]] = []  # file, range, authorization
 
     def do_HEAD(self) -> None:
         self.answer(with_body=False)
@@ -58,14 +60,22 @@ class Hub(BaseHTTPRequestHandler):
             return
         if with_body:
             self.requested.append(name)
+            self.ranges.append((name, self.headers.get("Range", ""), self.headers.get("Authorization", "")))
         self.send((folder / name).read_bytes(), "application/octet-stream", with_body)
 
     def send(self, body: bytes, kind: str, with_body: bool) -> None:
-        self.send_response(200)
+        etag = f'"{hashlib.sha256(body).hexdigest()}"'
+        if span := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            begin, size = int(span[1]), len(body)
+            body = body[begin : int(span[2]) + 1]
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{begin + len(body) - 1}/{size}")
+        else:
+            self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("ETag", etag)
         self.end_headers()
         if with_body:
             self.wfile.write(body)
@@ -84,7 +94,7 @@ class Hub(BaseHTTPRequestHandler):
 @contextmanager
 def fake_hub(repositories: dict[str, Path]) -> Iterator[str]:
     """Serve `repositories` (id -> folder) for the length of the block; gives the endpoint's URL."""
-    Hub.repositories, Hub.requested = repositories, []
+    Hub.repositories, Hub.requested, Hub.ranges = repositories, [], []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -107,4 +107,5 @@ def test_quantization_in_words() -> None:
         == "affine 4 bits, groups of 32"
     )
     assert describe_quantization({"quantization_config": {"quant_method": "fp8"}}) == "fp8"
+    assert describe_quantization({"quantization_config": {"quant_method": "gptq", "bits": 4}}) == "gptq"
     assert describe_quantization({}) is None

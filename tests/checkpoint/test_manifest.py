@@ -1,10 +1,19 @@
+import json
 import os
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from expertd.checkpoint.manifest import FileEntry, check_manifest, make_manifest
+from expertd.checkpoint.manifest import (
+    QUANTIZATION_MANIFEST,
+    FileEntry,
+    check_manifest,
+    check_sizes,
+    make_manifest,
+    verify,
+)
 from expertd.checkpoint.store import Incoming, find_same, read_piece
 from expertd.errors import CheckpointError
 
@@ -59,6 +68,11 @@ def test_damaged_cache_is_made_anew(folder: Path, tmp_path: Path, kept: bytes) -
     (file,) = cache.iterdir()
     file.write_bytes(kept)
     assert make_manifest(folder, cache) == wanted
+
+
+def test_cache_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert make_manifest(folder, tmp_path / "file" / "cache") == make_manifest(folder, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -143,3 +157,89 @@ def test_found_among_folders_by_hash(folder: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text("{}")
     found = find_same(manifest, [other, folder], tmp_path / "store", tmp_path / "cache")
     assert found == folder
+
+
+# The list of files that the quantizer writes.
+
+
+def list_files(folder: Path) -> Path:
+    """Write the folder's list as the quantizer does."""
+    files = [
+        asdict(f) for f in make_manifest(folder, folder / "no-cache").files if f.name != QUANTIZATION_MANIFEST
+    ]
+    (folder / QUANTIZATION_MANIFEST).write_text(json.dumps({"effort": "plain", "files": files}))
+    return folder
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_verified_once(folder: Path, tmp_path: Path) -> None:
+    verify(folder, tmp_path / "cache")  # without a list there is nothing to compare
+    assert not (tmp_path / "cache").exists() and check_sizes(folder) == ()
+    list_files(folder)
+    totals: list[int] = []
+    for _ in range(2):
+        verify(folder, tmp_path / "cache", lambda done, total: totals.append(done))
+    assert max(totals) == totals[-1] == 100_004 + (folder / QUANTIZATION_MANIFEST).stat().st_size
+    assert len(totals) == 4
+    assert [file.name for file in check_sizes(folder)] == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: flip(f / "model.safetensors"),
+            r"model.safetensors: has SHA-256 \w{64}, wanted \w{64} by quant",
+        ),
+        (
+            lambda f: flip(f / "tokenizer.json"),
+            "if you changed it on purpose, delete quantization_manifest.json",
+        ),
+        (lambda f: os.truncate(f / "model.safetensors", 99_999), "has 99999 bytes, wanted 100000"),
+        (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json: absent, but listed"),
+        (lambda f: (f / "model-2.safetensors").touch(), "not listed in .*, and mlx-lm would load it"),
+        (lambda f: (f / QUANTIZATION_MANIFEST).write_text("{"), "not JSON"),
+        (lambda f: (f / QUANTIZATION_MANIFEST).write_text("{}"), "its list of files is damaged"),
+        (lambda f: (f / QUANTIZATION_MANIFEST).write_text('{"files": []}'), "its list of files is damaged"),
+        (
+            lambda f: (f / QUANTIZATION_MANIFEST).write_text(
+                '{"files": [{"name": 1, "size": 2, "sha256": 3}]}'
+            ),
+            "its list of files is damaged",
+        ),
+        (
+            lambda f: (f / QUANTIZATION_MANIFEST).write_text(
+                json.dumps({"files": [{"name": "../x.json", "size": 2, "sha256": "0" * 64}]})
+            ),
+            "its list of files is damaged",
+        ),
+    ],
+)
+def test_damage_is_found(damage: Callable[[Path], None], message: str, folder: Path, tmp_path: Path) -> None:
+    damage(list_files(folder))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        verify(folder, tmp_path / "cache")
+    assert str(folder) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_hashing_ends_when_it_is_interrupted(folder: Path, tmp_path: Path) -> None:
+    with (folder / "model.safetensors").open("wb") as file:
+        file.truncate(1 << 30)
+    calls = []
+
+    def interrupt(done: int, total: int) -> None:
+        calls.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_manifest(folder, tmp_path / "cache", interrupt)
+    assert len(calls) <= 4

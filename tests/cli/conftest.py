@@ -23,7 +23,7 @@ import stub_group
 from expertd.checkpoint import inspect, locate
 stub_group.use_stub()
 if Path(sys.argv[2]).is_dir():
-    locate.find_checkpoint = Path
+    locate.find_checkpoint = lambda name, *rest: Path(name)
     inspect.check_checkpoint = lambda folder: SimpleNamespace(folder=folder)
 from expertd.cli import main
 main()

@@ -1,5 +1,6 @@
 """Commands in processes of their own, as a user starts them: exit codes, and one line per error."""
 
+import hashlib
 import json
 import os
 import signal
@@ -215,3 +216,18 @@ def test_port_in_use_exits_2_before_any_rank(expertd: Expertd, tmp_path: Path) -
     assert (got.code, got.out) == (2, "")
     assert got.err.startswith(f"expertd: --host 127.0.0.1 --port {port}: the port is in use. ")
     assert got.err.count("\n") == 1 and not list(tmp_path.glob("rank*.log"))
+
+
+def test_changed_checkpoint_is_refused(expertd: Expertd, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"right")
+    files = [{"name": "model.safetensors", "size": 5, "sha256": hashlib.sha256(b"right").hexdigest()}]
+    (tmp_path / "quantization_manifest.json").write_text(json.dumps({"files": files}))
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "model.safetensors").write_bytes(b"wrong")
+    got = expertd("serve", tmp_path, "--port", 0, env=env)
+    assert (got.code, got.out) == (2, "")
+    assert f"{tmp_path / 'model.safetensors'}: has SHA-256" in got.err and "Copy or download" in got.err
+    (tmp_path / "model.safetensors").write_bytes(b"wrong size")
+    for command in (("serve", tmp_path, "--port", 0), ("run", tmp_path, "Hi")):
+        got = expertd(*command, env=env)
+        assert got.code == 2 and "has 10 bytes, wanted 5" in got.err

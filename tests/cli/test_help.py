@@ -124,6 +124,7 @@ def test_pin_gives_each_rank_its_processor(monkeypatch: pytest.MonkeyPatch) -> N
 def test_model_id(tmp_path: Path) -> None:
     assert serve.model_id("demo", tmp_path) == "demo"
     assert serve.model_id("org/name", tmp_path) == "org/name"
+    assert serve.model_id("https://host/models/my%20model/", tmp_path) == "my model"
     assert serve.model_id(str(tmp_path), tmp_path) == tmp_path.name
 
 

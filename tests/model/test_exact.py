@@ -16,15 +16,16 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Each family in float32, and quantized to 2-bit experts from bfloat16; the demo model quantized and not."""
     from expertd.checkpoint.locate import find_checkpoint
     from expertd.quant.convert import quantize_checkpoint
+    from expertd.quant.settings import Settings
 
     root, made = tmp_path_factory.mktemp("tiny"), []
     for family in FAMILIES:
         full = make_tiny(root / f"{family}-f32", family)
         half = make_tiny(root / f"{family}-bf16", family, dtype="bfloat16")
-        quantize_checkpoint(half, root / f"{family}-2bit", group_size=32)
+        quantize_checkpoint(half, root / f"{family}-2bit", Settings(effort="plain", group_size=32, trunk=(4,)))
         made += [full, root / f"{family}-2bit"]
     demo = find_checkpoint("demo")
-    quantize_checkpoint(demo, root / "demo-2bit")
+    quantize_checkpoint(demo, root / "demo-2bit", Settings(effort="fast"))
     return [str(folder) for folder in [*made, demo, root / "demo-2bit"]]
 
 

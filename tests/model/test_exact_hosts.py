@@ -17,11 +17,12 @@ Digests = dict[str, dict[str, str]]
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from expertd.quant.convert import quantize_checkpoint
+    from expertd.quant.settings import Settings
 
     root = tmp_path_factory.mktemp("tiny")
     full = make_tiny(root / "f32", "qwen3_moe")
     half = make_tiny(root / "bf16", "glm4_moe", dtype="bfloat16")
-    quantize_checkpoint(half, root / "2bit", group_size=32)
+    quantize_checkpoint(half, root / "2bit", Settings(effort="plain", group_size=32, trunk=(4,)))
     return [str(full), str(root / "2bit")]
 
 
