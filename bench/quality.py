@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from expertd.bench import rivals
 from expertd.bench.ggml import BITS as GGML_BITS
@@ -28,6 +28,7 @@ from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError, ExpertdError
 from expertd.quant.evaluate import LocalReader, ReferenceRun, cut_windows, evaluate
 from expertd.quant.metrics import Array
+from expertd.quant.settings import Settings
 from expertd.quant.windows import default_text, read_text, read_windows
 from expertd.topology.machine import describe_machine, summarize
 
@@ -133,6 +134,7 @@ class Bench:
     def rows(self, with_llama_cpp: bool) -> list[Row]:
         rows = [self._plain(2, 64), self._plain(2, 128), self._plain(3, 64), self._plain(4, 64)]
         rows += [self._gptq(group) for group in (64, 128)]
+        rows += [self._ours(effort, group) for effort in ("fast", "normal", "best") for group in (64, 128)]
         if with_llama_cpp:
             ggml = Ggml(Path("build/llama-cpp"))
             rows += [self._llama_cpp(ggml, name) for name in LLAMA_CPP]
@@ -176,6 +178,21 @@ class Bench:
         return Row(
             name, bits + 32 / group, lambda folder, _: rivals.plain(self.original, folder, bits, group)
         )
+
+    def _ours(self, effort: Literal["fast", "normal", "best"], group: int) -> Row:
+        def make(folder: Path, seed: int) -> None:
+            windows, tokens = CALIBRATION
+            settings = Settings(
+                effort,
+                group_size=group,
+                trunk=(16,),
+                seed=seed,
+                num_windows=windows,
+                window_tokens=tokens,
+            )
+            rivals.ours(self.original, folder, settings)
+
+        return Row(f"{effort} g{group}", 2 + 32 / group, make, is_seeded=effort != "fast")
 
     def _gptq(self, group: int) -> Row:
         def make(folder: Path, seed: int) -> None:

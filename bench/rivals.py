@@ -18,10 +18,15 @@ from mlx.utils import tree_flatten
 from expertd.bench.ggml import Ggml
 from expertd.checkpoint.config import write_config
 from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint
+from expertd.checkpoint.source import open_source
 from expertd.model.adapter import fast_attention, load
 from expertd.model.classes import build_model, is_switch
 from expertd.model.tiles import multiply_experts
-from expertd.quant.convert import copy_texts, load_weights
+from expertd.quant.convert import quantize_checkpoint
+from expertd.quant.output import copy_texts
+from expertd.quant.settings import Settings
+from expertd.quant.weights import arrange
+from expertd.quant.weights import load as load_tensors
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Rounded = Callable[[str, mx.array], mx.array]  # parameter name, [num_experts, out, in] -> the same, rounded
@@ -34,7 +39,8 @@ class Original:
     def __init__(self, folder: Path) -> None:
         self.info: CheckpointInfo = check_checkpoint(folder)
         model = build_model(self.info.config)
-        self.weights = load_weights(model, self.info)
+        source = open_source(str(folder), folder, None)  # a folder needs no cache
+        self.weights = arrange(model, folder, load_tensors(source))
         self.experts = [f"{path}.weight" for path, module in model.named_modules() if is_switch(module)]
         self.num_expert_weights = sum(self.weights[name].size for name in self.experts)
 
@@ -59,13 +65,30 @@ def plain(original: Original, folder: Path, bits: int, group_size: int) -> None:
     original.write(folder, rounded)
 
 
+def ours(original: Original, folder: Path, settings: Settings) -> None:
+    """What `expertd quantize` makes of the experts. The embedding keeps 16 bits like the rest of the trunk, though the
+    experts were made beside one of 8."""
+    made = folder.with_name("ours")
+    quantize_checkpoint(original.info.folder, made, settings)
+    found: dict[str, Any] = {}
+    for shard in sorted(made.glob("model*.safetensors")):
+        found |= mx.load(str(shard))  # type: ignore[operator]
+
+    def rounded(name: str, _: mx.array) -> mx.array:
+        path = name.removesuffix(".weight")
+        parts = found[name], found[f"{path}.scales"], found[f"{path}.biases"]
+        return _decoded(*parts, settings.experts_bits, settings.group_size)
+
+    original.write(folder, rounded)
+
+
 def gptq(original: Original, folder: Path, bits: int, group_size: int, windows: Array) -> None:
     """mlx_lm.gptq by its own code, with our calibration windows [num_windows, num_tokens], experts alone.
 
     It quantizes what is exactly an nn.Linear or a SwitchLinear, and whatever else has `to_quantized` by plain
     rounding; so the trunk's modules get classes of their own that have none. It computes in float32 here, in its
-    favour, with products and attention by NumPy, which is all that is not its own code; scales and biases are rounded to
-    the source's dtype, as its own main() has them.
+    favour, with products and attention by NumPy, which is all that is not its own code; scales and biases are
+    rounded to the source's dtype, as its own main() has them.
     """
     model = load(original.info.folder, original.info.config, wide=True)
     for _, module in model.named_modules():

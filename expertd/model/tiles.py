@@ -47,7 +47,7 @@ def attend(queries: Array, keys: Array, values: Array, scale: float, mask: Array
     Queries [num_windows, num_heads, num_tokens, width]; keys and values may have fewer heads, each of which serves
     as many queries' heads. `mask` is "causal", None, true where a token is seen, or added to the scores.
     """
-    num_windows, num_heads, num_tokens, width = queries.shape
+    num_windows, num_heads, num_tokens, _ = queries.shape
     shared = num_heads // keys.shape[1]
     y = np.empty((num_windows, num_heads, num_tokens, values.shape[-1]), dtype=np.float32)
     if isinstance(mask, str):

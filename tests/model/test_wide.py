@@ -10,6 +10,7 @@ from expertd.checkpoint.config import normalise_config, read_config
 from expertd.model.model import Model
 from expertd.model.tiles import multiply, multiply_experts
 from expertd.quant.convert import quantize_checkpoint
+from expertd.quant.settings import Settings
 from expertd.split.cut import StepSplit
 from tests.ranks import run_ranks
 from tests.tiny import make_tiny
@@ -27,7 +28,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family in FAMILIES:
         full = made[family] = Path(make_tiny(root / family, family))
         made[f"{family}-2bit"] = root / f"{family}-2bit"
-        quantize_checkpoint(full, made[f"{family}-2bit"], group_size=32)
+        quantize_checkpoint(full, made[f"{family}-2bit"], Settings(effort="plain", group_size=32, trunk=(4,)))
     return made
 
 

@@ -17,6 +17,7 @@ from expertd.quant.evaluate import (
     evaluate,
 )
 from expertd.quant.metrics import Agreement, Comparison, RelativeError, TextScore
+from expertd.quant.settings import Settings
 from tests.tiny import make_tiny
 
 RANDOM = np.random.RandomState(3)
@@ -37,7 +38,9 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(full: Path) -> Path:
-    return quantize_checkpoint(full, full.with_name("small"), group_size=32).folder
+    return quantize_checkpoint(
+        full, full.with_name("small"), Settings(effort="plain", group_size=32, trunk=(4,))
+    ).folder
 
 
 # Metrics.
