@@ -184,7 +184,8 @@ def fast_attention() -> Iterator[None]:
         if q.dtype != mx.float32 or options.get("sinks") is not None:
             return stock(q, k, v, **options)
         seen = np.array(mask) if isinstance(mask, mx.array) else mask
-        return mx.array(attend(*(np.array(a, copy=False) for a in (q, k, v)), options["scale"], seen))
+        queries, keys, values = (np.array(a, copy=False) for a in (q, k, v))
+        return mx.array(attend(queries, keys, values, options["scale"], seen))
 
     if mx.default_device() == mx.cpu:
         mx.fast.scaled_dot_product_attention = attend_fast
