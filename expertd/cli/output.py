@@ -89,8 +89,10 @@ class Progress:
             if what != self._what:
                 self._close()
                 self._what = what
-                kind = {"unit": self._unit, "unit_scale": self._unit == "B"}
-                self._bar = tqdm(total=total, desc=what, disable=None, leave=False, **kind)
+                scaled = self._unit == "B"
+                self._bar = tqdm(
+                    total=total, desc=what, unit=self._unit, unit_scale=scaled, disable=None, leave=False
+                )
             self._bar.update(done - self._bar.n)
             if done >= total:
                 self._close()

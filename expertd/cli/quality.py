@@ -11,7 +11,6 @@ import click
 
 from expertd.cli.options import find_model
 from expertd.cli.output import Progress
-from expertd.cli.signals import TERMINATED
 from expertd.config import MAX_RANKS, SPLITS
 from expertd.errors import ConfigError
 
@@ -104,4 +103,6 @@ def quality_command(
 
 def _terminated(*_: object) -> NoReturn:
     """SIGTERM ends it as Ctrl-C does: ranks and files of a temporary folder are gone then."""
+    from expertd.cli.signals import TERMINATED
+
     sys.exit(TERMINATED)
