@@ -10,7 +10,6 @@ from typing import NoReturn
 import click
 
 from expertd.cli.options import find_model
-from expertd.cli.output import Progress
 from expertd.config import MAX_RANKS, SPLITS
 from expertd.errors import ConfigError
 
@@ -76,6 +75,8 @@ def quality_command(
     Prints size, bits per weight and perplexity, and with --reference what was lost, for the whole model and for
     each layer. A and B are folders, `demo` or hub ids.
     """
+    from expertd.cli.output import Progress
+
     quality = importlib.import_module("expertd.quant.quality")
     picture = importlib.import_module("expertd.quant.picture")
     if json_file and not json_file.absolute().parent.is_dir():
