@@ -34,4 +34,6 @@ exchange = Extension(
     extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-fno-strict-aliasing"],
 )
 
-setup(cffi_modules=["native/build.py:ffibuilder", "native/build_quantize.py:ffibuilder"], ext_modules=[exchange])
+setup(
+    cffi_modules=["native/build.py:ffibuilder", "native/build_quantize.py:ffibuilder"], ext_modules=[exchange]
+)

@@ -29,7 +29,8 @@
 enum {
     XQ_OK = 0,
     XQ_ARGUMENT = -1, /* bits, group, dtype, shape or a null pointer that cannot be */
-    XQ_MEMORY = -2    /* no memory for the scratch of one thread */
+    XQ_MEMORY = -2,   /* no memory for the scratch of one thread */
+    XQ_NOT_POSITIVE = -3 /* a Hessian that no sum of squares can be */
 };
 
 enum { XQ_F32 = 0, XQ_BF16 = 1, XQ_F16 = 2, XQ_F8_E4M3 = 3 };
@@ -49,18 +50,24 @@ typedef struct {
 /* Writes codes, scales and biases. `weight` [cols], at least 0: the diagonal of H; NULL for I. */
 int xq_fit(const xq_matrix *m, const float *weight);
 
-/* Writes codes, scales and biases. `feedback` [cols][cols]: row j holds L_kj for k > j (the rest is not read). `weight`
- * [cols]: what the grids are fitted with. */
-int xq_gptq(const xq_matrix *m, const float *feedback, const float *weight);
+/* L and D of H: row j of feedback[cols][cols] gets L_kj for k > j (the rest below is not written), weight[cols] the
+ * diagonal of D. `reversed` [cols][cols] is H with rows and columns in reverse order, and is destroyed; its lower
+ * triangle is read. */
+int xq_factor(double *reversed, size_t cols, int threads, float *feedback, float *weight);
 
-/* Improves codes, scales and biases in place, at most `sweeps` times over all groups. `h` [cols][cols]: symmetric. */
-int xq_refine(const xq_matrix *m, const float *h, int sweeps);
+/* Below, `panels` is a matrix [cols][cols] cut into panels of one group's columns: [cols / group][cols][group]. */
+
+/* Writes codes, scales and biases, from what xq_factor gave, feedback as panels; grids are fitted with `weight`. */
+int xq_gptq(const xq_matrix *m, const float *panels, const float *weight);
+
+/* Improves codes, scales and biases in place under the H of `panels`, at most `sweeps` times over all groups. */
+int xq_refine(const xq_matrix *m, const float *panels, int sweeps);
 
 /* Multiplies each row's scales and biases by gain[row], rounds them, and takes the codes nearest to gain[row] w. */
 int xq_rescale(const xq_matrix *m, const float *gain, int keep_codes);
 
-/* Per row: w H w', w H (q s + b)' and e H e', into moments[rows][3]. `h` is NULL for I. */
-int xq_moments(const xq_matrix *m, const float *h, double *moments);
+/* Per row: w H w', w H (q s + b)' and e H e', into moments[rows][3]. `panels`: of H; NULL for I. */
+int xq_moments(const xq_matrix *m, const float *panels, double *moments);
 
 /* codes[rows][cols] as MLX stores them, into packed[rows][cols * bits / 32]; cols is a multiple of 32. */
 int xq_pack(const uint8_t *codes, size_t rows, size_t cols, int bits, int threads, uint32_t *packed);

@@ -1,9 +1,10 @@
 /* quantize_hessian.c: error feedback (gptq), coordinate descent (refine), gain and error under full second moments.
  *
  * Nearly all time goes into products of a tile's errors with columns of a square matrix of the input's width: `width`
- * multiplications per weight and pass. xq_accumulate makes them in blocks of 64 rows by one group of columns, so that
- * block, errors and sums stay in the first-level cache, and four rows at a time, so that sums are loaded and stored
- * once in four. Within a group a change of one column is told to the others at once; the other groups
+ * multiplications per weight and pass. The matrix lies in panels of one group's columns, which are read from begin to
+ * end. xq_accumulate takes 64 rows of a panel at a time, so that they, the errors and the sums stay in the first-level
+ * cache, and four rows in one go, so that sums are loaded and stored once in four. Measured (2.5 GHz, AVX2, load of 9
+ * on 2 cores): 10 to 18 thousand million products a second; without panels 6.7 at a width of 2048. Within a group a change of one column is told to the others at once; the other groups
  * see it when their turn comes, from the errors themselves. So nothing drifts. */
 
 #include <string.h>
@@ -12,15 +13,15 @@
 
 enum { BLOCK = 64, NUM_INNER = 2 }; /* a group's grid and codes settle in about two turns */
 
-WIDE void xq_accumulate(column *restrict sum, int n, const column *restrict scaled, const float *restrict matrix,
-                        size_t stride, size_t from, size_t to) {
+WIDE void xq_accumulate(column *restrict sum, int n, const column *restrict scaled, const float *restrict panel,
+                        size_t from, size_t to) {
     for (size_t block = from; block < to; block += BLOCK) {
         const size_t end = block + BLOCK < to ? block + BLOCK : to;
         for (int k = 0; k < n; k++) {
             float *restrict s = sum[k];
             for (size_t j = block; j < end; j += 4) {
-                const float *a = matrix + j * stride + k;
-                const float a0 = a[0], a1 = a[stride], a2 = a[2 * stride], a3 = a[3 * stride];
+                const float *a = panel + j * (size_t)n + k;
+                const float a0 = a[0], a1 = a[n], a2 = a[2 * n], a3 = a[3 * n];
                 const float *e0 = scaled[j], *e1 = scaled[j + 1], *e2 = scaled[j + 2], *e3 = scaled[j + 3];
                 for (int l = 0; l < LANES; l++) s[l] += (e0[l] * a0 + e1[l] * a1) + (e2[l] * a2 + e3[l] * a3);
             }
@@ -30,7 +31,7 @@ WIDE void xq_accumulate(column *restrict sum, int n, const column *restrict scal
 
 typedef struct {
     const xq_matrix *m;
-    const float *matrix; /* feedback or H, [cols][cols] */
+    const float *panels; /* of the feedback or of H */
     const float *weight;
     int sweeps;
     double *moments;
@@ -44,12 +45,12 @@ static inline __attribute__((always_inline)) void spread_out(column *restrict su
 }
 
 /* Codes for the columns of a group from left to right; `t` holds the targets, `e` becomes the errors. */
-WIDE static void feed_back(const column *x, column *t, column *codes, column *e, const float *feedback, size_t stride,
-                           int n, int bits, const grid *g) {
+WIDE static void feed_back(const column *x, column *t, column *codes, column *e, const float *feedback, int n, int bits,
+                           const grid *g) {
     for (int k = 0; k < n; k++) {
         xq_assign(&t[k], 1, bits, g, &codes[k]);
         for (int l = 0; l < LANES; l++) e[k][l] = x[k][l] - (codes[k][l] * g->scale[l] + g->bias[l]);
-        spread_out(t, feedback + (size_t)k * stride, k + 1, n, e[k]);
+        spread_out(t, feedback + k * n, k + 1, n, e[k]);
     }
 }
 
@@ -59,28 +60,28 @@ static void gptq_item(const void *argument, size_t tile, void *scratch) {
     const size_t n = (size_t)m->group;
     column *e = scratch, *x = e + m->cols, *t = x + n, *codes = t + n;
     for (size_t first = 0; first < m->cols; first += n) {
+        const float *panel = j->panels + first * m->cols;
         grid g;
         xq_load(m, tile, first, n, x);
         memcpy(t, x, n * sizeof *x);
-        xq_accumulate(t, m->group, e, j->matrix + first, m->cols, 0, first);
+        xq_accumulate(t, m->group, e, panel, 0, first);
         xq_fit_group(t, j->weight + first, m->group, m->bits, m->dtype, &g, codes);
-        feed_back(x, t, codes, e + first, j->matrix + first * m->cols + first, m->cols, m->group, m->bits, &g);
+        feed_back(x, t, codes, e + first, panel + first * n, m->group, m->bits, &g);
         xq_store_grid(m, tile, first / n, &g);
         xq_store_codes(m, tile, first, n, codes);
     }
 }
 
-int xq_gptq(const xq_matrix *m, const float *feedback, const float *weight) {
-    if (!xq_is_sane(m) || !feedback || !weight) return XQ_ARGUMENT;
-    const job j = {.m = m, .matrix = feedback, .weight = weight};
+int xq_gptq(const xq_matrix *m, const float *panels, const float *weight) {
+    if (!xq_is_sane(m) || !panels || !weight) return XQ_ARGUMENT;
+    const job j = {.m = m, .panels = panels, .weight = weight};
     return xq_run(gptq_item, &j, xq_num_tiles(m), m->threads, (m->cols + 3 * (size_t)m->group) * sizeof(column));
 }
 
 /* One group under descent: errors, codes, P = e H of its columns, and its own block of H. */
 typedef struct {
     column *e, *codes, *p;
-    const float *h;
-    size_t stride;
+    const float *h; /* [n][n] */
     int n, bits, dtype;
     grid g;
 } turn;
@@ -92,14 +93,14 @@ WIDE static bool move_grid(turn *t, column *restrict v) {
     float row_sum[MAX_GROUP], a22 = 0.0f;
     bool has_moved = false;
     memset(v, 0, (size_t)t->n * sizeof *v);
-    xq_accumulate(v, t->n, t->codes, t->h, t->stride, 0, (size_t)t->n);
+    xq_accumulate(v, t->n, t->codes, t->h, 0, (size_t)t->n);
     memset(a11, 0, sizeof a11);
     memset(a12, 0, sizeof a12);
     memset(p1, 0, sizeof p1);
     memset(p2, 0, sizeof p2);
     for (int k = 0; k < t->n; k++) {
         row_sum[k] = 0.0f;
-        for (int i = 0; i < t->n; i++) row_sum[k] += t->h[(size_t)k * t->stride + (size_t)i];
+        for (int i = 0; i < t->n; i++) row_sum[k] += t->h[k * t->n + i];
         a22 += row_sum[k];
         for (int l = 0; l < LANES; l++) {
             a11[l] += t->codes[k][l] * v[k][l];
@@ -140,7 +141,7 @@ WIDE static bool move_grid(turn *t, column *restrict v) {
 WIDE static bool move_codes(turn *t) {
     bool has_moved = false;
     for (int k = 0; k < t->n; k++) {
-        const float *row = t->h + (size_t)k * t->stride;
+        const float *row = t->h + k * t->n;
         column wanted, step;
         grid unit; /* the code that P asks for, as a weight on the grid (1, 0) */
         if (row[k] <= 0.0f) continue;
@@ -178,12 +179,13 @@ static bool refine_group(const job *j, size_t tile, size_t first, column *e, col
     const size_t n = (size_t)m->group;
     column *x = scratch, *v = x + n;
     bool has_moved = false;
-    turn t = {.e = e + first, .codes = v + n, .p = v + 2 * n, .h = j->matrix + first * m->cols + first,
-              .stride = m->cols, .n = m->group, .bits = m->bits, .dtype = m->dtype};
+    const float *panel = j->panels + first * m->cols;
+    turn t = {.e = e + first, .codes = v + n, .p = v + 2 * n, .h = panel + first * n,
+              .n = m->group, .bits = m->bits, .dtype = m->dtype};
     xq_load_grid(m, tile, first / n, &t.g);
     xq_load_codes(m, tile, first, n, t.codes);
     memset(t.p, 0, n * sizeof *t.p);
-    xq_accumulate(t.p, m->group, e, j->matrix + first, m->cols, 0, m->cols);
+    xq_accumulate(t.p, m->group, e, panel, 0, m->cols);
     for (int inner = 0; inner < NUM_INNER; inner++) {
         bool grid_moved = move_grid(&t, v), codes_moved = move_codes(&t);
         has_moved |= grid_moved | codes_moved;
@@ -222,9 +224,9 @@ static void refine_item(const void *argument, size_t tile, void *scratch) {
     }
 }
 
-int xq_refine(const xq_matrix *m, const float *h, int sweeps) {
-    if (!xq_is_sane(m) || !h || sweeps < 0) return XQ_ARGUMENT;
-    const job j = {.m = m, .matrix = h, .sweeps = sweeps};
+int xq_refine(const xq_matrix *m, const float *panels, int sweeps) {
+    if (!xq_is_sane(m) || !panels || sweeps < 0) return XQ_ARGUMENT;
+    const job j = {.m = m, .panels = panels, .sweeps = sweeps};
     return xq_run(refine_item, &j, xq_num_tiles(m), m->threads, (m->cols + 4 * (size_t)m->group) * sizeof(column));
 }
 
@@ -269,12 +271,12 @@ int xq_rescale(const xq_matrix *m, const float *gain, int keep_codes) {
 /* Columns [first, first + n) of a H, or of a itself where H is I. */
 static void times_h(const job *j, const column *a, size_t first, column *out) {
     const size_t n = (size_t)j->m->group;
-    if (!j->matrix) {
+    if (!j->panels) {
         memcpy(out, a + first, n * sizeof *a);
         return;
     }
     memset(out, 0, n * sizeof *out);
-    xq_accumulate(out, j->m->group, a, j->matrix + first, j->m->cols, 0, j->m->cols);
+    xq_accumulate(out, j->m->group, a, j->panels + first * j->m->cols, 0, j->m->cols);
 }
 
 static void moments_item(const void *argument, size_t tile, void *scratch) {
@@ -302,9 +304,9 @@ static void moments_item(const void *argument, size_t tile, void *scratch) {
         memcpy(j->moments + 3 * (tile * LANES + (size_t)l), total[l], sizeof total[l]);
 }
 
-int xq_moments(const xq_matrix *m, const float *h, double *moments) {
+int xq_moments(const xq_matrix *m, const float *panels, double *moments) {
     if (!xq_is_sane(m) || !moments) return XQ_ARGUMENT;
-    const job j = {.m = m, .matrix = h, .moments = moments};
+    const job j = {.m = m, .panels = panels, .moments = moments};
     return xq_run(moments_item, &j, xq_num_tiles(m), m->threads,
                   (2 * m->cols + 2 * (size_t)m->group) * sizeof(column));
 }

@@ -13,7 +13,7 @@ enum { LANES = 32, MAX_GROUP = 128, MAX_THREADS = 256 };
 
 /* Compiled once for every x86-64 and once with AVX2 (and AVX-512), chosen at start-up. Both do the same arithmetic in the
  * same order; only the width differs. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__OPTIMIZE__)
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__OPTIMIZE__) && !defined(__SANITIZE_THREAD__)
 #define WIDE __attribute__((target_clones("default", "avx2")))
 #else
 #define WIDE
@@ -56,8 +56,7 @@ void xq_fit_group(const column *x, const float *weight, int group, int bits, int
 /* The codes nearest to x: q = clip(round((x - bias) / scale)), 0 where the scale is 0. */
 void xq_assign(const column *x, int n, int bits, const grid *g, column *codes);
 
-/* sum[k] += scaled[j] * matrix[j][k] over j in [from, to), k in [0, n); n is a multiple of 32, to - from of 4. */
-void xq_accumulate(column *sum, int n, const column *scaled, const float *matrix, size_t stride, size_t from,
-                   size_t to);
+/* sum[k] += scaled[j] * panel[j][k] over j in [from, to), k in [0, n); to - from is a multiple of 4. */
+void xq_accumulate(column *sum, int n, const column *scaled, const float *panel, size_t from, size_t to);
 
 #endif

@@ -21,7 +21,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +38,7 @@ from expertd.quant.codes import Codes
 from expertd.quant.dense import use_dense
 from expertd.quant.experts import Asked, Experts, Recorder
 from expertd.quant.hessian import Matrix, gram, shrunk
+from expertd.quant.recipe import Recipe
 from expertd.quant.rounding import DTYPES, Rounded, from_codes, round_module
 from expertd.quant.windows import Windows
 
@@ -57,15 +59,6 @@ class Weights(Protocol):
     def take(self, names: Sequence[str]) -> Arrays: ...
 
 
-class Recipe(Protocol):
-    """Which module gets which bits and groups, by module path; those that are not in `bits` stay as they are."""
-
-    @property
-    def bits(self) -> dict[str, int]: ...
-    @property
-    def group_size(self) -> int | dict[str, int]: ...
-
-
 def calibrate(
     model: Module,
     weights: Weights,
@@ -76,17 +69,20 @@ def calibrate(
     done: Callable[[str], bool],
     emit: Emit,
     progress: Progress | None = None,
+    sync: Callable[[], None] = lambda: None,
 ) -> None:
     """Give every parameter of `model` (never computed) to `emit`, quantized by `recipe`, layer by layer.
 
     `emit(unit, arrays, note)` gets one tensor of the model with its scales and biases; a unit for which `done`
-    is true is not emitted again. Notes of experts hold `error_mean` and `error_max` over experts (relative, weighted by the
-    moments), `tokens_min` and `tokens_median` per expert, and `seconds`. `windows` are token ids
-    [num_windows, window_tokens]; `out_state` is an existing folder that this run and its resumptions share.
-    `progress(done_weights, all_weights, what)` is called after each unit and each expert.
+    is true is not emitted again. Notes of experts hold `error_mean` and `error_max` over experts (relative,
+    weighted by the moments), `tokens_min` and `tokens_median` per expert, and the block's `seconds`. `windows` are
+    token ids [num_windows, window_tokens]; `out_state` is a folder that this run and its resumptions share.
+    `progress(done_weights, all_weights, what)` is called after each unit and each expert; `sync` waits until all
+    that was emitted outlives a kill.
     Raises ConfigError for a family that does not say what its layers are.
     """
-    _Run(model, weights, recipe, windows, threads, out_state, _Sink(done, emit, weights, progress)).run()
+    sink = _Sink(done, emit, weights, progress, sync)
+    _Run(model, weights, recipe, windows, threads, out_state, sink).run()
 
 
 class _Finished(Exception):
@@ -129,6 +125,7 @@ class _Sink:
     give: Emit
     weights: Weights
     progress: Progress | None
+    sync: Callable[[], None]
     num_done: int = 0
 
     def emit(self, path: str, array: mx.array | Rounded, note: dict[str, Any] | None = None) -> None:
@@ -171,12 +168,10 @@ class _Run:
         for number, layer in enumerate(self.layers):
             become(layer.module, _HookedLayer)
             layer.module._hook = self._hook(number)
-        self._round(self.outside)
-        try:
+        self._round(self.outside, is_outside=True)
+        with suppress(_Finished):
             self.model(mx.array(self.windows))
-        except _Finished:
-            pass
-        self._round(list(self.left))  # what the forward call did not come by
+        self._round(list(self.left), is_outside=True)  # what the forward call did not come by
 
     # A layer.
 
@@ -185,7 +180,7 @@ class _Run:
             last_restored, output = self.restored
             if number > last_restored:
                 args, kwargs = tree_map(_to_float32, (args, kwargs))
-                mx.eval([leaf for _, leaf in tree_flatten((args, kwargs)) if isinstance(leaf, mx.array)])
+                mx.eval([leaf for _, leaf in _leaves((args, kwargs)) if isinstance(leaf, mx.array)])
                 self._forget(self.outside)
                 output = self._quantize_layer(self.layers[number], call, args, kwargs)
                 self._save(number, output)
@@ -203,7 +198,9 @@ class _Run:
         for block in layer.blocks:
             become(block.switch, _HookedSwitch)
             become(block.module, _HookedBlock)
-        for block in layer.blocks:  # a later one sees what the earlier ones give; the earlier ones do not see it
+        for (
+            block
+        ) in layer.blocks:  # a later one sees what the earlier ones give; the earlier ones do not see it
             recorder = Recorder()
             block.switch._answer, block.module._probe = recorder.switch, recorder.block
             for _ in self._chunks(call, args, kwargs):
@@ -241,19 +238,25 @@ class _Run:
 
     # Weights.
 
-    def _round(self, names: Sequence[str]) -> None:
-        """Take parameters one by one, round what the recipe rounds, emit them and put them into the model."""
+    def _round(self, names: Sequence[str], is_outside: bool = False) -> None:
+        """Take parameters one by one, round what the recipe rounds, emit them and put them into the model.
+
+        Those of a layer are put in as float32, the others in their own dtype and not computed: an embedding is as
+        large as a layer of experts, and the head is never asked.
+        """
         for name in names:
             array = self._take([name])[name]
             path = _module_of(name)
             rounded: mx.array | Rounded = array
             if path is not None and path in self.recipe.bits:
-                bits, group_size = self.recipe.bits[path], self._group_size(path)
+                bits, group_size = self.recipe.bits[path], self.recipe.group_sizes[path]
                 rounded = round_module(array, bits, group_size, "fast", self.threads)
                 self.sink.emit(path, rounded)
             else:
                 self.sink.emit(name, array)
-            self._put({name: rounded.dequantized() if isinstance(rounded, Rounded) else _to_float32(array)})
+            if isinstance(rounded, Rounded):
+                array = rounded.lazy() if is_outside else rounded.dequantized()
+            self._put({name: array if is_outside else _to_float32(array)})
             self.sink.count(array.size, name)
 
     def _quantize_experts(self, block: MoeBlock, asked: Asked) -> Experts:
@@ -265,12 +268,8 @@ class _Run:
         num_biases = sum(bias.size for bias in biases.values()) // experts.num_experts
         for name in biases:
             self.sink.emit(f"{block.path}.{name}.bias", biases[name])
-        _ExpertRounding(experts, asked, self.recipe, self._group_size, self.threads).run(self.sink, num_biases)
+        _ExpertRounding(experts, asked, self.recipe, self.threads).run(self.sink, num_biases)
         return experts
-
-    def _group_size(self, path: str) -> int:
-        sizes = self.recipe.group_size
-        return sizes[path] if isinstance(sizes, dict) else sizes
 
     def _take(self, names: Sequence[str]) -> Arrays:
         for name in names:
@@ -288,7 +287,8 @@ class _Run:
     # State.
 
     def _save(self, number: int, output: Any) -> None:
-        leaves = tree_flatten(output)
+        self.sink.sync()  # a state without its layer's units would have to be made again, from the first layer on
+        leaves = _leaves(output)
         arrays = {f"leaf.{key}": leaf for key, leaf in leaves if isinstance(leaf, mx.array)}
         others = json.dumps([[key, leaf] for key, leaf in leaves if not isinstance(leaf, mx.array)])
         path = self.out_state / f"layer-{number:05}.safetensors"
@@ -309,9 +309,10 @@ class _Run:
             names = [name for name in self.left if name.startswith(paths)]
             if not all(self.sink.done(name) for name in names):
                 continue  # the state is ahead of the units: begin again
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            arrays, metadata = loaded
             leaves = [(key.removeprefix("leaf."), leaf) for key, leaf in arrays.items()]
-            sizes = {name: leaf.size for name, leaf in tree_flatten(self.model.parameters())}
+            sizes = {name: leaf.size for name, leaf in _leaves(self.model.parameters())}
             for name in names:
                 del self.left[name]
                 self.sink.count(sizes[name], name)
@@ -326,7 +327,6 @@ class _ExpertRounding:
     experts: Experts
     asked: Asked
     recipe: Recipe
-    group_size_of: Callable[[str], int]
     threads: int
 
     def run(self, sink: _Sink, num_biases: int) -> None:
@@ -351,17 +351,18 @@ class _ExpertRounding:
         projection reads."""
         rows, num_routed = self.asked.rows, np.float32(self.asked.ids.size)
         of_input = gram(rows, mx.array(np.sqrt((self.asked.scores**2).sum(-1))))
-        of_inner = sum(
+        of_inner: Any = sum(
             gram(self.experts.inner(rows[indices], expert), scores)
             for expert, (indices, scores) in enumerate(tokens)
         )
-        return of_input / num_routed, of_inner / num_routed
+        return np.asarray(of_input / num_routed), np.asarray(of_inner / num_routed)
 
     def _round(self, names: Sequence[str], expert: int, hessian: Matrix) -> None:
         """Round projections that read the same input; those of one format in one go, as they share what is made of
         the Hessian."""
         paths = {name: f"{self.experts.block.path}.{name}" for name in names}
-        formats = {n: (self.recipe.bits[p], self.group_size_of(p)) for n, p in paths.items() if p in self.recipe.bits}
+        bits_of, sizes = self.recipe.bits, self.recipe.group_sizes
+        formats = {name: (bits_of[path], sizes[path]) for name, path in paths.items() if path in bits_of}
         for bits, group_size in sorted(set(formats.values())):
             same = [name for name, f in formats.items() if f == (bits, group_size)]
             wanted = [np.array(self.experts.weight(name, expert)) for name in same]
@@ -371,7 +372,7 @@ class _ExpertRounding:
             )
             start = 0
             for name, weight in zip(same, wanted, strict=True):
-                own = _rows(chosen, start, start + len(weight))
+                own = _rows(chosen, slice(start, start + len(weight)))
                 start += len(weight)
                 self._errors[name].append(codes.relative_error(weight, own, hessian))
                 self.experts.rounded[name].append(from_codes([own], weight.shape, dtype))
@@ -388,14 +389,8 @@ class _ExpertRounding:
             sink.emit(path, _stack(self.experts.rounded[name]), {**means, **note})
 
 
-def _rows(chosen: Codes, start: int, stop: int) -> Codes:
-    return Codes(
-        chosen.codes[start:stop],
-        chosen.scales[start:stop],
-        chosen.biases[start:stop],
-        chosen.bits,
-        chosen.group_size,
-    )
+def _rows(chosen: Codes, rows: slice) -> Codes:
+    return replace(chosen, codes=chosen.codes[rows], scales=chosen.scales[rows], biases=chosen.biases[rows])
 
 
 def _stack(parts: Sequence[Rounded]) -> Rounded:
@@ -411,6 +406,11 @@ def _join(parts: Sequence[Any]) -> Any:
     return mx.concatenate(list(parts)) if isinstance(first, mx.array) and first.ndim > 2 else first
 
 
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves: Any = tree_flatten(tree)
+    return [(key, leaf) for key, leaf in leaves]
+
+
 def _module_of(name: str) -> str | None:
     """The path of the module that a parameter is the weight of, if it is one."""
     path, _, leaf = name.rpartition(".")
@@ -418,4 +418,8 @@ def _module_of(name: str) -> str | None:
 
 
 def _to_float32(leaf: Any) -> Any:
-    return leaf.astype(mx.float32) if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating) else leaf
+    return (
+        leaf.astype(mx.float32)
+        if isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+        else leaf
+    )

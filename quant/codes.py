@@ -77,8 +77,9 @@ def gptq(
     diagonal added.
     """
     w, codes = _matrix(w), _empty(w, bits, group_size, dtype)
-    feedback, weight = _feedback(_checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64), damping)
-    _call(lib.xq_gptq, w, codes, threads, _floats(feedback), _floats(weight))
+    moments = _checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64)
+    feedback, weight = _feedback(moments, damping, threads)
+    _call(lib.xq_gptq, w, codes, threads, _floats(_panels(feedback, group_size)), _floats(weight))
     return codes
 
 
@@ -87,7 +88,7 @@ def refine(
 ) -> Codes:
     """Better codes, scales and biases under `hessian`, by coordinate descent; never worse ones."""
     w, better = _matrix(w), _copy(codes)
-    _call(lib.xq_refine, w, better, threads, _floats(_normal(w, hessian)), sweeps)
+    _call(lib.xq_refine, w, better, threads, _floats(_normal(w, hessian, codes.group_size)), sweeps)
     return better
 
 
@@ -97,7 +98,9 @@ def apply_gain(
     """One factor per row, folded into scales and biases, that undoes the shrinking of least squares.
 
     Without a Hessian the codes become those nearest to the enlarged weights, because the rounding of the
-    scales has moved the levels a little; with one they stay, because nearest is not best there.
+    scales has moved the levels a little; with one they stay, because nearest is not best there. Nearest to the
+    weights themselves would shrink them again: 4 % on Gaussian rows at 2 bits. Experts of the demo model at 2 bits, KL
+    divergence beside plain rounding's: least squares alone 0.935, with the gain 0.574.
     """
     w, larger = _matrix(w), _copy(codes)
     moments = _moments(w, codes, hessian, threads)
@@ -208,26 +211,30 @@ def _checked(
     return np.ascontiguousarray(array, dtype)
 
 
-def _normal(w: Floats, hessian: NDArray[Any]) -> Floats:
-    """The Hessian as float32, its mean diagonal 1: no scale of inputs overflows it."""
+def _normal(w: Floats, hessian: NDArray[Any], group_size: int) -> Floats:
+    """Panels of the Hessian as float32, its mean diagonal 1: no scale of inputs overflows it."""
     checked = _checked(hessian, (w.shape[1], w.shape[1]), "hessian", np.float64)
     mean = float(np.mean(np.abs(checked.diagonal())))
-    return np.ascontiguousarray(checked / mean if mean > 0 else checked, np.float32)
+    return _panels(checked / mean if mean > 0 else checked, group_size)
 
 
-def _feedback(hessian: NDArray[np.float64], damping: float) -> tuple[Floats, Floats]:
-    """(I + L)' D (I + L) = damped Hessian, as L' and the diagonal of D (see native/quantize.h).
+def _panels(matrix: NDArray[Any], group_size: int) -> Floats:
+    """A square matrix cut into panels of one group's columns: float32 [cols / group_size, cols, group_size]."""
+    cut = matrix.reshape(len(matrix), -1, group_size).swapaxes(0, 1)
+    return np.ascontiguousarray(cut, np.float32)
 
-    Cholesky of the matrix with its order reversed, and reversed again, is the upper triangular R with R R' = H.
-    """
-    damped = hessian / (np.mean(np.abs(hessian.diagonal())) or 1.0)
-    damped[np.diag_indices_from(damped)] += damping
-    try:
-        upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
-    except np.linalg.LinAlgError as error:
-        raise ValueError(f"hessian: not positive definite with damping {damping}") from error
-    diagonal = upper.diagonal()
-    return np.ascontiguousarray(upper / diagonal, np.float32), np.square(diagonal).astype(np.float32)
+
+def _feedback(hessian: NDArray[np.float64], damping: float, threads: int | None) -> tuple[Floats, Floats]:
+    """What error feedback needs of the damped Hessian: L' and D (see native/quantize.h)."""
+    reverse = np.ascontiguousarray(hessian[::-1, ::-1]) / (np.mean(np.abs(hessian.diagonal())) or 1.0)
+    reverse[np.diag_indices_from(reverse)] += damping
+    feedback, weight = np.zeros(hessian.shape, np.float32), np.empty(len(hessian), np.float32)
+    source = ffi.from_buffer("double[]", reverse)
+    result = lib.xq_factor(source, len(hessian), _num_threads(threads), _floats(feedback), _floats(weight))
+    if result == lib.XQ_NOT_POSITIVE:
+        raise ValueError(f"hessian: not positive definite with damping {damping}")
+    _check(result)
+    return feedback, weight
 
 
 def _moments(
@@ -235,7 +242,7 @@ def _moments(
 ) -> NDArray[np.float64]:
     """Per row w H w', w H q' and e H e', q being what `codes` stand for: float64 [rows, 3]."""
     moments = np.empty((len(w), 3), np.float64)
-    normal = None if hessian is None else _normal(w, hessian)
+    normal = None if hessian is None else _normal(w, hessian, codes.group_size)
     _call(lib.xq_moments, w, codes, threads, _floats(normal), ffi.from_buffer("double[]", moments))
     return moments
 

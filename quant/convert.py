@@ -36,7 +36,7 @@ from expertd.quant.budget import size_in_words, target_bytes
 from expertd.quant.calibrate import calibrate
 from expertd.quant.distill import Distillation, distil
 from expertd.quant.output import Output, TensorPlan, Unit
-from expertd.quant.recipe import ModuleInfo, Plan, describe_modules, decide
+from expertd.quant.recipe import ModuleInfo, Plan, decide, describe_modules
 from expertd.quant.report import ExpertError, Facts, make_facts, render
 from expertd.quant.rounding import round_module
 from expertd.quant.settings import Settings
@@ -174,7 +174,7 @@ class RoundingErrors:
             for level in {bits, *(b for b in self._settings.trunk if b < 16)}:
                 rounded = round_module(weight, level, group_size, "plain", self._settings.threads)
                 error = mx.square(rounded.dequantized() - weight.astype(mx.float32)).sum()
-                self._known[path, level] = float(error.item())
+                self._known[path, level] = float(error.item())  # type: ignore[arg-type]
         return self._known[path, bits]
 
 
@@ -281,6 +281,7 @@ class Job:
             out.__contains__,
             lambda name, arrays, note: out.write(name, to_buffers(arrays), note),
             lambda done, total, what: self.progress("rounding", done, total),
+            out.sync,
         )
 
     def _distil(self, out: Output, windows: Windows) -> None:

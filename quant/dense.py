@@ -19,7 +19,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
     if not _by_numpy():
         return x @ weight.T
     y = np.asarray(x).reshape(-1, x.shape[-1]) @ np.asarray(weight).T
-    return mx.array(y.reshape(*x.shape[:-1], -1))
+    return mx.array(y.reshape(*x.shape[:-1], len(y.T)))
 
 
 def gram(rows: mx.array) -> np.ndarray:

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -61,9 +61,9 @@ class Distillation:
     larger than `num_kept` only the teacher's likeliest tokens are told apart.
     """
 
-    num_steps: int = 160
+    num_steps: int = 120
     batch_tokens: int = 1536
-    learning_rate: float = 8e-3
+    learning_rate: float = 6e-3
     num_warmup_steps: int = 10
     temperature: float = 1.0
     valid_share: float = 0.1
@@ -129,8 +129,8 @@ def read_state(file: Path, mark: str) -> tuple[Weights, dict[str, str]]:
     """Arrays and numbers of a state; nothing when there is none for `mark`."""
     if not file.is_file():
         return Weights(), {}
-    arrays, meta = mx.load(str(file), return_metadata=True)  # type: ignore[misc]
-    return (arrays, meta) if meta["of"] == mark else (Weights(), {})  # type: ignore[return-value]
+    arrays, meta = cast(tuple[Weights, dict[str, str]], mx.load(str(file), return_metadata=True))
+    return (arrays, meta) if meta["of"] == mark else (Weights(), {})
 
 
 def check_memory(
@@ -223,7 +223,7 @@ class Run:
             m, v = m / (1 - b1**self.step), v / (1 - b2**self.step)
             self.params[name] = self.params[name] - rate * m / (mx.sqrt(v) + EPSILON)
         mx.eval(loss, self.params, self.means, self.squares)
-        return float(loss.item())
+        return float(np.asarray(loss))
 
     def _loss(self, params: Weights, chosen: Chosen) -> mx.array:
         """In units of the divergence at temperature 1, whatever the temperature is."""
@@ -263,7 +263,9 @@ class Run:
         """The divergence over the windows set aside; keeps the scales and biases if they are the best so far."""
         arrays = self.rounded(self.params)
         self._place(arrays)
-        each = [self.targets.divergence(self.model, np.array([w]), 1.0).item() for w in self._valid]
+        each = [
+            float(np.asarray(self.targets.divergence(self.model, np.array([w]), 1.0))) for w in self._valid
+        ]
         loss = sum(each) / len(each)
         if loss < self.best_loss:
             self.best_loss = loss

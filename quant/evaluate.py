@@ -1,13 +1,13 @@
 """What a checkpoint is worth: perplexity, divergence from a reference, error per layer, bytes.
 
 Theory of operation. The text is cut into windows at fixed places, evenly spread, and both models read the same
-windows, PASS_WINDOWS of them per forward pass and without a cache. The reference runs first and leaves its logits, hidden states
-and expert choices in files of a temporary folder (float32; a vocabulary of 150,000 makes 0.6 MB per token), so that two large
-models are never in memory together and one reference serves many candidates.
+windows, PASS_WINDOWS of them per forward pass and without a cache. The reference runs first and leaves its logits,
+hidden states and expert choices in files of a temporary folder (float32; a vocabulary of 150,000 makes 0.6 MB per
+token), so that two large models are never in memory together and one reference serves many candidates.
 
 Where the weights fit in memory as float32 they are widened at load: what is measured is then the rounding of the
-weights alone, not that of bfloat16 activations, and a CPU is fifteen times as fast (experts in tiles,
-expertd/model/adapter.py). Where they do not fit, MLX's kernels run them as they are; `kernels` says which.
+weights alone, not that of bfloat16 activations, and a CPU is many times as fast (expertd/model/tiles.py). Where
+they do not fit, MLX's kernels run them as they are; `kernels` says which.
 """
 
 import re
@@ -136,7 +136,8 @@ class LocalReader:
 
 def count_parameters(info: CheckpointInfo) -> int:
     """The number of weights of a checkpoint, however they are stored."""
-    return sum(array.size for _, array in tree_flatten(build_model(info.config).parameters()))
+    parameters: Any = tree_flatten(build_model(info.config).parameters())
+    return sum(array.size for _, array in parameters)
 
 
 def fits_wide(info: CheckpointInfo) -> bool:
@@ -309,7 +310,7 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 def layer_sizes(info: CheckpointInfo) -> list[LayerQuality]:
     """Bytes and bits per weight of each layer, in order."""
-    parameters = tree_flatten(build_model(info.config).parameters())
+    parameters: Any = tree_flatten(build_model(info.config).parameters())
     num_weights = _sum_by_layer((name, array.size) for name, array in parameters)
     entries = (item for shard in check_shards(info.folder).values() for item in shard.items())
     num_bytes = _sum_by_layer((name, entry.end - entry.begin) for name, entry in entries)

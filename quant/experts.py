@@ -55,7 +55,9 @@ class Experts:
         rows, asked = x.reshape(-1, x.shape[-1]), np.array(ids).reshape(-1, ids.shape[-1])
         order = np.argsort(asked, axis=None, kind="stable")
         parts = [
-            self.project(self.block.output, self.inner(rows[mx.array(pairs // ids.shape[-1])], expert), expert)
+            self.project(
+                self.block.output, self.inner(rows[mx.array(pairs // ids.shape[-1])], expert), expert
+            )
             for expert, pairs in enumerate(_split(asked.ravel()[order], order, self.num_experts))
             if len(pairs)
         ]
@@ -89,8 +91,8 @@ class Recorder:
 
     The routing weights are inside the block, in every family's own way. But nearly every block's output is a
     weighted sum of the experts' rows (and of what does not depend on them), so two more runs of the block
-    show the weights: slot j answers with the j-th unit vector, and output j rises by weight j. Where the rows go through
-    anything else, the weights are taken to be equal.
+    show the weights: slot j answers with the j-th unit vector, and output j rises by weight j. Where the rows go
+    through anything else, the weights are taken to be equal.
     """
 
     def __init__(self) -> None:
@@ -112,9 +114,10 @@ class Recorder:
         answers = []
         for self._answer in (2.0, 1.0, 0.0):
             answers.append(call(*args, **kwargs))
-        self._scores.append(_scores(*answers, self._ids[-1].shape))
+        twice, once, zero = answers
+        self._scores.append(_scores(twice, once, zero, self._ids[-1].shape))
         mx.eval(self._rows[-1], self._ids[-1], self._scores[-1])
-        return answers[-1]
+        return zero
 
     def result(self) -> Asked:
         scores = np.array(mx.concatenate(self._scores))
@@ -129,5 +132,6 @@ def _scores(twice: Any, once: Any, zero: Any, shape: tuple[int, ...]) -> mx.arra
     one, two = ((y - zero).astype(mx.float32).reshape(shape[0], -1) for y in (once, twice))
     scores, rest = one[:, : shape[1]], one[:, shape[1] :]
     wrong = mx.max(mx.abs(two - 2 * one)) + (mx.max(mx.abs(rest)) if rest.size else 0)
-    is_sum = wrong <= LINEAR * mx.max(mx.abs(scores))
-    return scores if is_sum.item() and mx.max(mx.abs(scores)).item() > 0 else equal
+    largest = mx.max(mx.abs(scores))
+    is_sum = mx.logical_and(wrong <= LINEAR * largest, largest > 0)
+    return scores if is_sum.item() else equal

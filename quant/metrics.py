@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from expertd.errors import CheckpointError, ConfigError
+from expertd.errors import CheckpointError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -60,7 +60,7 @@ class TextScore:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(_mean(self._surprise))
+        return _exp(_mean(self._surprise))
 
 
 class Comparison:
@@ -75,13 +75,8 @@ class Comparison:
     def add(self, reference: Array, logits: Array, targets: Array) -> None:
         """One window: both models' float32 logits [num_tokens, vocab], the tokens [num_tokens] that follow.
 
-        Raises CheckpointError when a logit is not finite, ConfigError when the vocabularies differ.
+        Raises CheckpointError when a logit is not finite.
         """
-        if reference.shape != logits.shape:
-            raise ConfigError(
-                f"--reference: its vocabulary has {reference.shape[-1]} entries, the model's {logits.shape[-1]}. "
-                "Give the checkpoint that this one was quantized from."
-            )
         rows = _by_slices(lambda a, b: _compare(reference[a:b], logits[a:b], targets[a:b]), targets)
         for kept, values in zip(
             (self._kl, self._same_top, self._surprise_of_reference, self._surprise), rows.T, strict=True
@@ -94,13 +89,13 @@ class Comparison:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(_mean(self._surprise))
+        return _exp(_mean(self._surprise))
 
     def divergence(self) -> Divergence:
         kl = np.concatenate(self._kl)
         median, p95, p99 = (float(q) for q in np.quantile(kl, (0.5, 0.95, 0.99)))
         paired = [a - b for a, b in zip(self._surprise, self._surprise_of_reference, strict=True)]
-        ratio = math.exp(_mean(paired))
+        ratio = _exp(_mean(paired))
         return Divergence(
             mean_kl=_mean(self._kl),
             kl_error=_error(self._kl),
@@ -108,7 +103,7 @@ class Comparison:
             p95_kl=p95,
             p99_kl=p99,
             top1_agreement=_mean(self._same_top),
-            reference_perplexity=math.exp(_mean(self._surprise_of_reference)),
+            reference_perplexity=_exp(_mean(self._surprise_of_reference)),
             ppl_ratio=ratio,
             ppl_ratio_error=ratio * _error(paired),
         )
@@ -177,6 +172,11 @@ def _log_softmax(logits: Array) -> Array:
 def _surprise(log_probabilities: Array, targets: Array) -> Array:
     found: Array = -np.take_along_axis(log_probabilities, targets[:, None].astype(np.int64), axis=-1)[:, 0]
     return found
+
+
+def _exp(surprise: float) -> float:
+    """Perplexity; a model so broken that float64 cannot hold it gets 1e304, which JSON can."""
+    return math.exp(min(surprise, 700.0))
 
 
 def _mean(windows: Sequence[Array]) -> float:

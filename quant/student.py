@@ -16,10 +16,9 @@ activations) is MLX's own, so any family of mlx-lm will do.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,19 +46,24 @@ def outer(array: Array) -> mx.array:
     return mx.array(array) if library() is np else array
 
 
+def node(forward: Callable[..., mx.array], backward: Callable[..., Any], *inputs: mx.array) -> mx.array:
+    """`forward(*inputs)` in MLX's graph; `backward(*inputs, d_y)` gives the gradients of the inputs."""
+    function: Any = mx.custom_function(forward)
+    function.vjp(lambda given, d_y, _: backward(*(given if isinstance(given, tuple) else (given,)), d_y))
+    y: mx.array = function(*inputs)
+    return y
+
+
 def rows_times(x: mx.array, weight: Array) -> mx.array:
     """x [..., in] times the constant `weight` [out, in], transposed."""
 
     def forward(x: mx.array) -> mx.array:
         return outer((inner(x).reshape(-1, x.shape[-1]) @ weight.T).reshape(*x.shape[:-1], -1))
 
-    def backward(x: mx.array, d_y: mx.array, _: mx.array) -> mx.array:
+    def backward(x: mx.array, d_y: mx.array) -> mx.array:
         return outer((inner(d_y).reshape(-1, d_y.shape[-1]) @ weight).reshape(x.shape))
 
-    product = mx.custom_function(forward)
-    product.vjp(backward)
-    y: mx.array = product(x)
-    return y
+    return node(forward, backward, x)
 
 
 class FixedLinear(Module):
@@ -132,23 +136,24 @@ class CodedExperts(Experts):
         self._codes = [unpack(weight[e], scales.shape[1:], group_size, bits) for e in range(self.num_experts)]
 
     def multiply(self, rows: mx.array, owns: list[slice]) -> mx.array:
-        product = mx.custom_function(lambda *inputs: outer(self._products(*map(inner, inputs), owns)))
-        product.vjp(lambda inputs, d_y, _: self._gradients(*map(inner, (*inputs, d_y)), owns))
-        y: mx.array = product(rows, self.scales, self.biases)
-        return y
+        return node(
+            lambda *inputs: outer(self._products(owns, *map(inner, inputs))),
+            lambda *inputs: tuple(map(outer, self._gradients(owns, *map(inner, inputs)))),
+            rows, self.scales, self.biases,
+        )  # fmt: skip
 
     def codes(self, e: int) -> Array:
         """Expert `e`'s codes, float32 [out, in / group, group]."""
         return self._codes[e].astype(library().float32)
 
-    def _products(self, x: Array, scales: Array, biases: Array, owns: list[slice]) -> Array:
+    def _products(self, owns: list[slice], x: Array, scales: Array, biases: Array) -> Array:
         return library().concatenate(
             [x[own] @ dequantized(self.codes(e), scales[e], biases[e]).T for e, own in enumerate(owns)]
         )
 
     def _gradients(
-        self, x: Array, scales: Array, biases: Array, d_y: Array, owns: list[slice]
-    ) -> tuple[mx.array, mx.array, mx.array]:
+        self, owns: list[slice], x: Array, scales: Array, biases: Array, d_y: Array
+    ) -> tuple[Array, Array, Array]:
         d_x, d_scales, d_biases = [], [], []
         for e, own in enumerate(owns):
             codes = self.codes(e)
@@ -157,7 +162,7 @@ class CodedExperts(Experts):
             d_scales.append((d_weight * codes).sum(-1))
             d_biases.append(d_weight.sum(-1))
         xp = library()
-        return outer(xp.concatenate(d_x)), outer(xp.stack(d_scales)), outer(xp.stack(d_biases))
+        return xp.concatenate(d_x), xp.stack(d_scales), xp.stack(d_biases)
 
     def mean_codes(self) -> mx.array:
         """The mean code of every group, float32 [num_experts, out, in / group]."""
@@ -179,8 +184,11 @@ def unpack(weight: mx.array, shape: tuple[int, ...], group_size: int, bits: int)
 
 def spans(ids: mx.array, num_experts: int) -> list[slice]:
     """Where each expert's rows lie among those of `ids` [n], which are sorted. Computes `ids`."""
-    counts = np.bincount(np.asarray(ids), minlength=num_experts)
-    return [slice(int(start), int(end)) for start, end in pairwise([0, *np.cumsum(counts)])]
+    ends = np.searchsorted(np.asarray(ids), np.arange(num_experts), side="right").tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+KINDS = {nn.Linear: FixedLinear, nn.Embedding: FixedEmbedding}
 
 
 def build(config: dict[str, Any], weights: Weights) -> Module:
@@ -190,10 +198,12 @@ def build(config: dict[str, Any], weights: Weights) -> Module:
     when one is missing.
     """
     model = build_model(config)
-    for name, _ in tree_flatten(model.parameters()):
+    names = [name for name, _ in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))]
+    for name in names:
         if name not in weights:
             raise CheckpointError(f"tensor {name!r} of the model is missing. Convert the checkpoint again.")
-    for path, module in model.named_modules():
+    modules: list[tuple[str, Any]] = model.named_modules()
+    for path, module in modules:
         if f"{path}.weight" in weights:
             replace(model, path, module, weights)
     model.load_weights([(name, wide(weights.pop(name))) for name in list(weights)], strict=False)
@@ -204,20 +214,23 @@ def build(config: dict[str, Any], weights: Weights) -> Module:
 def replace(model: Module, path: str, module: Module, weights: Weights) -> None:
     """Put the weight of one module, and what belongs to it, into the model."""
     weight, num_inputs = weights.pop(f"{path}.weight"), module.weight.shape[-1]
-    scales, biases = weights.pop(f"{path}.scales", None), weights.pop(f"{path}.biases", None)
-    if scales is not None and is_switch(module):
-        new: Module = CodedExperts(weight, wide(scales), wide(biases), num_inputs)
-    else:
-        if scales is not None:
-            bits, group_size = weight.shape[-1] * 32 // num_inputs, num_inputs // scales.shape[-1]
-            weight = mx.dequantize(weight, wide(scales), wide(biases), group_size, bits)
-        weight = wide(weight)
-        kinds = {nn.Linear: FixedLinear, nn.Embedding: FixedEmbedding}
-        kind = PlainExperts if is_switch(module) else kinds.get(type(module))
-        if kind is None:
-            module.weight = weight
+    if f"{path}.scales" in weights:
+        scales, biases = wide(weights.pop(f"{path}.scales")), wide(weights.pop(f"{path}.biases"))
+        if is_switch(module):
+            put(model, path, module, CodedExperts(weight, scales, biases, num_inputs), weights)
             return
-        new = kind(weight)
+        bits, group_size = weight.shape[-1] * 32 // num_inputs, num_inputs // scales.shape[-1]
+        weight = mx.dequantize(weight, scales, biases, group_size, bits)
+    if is_switch(module):
+        put(model, path, module, PlainExperts(wide(weight)), weights)
+    elif type(module) in KINDS:
+        put(model, path, module, KINDS[type(module)](wide(weight)), weights)
+    else:
+        module.weight = wide(weight)
+
+
+def put(model: Module, path: str, module: Module, new: Module, weights: Weights) -> None:
+    """Let `new` stand in for the `module` at `path`."""
     if "bias" in module:
         new.bias = wide(weights.pop(f"{path}.bias"))
     model.update_modules(tree_unflatten([(path, new)]))
@@ -228,11 +241,6 @@ def wide(array: mx.array) -> mx.array:
     result = array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
     mx.eval(result)
     return result
-
-
-def coded_experts(model: Module) -> Iterator[tuple[str, CodedExperts]]:
-    """The model's trainable experts with their module paths."""
-    yield from ((path, m) for path, m in model.named_modules() if isinstance(m, CodedExperts))
 
 
 @contextmanager
@@ -257,12 +265,11 @@ def _attention(own: Any, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -
     if sinks is not None or not (mask is None or isinstance(mask, str)) or q.dtype != mx.float32:
         y: mx.array = own(q, k, v, **kwargs)
         return y
-    product = mx.custom_function(lambda *qkv: mx.array(_attend(*map(np.asarray, qkv), scale, mask)))
-    product.vjp(
-        lambda qkv, d_y, _: tuple(map(mx.array, _attend_back(*map(np.asarray, (*qkv, d_y)), scale, mask)))
-    )
-    y = product(q, k, v)
-    return y
+    return node(
+        lambda *inputs: outer(_attend(scale, mask, *map(inner, inputs))),
+        lambda *inputs: tuple(map(outer, _attend_back(scale, mask, *map(inner, inputs)))),
+        q, k, v,
+    )  # fmt: skip
 
 
 def _shares(q: Array, k: Array, scale: float, mask: str | None) -> tuple[Array, Array]:
@@ -276,13 +283,13 @@ def _shares(q: Array, k: Array, scale: float, mask: str | None) -> tuple[Array, 
     return grouped, scores / scores.sum(-1, keepdims=True)
 
 
-def _attend(q: Array, k: Array, v: Array, scale: float, mask: str | None) -> Array:
+def _attend(scale: float, mask: str | None, q: Array, k: Array, v: Array) -> Array:
     _, shares = _shares(q, k, scale, mask)
     return (shares @ v[:, :, None]).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def _attend_back(
-    q: Array, k: Array, v: Array, d_y: Array, scale: float, mask: str | None
+    scale: float, mask: str | None, q: Array, k: Array, v: Array, d_y: Array
 ) -> tuple[Array, Array, Array]:
     grouped, shares = _shares(q, k, scale, mask)
     d_y = d_y.reshape(*grouped.shape[:-1], v.shape[-1])

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx.nn.layers.base import Module
 
-from expertd.quant.student import Array, inner, library, outer
+from expertd.quant.student import Array, inner, library, node, outer
 
 # Windows between two notes of how far the targets are.
 NUM_WINDOWS_BETWEEN = 16
@@ -108,15 +108,12 @@ def divergence(logits: mx.array, wanted: npt.NDArray[np.float32]) -> mx.array:
         p, q = log_softmax(target), log_softmax(inner(logits))
         return outer((library().exp(p) * (p - q)).sum(-1).mean())
 
-    def backward(logits: mx.array, d_y: mx.array, _: mx.array) -> mx.array:
+    def backward(logits: mx.array, d_y: mx.array) -> mx.array:
         exp, num_rows = library().exp, logits.size // logits.shape[-1]
         difference = exp(log_softmax(inner(logits))) - exp(log_softmax(target))
         return outer(difference * (inner(d_y) / num_rows))
 
-    mean = mx.custom_function(forward)
-    mean.vjp(backward)
-    result: mx.array = mean(logits)
-    return result
+    return node(forward, backward, logits)
 
 
 def log_softmax(logits: Array) -> Array:

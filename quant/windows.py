@@ -31,7 +31,9 @@ def read_text(path: Path) -> str:
             f"--calibrate {path}: byte {error.start} is no UTF-8, so it is no text. Give a plain text file."
         ) from error
     except OSError as error:
-        raise ConfigError(f"--calibrate {path}: {error.strerror or error}. Give a plain text file.") from error
+        raise ConfigError(
+            f"--calibrate {path}: {error.strerror or error}. Give a plain text file."
+        ) from error
     if "\0" in text:
         raise ConfigError(f"--calibrate {path}: holds NUL bytes, so it is no text. Give a plain text file.")
     refuse_held_out(path, text)
@@ -72,4 +74,5 @@ def read_windows(text: str, tokenizer: Encoder, num_windows: int, window_tokens:
     # RandomState, because its streams are frozen for ever.
     places = np.sort(np.random.RandomState(seed).permutation(spare + num_windows)[:num_windows])
     starts = places + np.arange(num_windows) * (window_tokens - 1)
-    return tokens[starts[:, None] + np.arange(window_tokens)]
+    windows: Windows = tokens[starts[:, None] + np.arange(window_tokens)]
+    return windows

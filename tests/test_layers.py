@@ -99,7 +99,9 @@ def faults_of(file: str, source: str) -> list[str]:
 def files(*suffixes: str) -> list[Path]:
     """Our own sources: what is shipped and its tests, without what a build leaves there."""
     found = [p for folder in (*SHIPPED, "tests") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
-    return [p for p in found if "__pycache__" not in p.parts and p.name not in ("_transport.c", "_quantize.c")]
+    return [
+        p for p in found if "__pycache__" not in p.parts and p.name not in ("_transport.c", "_quantize.c")
+    ]
 
 
 def relative(path: Path) -> str:

@@ -18,13 +18,15 @@ import functools
 import ipaddress
 import random
 import re
+import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -95,18 +97,25 @@ class WebReader:
         self._private = dict(private or {})
         self._moved: dict[str, httpx2.URL] = {}
         self._stopped = threading.Event()
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._lock = threading.Lock()
         most = self.limits.num_connections
         self._client = httpx2.Client(
             headers={"Accept-Encoding": "identity", "User-Agent": "expertd"},
-            timeout=httpx2.Timeout(self.limits.silence_s, connect=self.limits.connect_s, pool=None),
+            timeout=httpx2.Timeout(
+                self.limits.silence_s, connect=self.limits.connect_s, pool=self.limits.try_s
+            ),
             limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
             verify=_tls(),
             mounts={"http://": None},  # never through a proxy: plain http is for this machine only
         )
 
     def stop(self) -> None:
-        """Let every read that is under way end soon, with CheckpointError."""
+        """Let every read that is under way end at once, with CheckpointError."""
         self._stopped.set()
+        with self._lock:
+            for connection in self._sockets:
+                _hang_up(connection)
 
     def close(self) -> None:
         """Only when no read is under way any more."""
@@ -247,12 +256,23 @@ class WebReader:
             if response is not None:
                 response.close()
 
+    def _note_socket(self, event: str, info: Mapping[str, Any]) -> None:
+        """Remember each connection, so that `stop` can end it: a thread that waits for bytes hears nothing else."""
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            connection = info["return_value"].get_extra_info("socket")
+            with self._lock:
+                self._sockets.add(connection)
+            if self._stopped.is_set():
+                _hang_up(connection)
+
     def _follow(self, url: str, headers: Mapping[str, str]) -> httpx2.Response:
         first = httpx2.URL(url)
         here = remembered = self._moved.get(url, first)
         for _ in range(MAX_REDIRECTS):
             private = self._private if _origin(here) == _origin(first) else {}
-            request = self._client.build_request("GET", here, headers={**headers, **private})
+            request = self._client.build_request(
+                "GET", here, headers={**headers, **private}, extensions={"trace": self._note_socket}
+            )
             response = self._client.send(request, stream=True, follow_redirects=False)
             if response.status_code in REDIRECTS:
                 response.close()
@@ -309,6 +329,11 @@ def _check_scheme(url: httpx2.URL, text: str) -> None:
             f"{url.scheme}://{url.host[:80]}: plain http can be changed on its way, and is taken from this machine "
             "only. Use https, or download the folder."
         )
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):  # SSLSocket's own shutdown is not for other threads
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _is_loopback(host: str) -> bool:

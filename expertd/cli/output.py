@@ -91,7 +91,7 @@ class Progress:
                 self._what = what
                 scaled = self._unit == "B"
                 self._bar = tqdm(
-                    total=total, desc=what, unit=self._unit, unit_scale=scaled, disable=None, leave=False
+                    total=total, desc=what, disable=None, leave=False, unit=self._unit, unit_scale=scaled
                 )
             self._bar.update(done - self._bar.n)
             if done >= total:

@@ -26,6 +26,7 @@ What to look at, first things first:
                   does.
 
 More ranks or another split change no digit.
+
 Example: expertd quality ./demo-2bit --reference demo --windows 16"""
 
 
@@ -95,11 +96,18 @@ def quality_command(
         compared = quality.compare(asked, progress)
     click.echo(quality.describe(compared))
     if json_file:
-        json_file.write_text(json.dumps(compared.to_json(), indent=2) + "\n", encoding="utf-8")
+        _write(json_file, json.dumps(compared.to_json(), indent=2) + "\n")
     if plot:
         picture.draw(compared, plot)
     for info, found in zip(infos, compared.qualities, strict=True) if report else ():
         click.echo(f"report: {quality.update_report(info.folder, compared, found)}")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--json {file}: {e.strerror or e}. Check its folder and disk.") from e
 
 
 def _terminated(*_: object) -> NoReturn:

@@ -18,6 +18,7 @@ class: the module tree, the parameter names and everything that looks at the typ
 
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from mlx_lm.utils import load_model
 
 from expertd.errors import CheckpointError
-from expertd.model.classes import become, is_switch, model_classes
+from expertd.model.classes import become, model_classes
 from expertd.model.exchange import Link, exchange
-from expertd.model.tiles import multiply, multiply_experts
+from expertd.model.tiles import attend, multiply, multiply_experts
 from expertd.split.cut import StepSplit, cut
 
 # SwitchGLU sorts its rows from this many on (mlx-lm 0.32.2), which on a GPU means another kernel; a slice
@@ -146,7 +147,9 @@ class _TiledSwitch:
 
     def __call__(self, x: mx.array, ids: mx.array, sorted_indices: bool = False) -> mx.array:
         m: Any = self
-        rows = mx.broadcast_to(x, (*ids.shape, *x.shape[-2:]))  # x has one row per id, or one for all ids of a token
+        rows = mx.broadcast_to(
+            x, (*ids.shape, *x.shape[-2:])
+        )  # x has one row per id, or one for all ids of a token
         flat = ids.flatten()
         y = mx.array(multiply_experts(_rows(rows), np.array(m.weight, copy=False), np.array(flat)))
         if "bias" in m:
@@ -169,6 +172,27 @@ class _TiledEmbedding:
     def as_linear(self, x: mx.array) -> mx.array:
         m: Any = self
         return mx.array(multiply(_rows(x), np.array(m.weight, copy=False))).reshape(*x.shape[:-1], -1)
+
+
+@contextmanager
+def fast_attention() -> Iterator[None]:
+    """Models attend by tiles.py meanwhile, where they would by MLX's CPU kernel, which takes ten times as long."""
+    stock = mx.fast.scaled_dot_product_attention
+
+    def attend_fast(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        mask = options.get("mask")
+        if q.dtype != mx.float32 or options.get("sinks") is not None:
+            return stock(q, k, v, **options)
+        seen = np.array(mask) if isinstance(mask, mx.array) else mask
+        queries, keys, values = (np.array(a, copy=False) for a in (q, k, v))
+        return mx.array(attend(queries, keys, values, options["scale"], seen))
+
+    if mx.default_device() == mx.cpu:
+        mx.fast.scaled_dot_product_attention = attend_fast
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = stock
 
 
 def _rows(x: mx.array) -> Any:
@@ -249,7 +273,9 @@ def _widen(model: nn.Module) -> None:
 
     For evaluation: the rounding of bfloat16 activations would be measured along with that of the weights.
     """
-    found = [(path, _WIDE[type(module)](module)) for path, module in model.named_modules() if type(module) in _WIDE]
+    found = [
+        (path, _WIDE[type(module)](module)) for path, module in model.named_modules() if type(module) in _WIDE
+    ]
     model.update_modules(tree_unflatten(found))
     model.set_dtype(mx.float32)
     for _, module in model.named_modules():
@@ -330,9 +356,9 @@ class _TappedSwitch:
 
 def tap(model: nn.Module) -> Taps:
     """Make every layer and switch module of an mlx-lm model leave what it gives in the returned Taps."""
-    taps = Taps()
+    taps, switches = Taps(), (SwitchLinear, QuantizedSwitchLinear)
     for number, layer in enumerate(model.layers):
-        found = [m for _, m in layer.named_modules() if any(map(is_switch, _children(m)))]
+        found = [m for _, m in layer.named_modules() if any(isinstance(c, switches) for c in _children(m))]
         for module, mixin in [(layer, _TappedLayer), *((m, _TappedSwitch) for m in found)]:
             become(module, mixin)
             module._taps, module._number = taps, number

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.errors import ConfigError
-from expertd.model.adapter import StepState, Taps, divide, load, tap
+from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
 from expertd.model.exchange import Link
 from expertd.split.cut import StepSplit
 
@@ -75,7 +75,8 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        logits = self._model(tokens).astype(mx.float32)
+        with fast_attention():
+            logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":
             self._gather_choices(self._taps, tokens.shape)

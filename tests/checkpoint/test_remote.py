@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -383,6 +384,25 @@ def test_what_is_in_use_stays_whatever_the_bound(
     assert disk_bytes(source) <= 2 * BLOCK_BYTES + 2 * 8192
 
 
+def test_threads_may_share_a_source(open_remote: Callable[..., RemoteSource], local: Path) -> None:
+    """One fetches ahead while others use and release theirs; blocks are shared, and the bound is small."""
+    source = open_remote(3 * BLOCK_BYTES)
+    names = tensors(source)
+
+    def use(number: int) -> None:
+        chance = random.Random(number)
+        for _ in range(12):
+            some = chance.sample(names[number::3], 2)
+            source.fetch(some)
+            assert_same(source, local, some)
+            source.release(some)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(use, range(3)))
+    assert source.held_bytes <= 3 * BLOCK_BYTES
+    assert disk_bytes(source) <= source.held_bytes + 2 * 8192
+
+
 def test_shards_are_emptied_where_there_are_no_holes(
     open_remote: Callable[..., RemoteSource], local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +525,7 @@ def test_two_processes_have_folders_of_their_own(
 
 CHILD = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from expertd.checkpoint.ranges import Limits
 from expertd.checkpoint.remote import RemoteSource, Site
@@ -544,9 +565,9 @@ def test_a_killed_process_goes_on(
     assert_same(source, local, tensors(source))
 
 
-def test_closing_ends_what_waits(open_remote: Callable[..., RemoteSource], site: Site) -> None:
-    """A server that asks for an hour's patience does not hold a process that wants to end."""
-    source = open_remote()
+def test_closing_ends_what_waits(site: Site, tmp_path: Path) -> None:
+    """A server that stands still does not hold a process that wants to end."""
+    source = RemoteSource(Place("x", site.url), tmp_path / "home", limits=Limits(silence_s=60))
     site.fault = faults("stalled")
     failed: list[str] = []
 

@@ -1,8 +1,11 @@
 """Where a checkpoint may be, and that it is the same one from everywhere."""
 
+import datetime
 import hashlib
+import ipaddress
 import json
 import os
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +13,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from expertd.checkpoint import ranges
 from expertd.checkpoint import source as source_module
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.checkpoint.locate import find_checkpoint
@@ -92,6 +100,43 @@ def test_a_url_gives_the_same_arrays(site: Site, local: Path, tmp_path: Path) ->
         source.fetch(lazy)
         assert_same_arrays(source.folder, local)
     assert not any("token" in text.lower() for text in os.listdir(tmp_path))
+
+
+# A client that hangs up while the test's server takes the call makes Python's ssl leak the server's socket.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_https_wants_a_certificate_that_is_trusted(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "here")])
+    now = datetime.datetime.now(datetime.UTC)
+    day = datetime.timedelta(days=1)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now - day, now + day, [
+            x509.Extension(address.oid, False, address),
+        ],
+    ).sign(key, hashes.SHA256())  # fmt: skip
+    pem = certificate.public_bytes(Encoding.PEM)
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / "both.pem").write_bytes(pem + secret)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "both.pem")
+    one = Limits(num_connections=1, num_tries=2, pause_s=0.01)
+    with serve(Site().take(local), server) as site:
+        with pytest.raises(CheckpointError, match="CERTIFICATE_VERIFY_FAILED"):
+            open_source(site.url, tmp_path, limits=one)
+        trusting = ssl.create_default_context(cadata=pem.decode())
+        monkeypatch.setattr(ranges, "_tls", lambda: trusting)
+        source = open_source(site.url, tmp_path, limits=one)
+        source.fetch(source.shards[SHARD])
+        assert_same_arrays(source.folder, local)
+        # An answer in plain http would undo it.
+        site.fault = lambda name, n: "redirect"
+        site.elsewhere = "http://127.0.0.1/"
+        source.close()
+        with pytest.raises(CheckpointError, match="redirected to http"):
+            open_source(site.url, tmp_path, limits=one)
 
 
 @pytest.mark.parametrize(

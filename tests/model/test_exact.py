@@ -22,7 +22,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for family in FAMILIES:
         full = make_tiny(root / f"{family}-f32", family)
         half = make_tiny(root / f"{family}-bf16", family, dtype="bfloat16")
-        quantize_checkpoint(half, root / f"{family}-2bit", Settings(effort="plain", group_size=32, trunk=(4,)))
+        quantize_checkpoint(
+            half, root / f"{family}-2bit", Settings(effort="plain", group_size=32, trunk=(4,))
+        )
         made += [full, root / f"{family}-2bit"]
     demo = find_checkpoint("demo")
     quantize_checkpoint(demo, root / "demo-2bit", Settings(effort="fast"))

@@ -10,6 +10,11 @@ import pytest
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "native"
 TRANSPORT = ("crc32c.c", "frame.c", "transport.c", "tcp.c", "self_test.c")
+QUANTIZER = tuple(sorted(p.name for p in NATIVE.glob("quantize_*.c")))
+# As in native/build_quantize.py: or the bits would depend on the processor.
+UNCONTRACTED = "-ffp-contract=off"
+# What drive_quantize.c prints on every processor, with every compiler. Kernels that choose otherwise change it.
+QUANTIZED = "ok 0e8b96e04ae2668c\n"
 STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PROBE = "int main(void) { return 0; }\n"
@@ -30,7 +35,7 @@ def compiler() -> str:
 def build(out: Path, driver: str, sources: Iterable[str], *flags: str) -> Path:
     """Compile a driver of this folder with sources of native/."""
     files = [HERE / driver, *(NATIVE / name for name in sources)]
-    command = [compiler(), *STRICT, *SANITIZE, *flags, *map(str, files), "-o", str(out), "-lpthread"]
+    command = [compiler(), *STRICT, *SANITIZE, *flags, *map(str, files), "-o", str(out), "-lpthread", "-lm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return out

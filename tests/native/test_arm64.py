@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.compiling import HERE, NATIVE, STRICT, TRANSPORT
+from tests.native.compiling import HERE, NATIVE, QUANTIZED, QUANTIZER, STRICT, TRANSPORT, UNCONTRACTED
 
-SOURCES = (*TRANSPORT, "mailbox.c", "pump.c")
+SOURCES = (*TRANSPORT, "mailbox.c", "pump.c", *QUANTIZER)
 RUN_S = 120
 
 Build = Callable[..., Path]
@@ -66,6 +66,10 @@ def run(command: list[str]) -> str:
 @pytest.mark.parametrize("driver", ["drive.c", "drive_mailbox.c", "drive_pump.c"])
 def test_runs(emulator: list[str], build: Build, driver: str) -> None:
     assert run([*emulator, str(build(driver))]) == "ok\n"
+
+
+def test_quantizer_chooses_as_everywhere(emulator: list[str], build: Build) -> None:
+    assert run([*emulator, str(build("drive_quantize.c", UNCONTRACTED))]) == QUANTIZED
 
 
 def test_mutated_frames(emulator: list[str], build: Build) -> None:

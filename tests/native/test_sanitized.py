@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tests.native.compiling import TRANSPORT, build, run
+from tests.native.compiling import QUANTIZED, QUANTIZER, TRANSPORT, UNCONTRACTED, build, run
 
 FUZZ_S = 2
 
@@ -18,6 +18,10 @@ def test_mailbox(tmp_path: Path) -> None:
 
 def test_pump(tmp_path: Path) -> None:
     assert run(build(tmp_path / "drive", "drive_pump.c", [*TRANSPORT, "mailbox.c", "pump.c"])) == "ok\n"
+
+
+def test_quantizer(tmp_path: Path) -> None:
+    assert run(build(tmp_path / "drive", "drive_quantize.c", QUANTIZER, UNCONTRACTED)) == QUANTIZED
 
 
 def test_mutated_frames(tmp_path: Path) -> None:
