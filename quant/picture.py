@@ -34,13 +34,14 @@ def draw(compared: Compared, path: Path) -> None:
     several = has_errors and len(compared.qualities) > 1
     # By default an SVG has a random salt in its ids, and the date.
     with matplotlib.rc_context({"svg.hashsalt": "expertd", "font.size": 9}):
-        figure: Any = Figure(figsize=(4.6 * (1 + has_errors + several), 3.4), layout="constrained")
+        figure: Any = Figure(figsize=(4.6 * (1 + has_errors + several), 3.6), layout="constrained")
         axes = figure.subplots(1, 1 + has_errors + several, squeeze=False)[0]
         _draw_bits(axes[0], compared)
         if has_errors:
             _draw_errors(axes[1], compared)
         if several:
             _draw_sizes(axes[2], compared)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
         try:
             figure.savefig(path, dpi=150, metadata=metadata)
@@ -77,4 +78,4 @@ def _draw_sizes(axes: Any, compared: Compared) -> None:
 def _finish(axes: Any) -> None:
     axes.xaxis.get_major_locator().set_params(integer=axes.get_xlabel() == "layer")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.set_axisbelow(True)

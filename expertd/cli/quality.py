@@ -10,8 +10,6 @@ from typing import NoReturn
 import click
 
 from expertd.cli.options import find_model
-from expertd.cli.output import Progress
-from expertd.cli.signals import TERMINATED
 from expertd.config import MAX_RANKS, SPLITS
 from expertd.errors import ConfigError
 
@@ -28,6 +26,7 @@ What to look at, first things first:
                   does.
 
 More ranks or another split change no digit.
+
 Example: expertd quality ./demo-2bit --reference demo --windows 16"""
 
 
@@ -77,6 +76,8 @@ def quality_command(
     Prints size, bits per weight and perplexity, and with --reference what was lost, for the whole model and for
     each layer. A and B are folders, `demo` or hub ids.
     """
+    from expertd.cli.output import Progress
+
     quality = importlib.import_module("expertd.quant.quality")
     picture = importlib.import_module("expertd.quant.picture")
     if json_file and not json_file.absolute().parent.is_dir():
@@ -95,13 +96,22 @@ def quality_command(
         compared = quality.compare(asked, progress)
     click.echo(quality.describe(compared))
     if json_file:
-        json_file.write_text(json.dumps(compared.to_json(), indent=2) + "\n", encoding="utf-8")
+        _write(json_file, json.dumps(compared.to_json(), indent=2) + "\n")
     if plot:
         picture.draw(compared, plot)
     for info, found in zip(infos, compared.qualities, strict=True) if report else ():
         click.echo(f"report: {quality.update_report(info.folder, compared, found)}")
 
 
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"--json {file}: {e.strerror or e}. Check its folder and disk.") from e
+
+
 def _terminated(*_: object) -> NoReturn:
     """SIGTERM ends it as Ctrl-C does: ranks and files of a temporary folder are gone then."""
+    from expertd.cli.signals import TERMINATED
+
     sys.exit(TERMINATED)
