@@ -5,7 +5,7 @@ READY := .venv/.installed
 DEMO := build/demo-2bit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test rxe check bench fuzz soak cross format clean
+.PHONY: help demo smoke test rxe check bench quality fuzz soak cross format clean
 FUZZ_S ?= 60
 FUZZED := tests/native/fuzz_frame.c $(addprefix native/,crc32c.c frame.c transport.c tcp.c self_test.c)
 FUZZ_FLAGS := -std=c11 -g -O1 -Inative
@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/*.cpp native/b
 $(DEMO): $(READY) $(wildcard expertd/demo/*) $(wildcard quant/*.py)
 	rm -rf $(DEMO)
 	mkdir -p build
-	$(BIN)/expertd quantize demo $(DEMO)
+	$(BIN)/expertd quantize demo $(DEMO) --effort fast # normal takes a minute more
 	touch $@
 
 demo: $(DEMO) ## Quantize the embedded model and serve it from two ranks, until Ctrl-C
@@ -50,6 +50,10 @@ bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's rin
 	$(BIN)/python -m expertd.bench.exchange --json build/bench-exchange.json
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
+	$(BIN)/python -m expertd.bench.convert --json build/bench-convert.json
+
+quality: $(READY) ## Measure 2-bit experts beside mlx-lm's, three seeds: about an hour (bench/quality.py --llama-cpp: beside llama.cpp's)
+	$(BIN)/python -m expertd.bench.quality --json build/bench-quality.json
 
 fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FUZZ_S seconds each (60); libFuzzer where there is clang
 	mkdir -p build/fuzz/corpus
@@ -66,9 +70,10 @@ fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FU
 	mkdir -p build/fuzz/answers
 	$(BIN)/python -m tests.fuzz_answers -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/answers
 
-soak: $(READY) ## The long forms: a million swaps over TCP and the mailbox; the logits' bits over real verbs
+soak: $(READY) ## The long forms: a million swaps over TCP and the mailbox; 20 GB converted and killed; the bits over real verbs
 	$(BIN)/python -m expertd.bench.soak tcp
 	$(BIN)/python -m expertd.bench.soak mailbox
+	$(BIN)/python -m expertd.bench.convert --soak
 	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1800 -- $(BIN)/python -m pytest -p no:cacheprovider -v \
 		-m slow tests/rxe/suite
 

@@ -233,7 +233,9 @@ class Job:
         """All that the output's bytes depend on."""
         facts = {k: v for k, v in asdict(self.settings).items() if k not in ("threads", "calibrate")}
         text = hashlib.sha256(self.windows.tobytes()).hexdigest() if self.windows is not None else ""
-        return {**facts, "source": self.source.identity, "calibration windows": text}
+        # mx.quantize's codes differ between Metal and the CPU, and may between releases.
+        mlx = f"{mx.__version__} on the {mx.default_device().type.name}"
+        return {**facts, "source": self.source.identity, "calibration windows": text, "mlx": mlx}
 
     # The weights.
 
@@ -314,8 +316,7 @@ class Job:
         config = {**self.info.config, "quantization": quantization, "quantization_config": quantization}
         timed = Facts(**facts, seconds={k: round(v, 1) for k, v in self.seconds.items()})  # type: ignore[misc]
         files = {REPORT: render(timed).encode(errors="replace")}
-        with self._timed("finishing"):
-            out.finish(config, self.source.folder, facts, files, manifests)
+        out.finish(config, self.source.folder, facts, files, manifests)
 
     def facts(self, notes: Mapping[str, Mapping[str, Any]]) -> Facts:
         """What the manifest and the report say; nothing in it changes from run to run."""
