@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from expertd.cli.options import cache_folder, find_model
-from expertd.cli.output import Progress
 from expertd.errors import ConfigError
 
 EFFORTS = ("plain", "fast", "normal", "best")
@@ -70,6 +69,8 @@ def quantize_command(src: str, dst: Path, dry_run: bool, cache_bytes: str | None
     SRC is `demo`, a folder, a hub id, or the https:// or file:// URL of a folder; of remote ones, only the
     bytes that are needed are fetched. DST is plain MLX format, with a report.html that says what was decided.
     """
+    from expertd.cli.output import Progress
+
     settings = _settings(**options)
     convert = importlib.import_module("expertd.quant.convert")
     budget = importlib.import_module("expertd.quant.budget")
