@@ -72,7 +72,7 @@ def ours(original: Original, folder: Path, settings: Settings) -> None:
     quantize_checkpoint(original.info.folder, made, settings)
     found: dict[str, Any] = {}
     for shard in sorted(made.glob("model*.safetensors")):
-        found |= mx.load(str(shard))  # type: ignore[operator]
+        found.update(mx.load(str(shard)))  # type: ignore[arg-type]
 
     def rounded(name: str, _: mx.array) -> mx.array:
         path = name.removesuffix(".weight")

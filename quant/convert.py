@@ -303,7 +303,7 @@ class Job:
         )
         for path in sorted({name.rpartition(".")[0] for name in trained}):
             unit = f"{path}.weight"
-            arrays = {name: trained.get(name, student[name]) for name in read_arrays(out, unit)}
+            arrays = {name: trained.get(name, array) for name, array in read_arrays(out, unit).items()}
             out.write(unit, to_buffers(arrays), out.notes[unit])
 
     # The end.
