@@ -3,6 +3,8 @@
 import os
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -188,3 +190,18 @@ def test_messages_between_epochs_reach_the_engine(bench: Bench) -> None:
     bench.inbox.put(second)
     assert bench.rank._wait_begin() is second
     assert bench.engine.calls[-1] is SUBMIT
+
+
+def test_ranks_share_the_cores_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy reads the variable when it is imported, so nothing may have done that by then."""
+    code = "import sys, expertd.cluster.rank; assert 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "9")
+    del os.environ["OPENBLAS_NUM_THREADS"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    module.share_cores(3)
+    assert os.environ.pop("OPENBLAS_NUM_THREADS") == "2"
+    module.share_cores(16)
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
+    module.share_cores(1)
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "1", "the user's own"
