@@ -13,6 +13,7 @@ import expertd
 from expertd.cli import bench, cli, options, quantize, serve
 from expertd.config import GroupConfig, ServerConfig
 from expertd.errors import ConfigError
+from expertd.quant.settings import Settings
 
 
 @pytest.mark.parametrize("command", ["run", "serve", "pair", "hosts", "quantize", "quality", "bench"])
@@ -64,34 +65,36 @@ def test_wrong_flags_are_named(args: list[str], words: str) -> None:
     assert words in said and isinstance(result.exception, ConfigError | SystemExit)
 
 
-def test_quantize_calls_the_converter_and_says_what_next(
+def test_quantize_checks_its_flags_and_says_what_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[object, ...]] = []
 
-    def convert(src: Path, dst: Path, experts: int, trunk: int, group: int, progress: object) -> None:
-        calls.append((src, dst, experts, trunk, group))
+    def convert(src: str, dst: Path, settings: object, progress: object, *cache: object) -> object:
+        calls.append((src, dst, settings))
         assert callable(progress)
-        progress(5, 10, "layer.0")
+        progress("rounding", 5, 10)
         dst.mkdir()
+        return SimpleNamespace(source_bytes=16_200_000_000, bits_per_weight=2.71, warnings=["take care"])
 
-    fake = ModuleType("expertd.quant.convert")
-    monkeypatch.setattr(fake, "quantize_checkpoint", convert, raising=False)
-    monkeypatch.setitem(sys.modules, "expertd.quant.convert", fake)
-    sizes = {"src": 16_200_000_000, str(tmp_path / "d st"): 5_400_000_000}
-    monkeypatch.setattr(
-        quantize,
-        "find_model",
-        lambda name: SimpleNamespace(folder=Path(name), total_bytes=sizes[name]),
-    )
-    result = CliRunner().invoke(cli, ["quantize", "src", str(tmp_path / "d st"), "--experts-bits", "3"])
+    monkeypatch.setattr("expertd.quant.convert.quantize_checkpoint", convert)
+    monkeypatch.setattr(quantize, "find_model", lambda name: SimpleNamespace(total_bytes=5_400_000_000))
+    flags = ["--experts-bits", "3", "--trunk", "4,8", "--target-bytes", "6GB", "--effort", "fast"]
+    result = CliRunner().invoke(cli, ["quantize", "src", str(tmp_path / "d st"), *flags])
     assert result.exit_code == 0, result.output
-    assert calls == [(Path("src"), tmp_path / "d st", 3, 4, 64)]
-    assert "16.2 GB -> 5.4 GB (3.0 times smaller)" in result.output
-    assert f"next: expertd run '{tmp_path}/d st' " in result.output
-    (tmp_path / "d st" / "file").touch()
-    again = CliRunner().invoke(cli, ["quantize", "src", str(tmp_path / "d st")])
-    assert isinstance(again.exception, ConfigError) and len(calls) == 1
+    wanted = Settings("fast", experts_bits=3, trunk=(4, 8), target_bytes=6 * 10**9)
+    assert calls == [("src", tmp_path / "d st", wanted)]
+    assert "16.2 GB -> 5.4 GB (3.0 times smaller, 2.71 bits per weight)" in result.output
+    assert f"next: expertd run '{tmp_path}/d st' " in result.output and "take care" in result.output
+    wrong = [
+        ["--trunk", "5,4"],
+        ["--fit", "much"],
+        ["--fit", "8GB", "--target-bytes", "2GB"],
+        ["--ewq-x", "-1"],
+    ]
+    for flags in [*wrong, ["--effort", "fast", "--calibrate", __file__]]:
+        again = CliRunner().invoke(cli, ["quantize", "src", str(tmp_path / "new"), *flags])
+        assert isinstance(again.exception, ConfigError) and len(calls) == 1, flags
 
 
 def test_bench_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
