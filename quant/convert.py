@@ -32,6 +32,7 @@ from expertd.checkpoint.source import Source, open_source
 from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError
 from expertd.model.classes import Weights, build_model
+from expertd.model.exchange import MLX_VERSION
 from expertd.quant.budget import size_in_words, target_bytes
 from expertd.quant.calibrate import calibrate
 from expertd.quant.distill import Distillation, distil
@@ -234,7 +235,7 @@ class Job:
         facts = {k: v for k, v in asdict(self.settings).items() if k not in ("threads", "calibrate")}
         text = hashlib.sha256(self.windows.tobytes()).hexdigest() if self.windows is not None else ""
         # mx.quantize's codes differ between Metal and the CPU, and may between releases.
-        mlx = f"{mx.__version__} on the {mx.default_device().type.name}"
+        mlx = f"{MLX_VERSION} on the {mx.default_device().type.name}"
         return {**facts, "source": self.source.identity, "calibration windows": text, "mlx": mlx}
 
     # The weights.
