@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -72,7 +73,7 @@ def round_module(weight: mx.array, bits: int, group_size: int, effort: str, thre
     No more than PIECE_WEIGHTS weights at a time are at float32, or one row.
     """
     if effort == "plain":
-        return Rounded(*mx.quantize(weight, group_size, bits), bits, group_size)
+        return _plain(weight, bits, group_size, threads)
     rows, parts = weight.reshape(-1, weight.shape[-1]), []
     step = max(1, PIECE_WEIGHTS // weight.shape[-1])
     for start in range(0, rows.shape[0], step):
@@ -80,3 +81,23 @@ def round_module(weight: mx.array, bits: int, group_size: int, effort: str, thre
         fitted = codes.fit(wanted, bits, group_size, DTYPES[weight.dtype], threads=threads)
         parts.append(codes.apply_gain(wanted, fitted, threads=threads))
     return from_codes(parts, weight.shape, weight.dtype)
+
+
+def _plain(weight: mx.array, bits: int, group_size: int, threads: int) -> Rounded:
+    """mx.quantize, which a CPU's stream runs on one thread: so slices go to streams of their own."""
+    num = min(threads, weight.shape[0]) if mx.default_device() == mx.cpu else 1
+    if num < 2:
+        return Rounded(*mx.quantize(weight, group_size, bits), bits, group_size)
+    bounds = [weight.shape[0] * i // num for i in range(num + 1)]
+    parts = [
+        mx.quantize(weight[begin:end], group_size, bits, stream=stream)
+        for begin, end, stream in zip(bounds, bounds[1:], _streams(num), strict=False)
+    ]
+    packed, scales, biases = (mx.concatenate([part[i] for part in parts]) for i in range(3))
+    return Rounded(packed, scales, biases, bits, group_size)
+
+
+@cache
+def _streams(num: int) -> list[mx.Stream]:
+    """Each is a thread for as long as the process lives."""
+    return [mx.new_stream(mx.cpu) for _ in range(num)]
