@@ -39,7 +39,7 @@ from expertd.quant.distill import Distillation, distil
 from expertd.quant.output import Output, TensorPlan, Unit
 from expertd.quant.recipe import ModuleInfo, Plan, decide, describe_modules
 from expertd.quant.report import ExpertError, Facts, make_facts, render
-from expertd.quant.rounding import round_module
+from expertd.quant.rounding import aside, round_module
 from expertd.quant.settings import Settings
 from expertd.quant.survey import survey
 from expertd.quant.weights import SourceWeights
@@ -253,9 +253,12 @@ class Job:
     def _round_all(self, out: Output) -> None:
         weights, total = self.weights(), self.num_parameters
         done = 0
-        for name in weights.names:
+        for name, following in zip(weights.names, (*weights.names[1:], None), strict=True):
             if name not in out:
-                self._round(out, name, weights.take([name])[name])
+                weight = weights.take([name])[name]
+                if following and following not in out:
+                    weights.begin(following)
+                self._round(out, name, weight)
             done += int(np.prod(weights.shape(name)))
             self.progress("rounding", done, total)
 
@@ -358,9 +361,9 @@ def num_cores() -> int:
 
 def to_buffers(arrays: Weights) -> dict[str, Any]:
     """Computed arrays as contiguous buffers."""
-    mx.eval(arrays)
-    found = {name: mx.contiguous(array) for name, array in arrays.items()}
-    mx.eval(found)
+    with mx.stream(aside()):
+        found = {name: mx.contiguous(array) for name, array in arrays.items()}
+        mx.eval(found)
     return {name: memoryview(array) for name, array in found.items()}  # type: ignore[arg-type]
 
 

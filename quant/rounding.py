@@ -93,8 +93,14 @@ def _plain(weight: mx.array, bits: int, group_size: int, threads: int) -> Rounde
         mx.quantize(weight[begin:end], group_size, bits, stream=stream)
         for begin, end, stream in zip(bounds, bounds[1:], _streams(num), strict=False)
     ]
-    packed, scales, biases = (mx.concatenate([part[i] for part in parts]) for i in range(3))
+    with mx.stream(aside()):
+        packed, scales, biases = (mx.concatenate([part[i] for part in parts]) for i in range(3))
     return Rounded(packed, scales, biases, bits, group_size)
+
+
+def aside() -> mx.Stream:
+    """A stream on which work need not wait for what the default stream reads meanwhile."""
+    return _streams(1)[0] if mx.default_device() == mx.cpu else mx.default_stream(mx.default_device())
 
 
 @cache

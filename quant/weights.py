@@ -100,6 +100,11 @@ class SourceWeights:
             check_finite(self.spans(wanted))
         return {name: self._compute(name) for name in names}
 
+    def begin(self, name: str) -> None:
+        """Have parameter `name` of a local source computed meanwhile: it is the next to be taken."""
+        if not self.source.is_remote:
+            mx.async_eval(self._arrays[name])  # type: ignore[no-untyped-call]
+
     def _compute(self, name: str) -> mx.array:
         array = self._arrays.pop(name)
         mx.eval(array)
