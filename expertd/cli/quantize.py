@@ -14,7 +14,6 @@ from expertd.errors import ConfigError
 EFFORTS = ("plain", "fast", "normal", "best")
 BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-# Demo model, 7.1 million expert weights, two cores: 1 s, 2 s, 20 s, 5 min (bench/LOG.md).
 EPILOG = """\b
 What the efforts do to the experts, and what they cost:
   plain   rounds, as mlx_lm.convert does: as fast as the disk.
