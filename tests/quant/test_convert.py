@@ -300,5 +300,5 @@ def test_peak_memory_is_about_one_tensor(src: Path, tmp_path: Path) -> None:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     quantize(src, tmp_path / "dst")
-    # The expert tensors one by one, stacked, and rounded.
-    assert mx.get_peak_memory() - before < 3 * largest < total
+    # The expert tensors one by one, stacked, and rounded, while the next are read and stacked.
+    assert mx.get_peak_memory() - before < 5 * largest < total
