@@ -26,13 +26,18 @@ from pathlib import Path
 from expertd.checkpoint.blocks import BLOCK_BYTES, BlockFile
 from expertd.checkpoint.config import read_json
 from expertd.checkpoint.inspect import INDEX, check_shards, read_index
-from expertd.checkpoint.manifest import FILE_NAME, MAX_FILES, FileEntry, check_manifest, write_atomically
+from expertd.checkpoint.manifest import (
+    FILE_NAME,
+    MAX_FILES,
+    QUANTIZATION_MANIFEST,
+    FileEntry,
+    check_manifest,
+    write_atomically,
+)
 from expertd.checkpoint.ranges import Limits, RemoteFile, WebReader
 from expertd.checkpoint.shards import TensorEntry, header_bytes, parse_header
 from expertd.errors import CheckpointError
 
-# Our quantizer's list of its files.
-MANIFEST = "quantization_manifest.json"
 # A web server lists no folder, so these are the files besides the shards that are asked for.
 TEXT_NAMES = (
     "config.json",
@@ -49,7 +54,7 @@ TEXT_NAMES = (
     "vocab.txt",
     "merges.txt",
     "hf_quant_config.json",
-    MANIFEST,
+    QUANTIZATION_MANIFEST,
 )
 DEFAULT_CACHE_BYTES = 50 * 10**9
 # Free space that is left on the disk of the cache.
@@ -376,14 +381,14 @@ def listed_files(folder: Path) -> list[tuple[str, str]]:
 
     Raises CheckpointError for a manifest that lists what is no plain file.
     """
-    path = folder / MANIFEST
+    path = folder / QUANTIZATION_MANIFEST
     if not path.is_file():
         return []
     try:
         listed = check_manifest([FileEntry(**entry) for entry in read_json(path)["files"]]).files
     except (TypeError, KeyError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: its list of files is damaged. Download it again.") from error
-    return [(file.name, file.sha256) for file in listed if file.name != MANIFEST]
+    return [(file.name, file.sha256) for file in listed if file.name != QUANTIZATION_MANIFEST]
 
 
 def cut_into_parts(blocks: list[Block]) -> Iterator[tuple[str, int, int]]:

@@ -16,7 +16,7 @@ BITS = click.Choice(["2", "3", "4", "5", "6", "8"])
 TEXT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EPILOG = """\b
 What the efforts do to the experts, and what they cost:
-  plain   rounds, as mlx_lm.convert does: as fast as the disk.
+  plain   rounds, as mlx_lm.convert does, in as much time.
   fast    chooses scales by least squares, with a gain per row; no text.
   normal  chooses codes by the inputs each expert really sees, layer by layer.
   best    also trains scales and biases against the full model, which must

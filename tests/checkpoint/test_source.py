@@ -22,9 +22,9 @@ from expertd.checkpoint import ranges
 from expertd.checkpoint import source as source_module
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.checkpoint.locate import find_checkpoint
-from expertd.checkpoint.manifest import make_manifest
+from expertd.checkpoint.manifest import QUANTIZATION_MANIFEST, make_manifest
 from expertd.checkpoint.ranges import Limits, check_url
-from expertd.checkpoint.remote import MANIFEST, RemoteSource
+from expertd.checkpoint.remote import RemoteSource
 from expertd.checkpoint.source import LocalSource, download_url, open_source
 from expertd.cli.options import find_model
 from expertd.errors import CheckpointError
@@ -274,7 +274,7 @@ def test_a_download_is_compared_with_its_manifest(site: Site, local: Path, tmp_p
     site.files["notes.txt"] = notes = b"listed, therefore fetched"
     listed = [vars(file) for file in make_manifest(local, tmp_path / "hashes").files]
     listed.append({"name": "notes.txt", "size": len(notes), "sha256": hashlib.sha256(notes).hexdigest()})
-    site.files[MANIFEST] = json.dumps({"files": listed}).encode()
+    site.files[QUANTIZATION_MANIFEST] = json.dumps({"files": listed}).encode()
     for name in (SHARD, "notes.txt"):
         good = site.files[name]
         site.files[name] = good[:-1] + bytes([good[-1] ^ 1])
