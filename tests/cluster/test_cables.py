@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import netns
-from tests.cluster.computers import Answer, Computer, answers, computers, follows, in_group
+from tests.cluster.computers import Answer, Computer, Health, answers, computers, follows, in_group
 from tests.tiny import make_tiny
 
 pytestmark = [
@@ -36,6 +36,10 @@ def net() -> Iterator[netns.Net]:
         yield made
 
 
+def paused(health: Health) -> bool:
+    return [host["state"] for host in health["hosts"]["hosts"]] == ["paused"]
+
+
 def start(hosts: list[Computer], model: str) -> None:
     a, b = hosts
     a.serve(model)
@@ -60,11 +64,12 @@ def test_a_pulled_cable_ends_the_epoch_and_nothing_else(net: netns.Net, tmp_path
         took_s = time.monotonic() - cut
         print(f"the pulled cable was reported after {took_s:.2f} s: {health['hosts']['last_change']}")
         assert took_s < 2.5
-        [host] = health["hosts"]["hosts"]
-        assert host["state"] == "paused" and host["reason"] and host["pause_left_s"] > 0
         assert stream.result() == undisturbed
         print(f"the stream's longest gap was {stream.longest_gap_s:.2f} s")
         assert b.ask(PROMPT, NUM_TOKENS) == undisturbed, "over the LAN, by the leader"
+        # At once if the link reported the end first, after a vain setting up if a rank did.
+        [host] = a.wait(paused, 40)["hosts"]["hosts"]
+        assert host["reason"]
         time.sleep(1)  # so that setting up fails at least once
         net.join(1)
         a.wait(in_group(1), 30)
