@@ -462,6 +462,8 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
   functions[format_of(a)][size_of(a)](a, panel, rows, num_rows, &y[0][0]);
 }
 
+#include "target_end.h"
+
 const xd_isa *xd_isa_avx2(void) {
   static const xd_isa isa = {.name = "avx2",
                              .round_row = round_row,
