@@ -182,13 +182,14 @@ XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, i
   return by_group(v, group_bytes);
 }
 
-/* Eight scales or biases, of which `count` are the row's own. */
+/* Eight scales or biases, of which `count` are the row's own. The others are -0: it alone changes no sum, not even -0. */
 XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
+  static const float signs[16] = {0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
   if (count == 8) return vf_load_any(from, dtype, at);
   const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
   _Alignas(32) char some[32] = {0};
   memcpy(some, (const char *)from + at * size, (size_t)(count * size));
-  return vf_load_any(some, dtype, 0);
+  return _mm256_or_ps(vf_load_any(some, dtype, 0), vf_load(signs + 8 - count));
 }
 
 XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
