@@ -70,8 +70,8 @@ typedef struct {
 } xd_affine;
 
 /* A row of x as integers. Codes lie 8 / bits in a byte, so q lies in planes: of each block of 32 code bytes, first what
-   meets the lowest codes of the bytes, then the next (`hi` at 0, `lo` at q_bytes / 2 if there are two digits). For 8-bit codes q
-   is int16, in order. Padded with zeros to padded_groups. */
+   meets the lowest codes of the bytes, then the next (`hi` at 0, `lo` at q_bytes / 2 if there are two digits). For 8-bit
+   codes q is int16, first what meets the even bytes of the block, then the odd. Padded with zeros to padded_groups. */
 typedef struct {
   const int8_t *q;
   const float *d, *da; /* [padded_groups]: scales, and scales times sums */
@@ -104,6 +104,13 @@ size_t xd_plain_scratch(const xd_cpu *cpu, const xd_product *product);
 void xd_plain_run(xd_cpu *cpu, const xd_product *product);
 
 int64_t xd_panel_bytes(const xd_affine *a);
+/* Where element k of a row lies in q: int8 for 2 and 4 bits, int16 for 8. */
+static inline int64_t xd_q_index(int bits, int64_t k) {
+  int64_t planes = bits == 8 ? 2 : 8 / bits, block = bits == 8 ? 32 : 32 * planes;
+  return k / block * block + k % planes * (block / planes) + k % block / planes;
+}
+/* Round a row of x to integers (affine.c). */
+void xd_round_row(const xd_affine *a, const float *x, int8_t *q, float *d, float *da);
 
 struct xd_cpu {
   const xd_isa *isa;
