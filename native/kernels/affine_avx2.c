@@ -16,6 +16,7 @@
 #if defined(__x86_64__)
 
 #include "avx2.h"
+#include "floats.h"
 #include "simd.h"
 
 /* Codes of a block of 32 bytes that meet plane `p`. */
@@ -323,7 +324,7 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
 }
 
 const xd_isa *xd_isa_avx2(void) {
-  static const xd_isa isa = {.name = "avx2", .affine_rows = any_rows, .affine_pack = pack, .affine_tile = any_tile};
+  static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2, .affine_rows = any_rows, .affine_pack = pack, .affine_tile = any_tile};
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &isa
                                                                                                            : NULL;
 }
