@@ -11,13 +11,13 @@
 #include "ops.h"
 
 /* Plain products. Up to DOT_OUT weight rows times up to DOT_ROWS rows of x. */
-enum { DOT_OUT = 32, DOT_ROWS = 96, DOT_STATE_BYTES = DOT_OUT * DOT_ROWS * 32 };
+enum { DOT_OUT = 32, DOT_ROWS = 48, DOT_CHUNK = 512 };
 
 typedef struct {
   const void *w; /* rows of `dtype`, width apart */
-  const float *const *x; /* [num_rows] rows, padded with zeros to a multiple of 8 */
+  const float *const *x; /* [num_rows]: where each row's first DOT_CHUNK numbers are, padded with zeros to a multiple of 8 */
+  int64_t x_chunk_stride; /* from there to the next ones */
   float (*y)[DOT_OUT];   /* [num_rows] */
-  void *state;           /* DOT_STATE_BYTES, aligned to 32: sums that are not finished */
   int64_t width;
   int dtype, num_out, num_rows;
 } xd_dot;

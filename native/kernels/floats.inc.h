@@ -6,8 +6,9 @@
 #include "floats.h"
 #include "simd.h"
 
-#include "floats_dot.inc.h"
 #include "floats_rows.inc.h"
+
+#include "floats_dot.inc.h"
 #include "floats_rope.inc.h"
 #include "floats_attention.inc.h"
 

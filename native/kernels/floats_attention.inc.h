@@ -56,26 +56,11 @@ static void attend_open(const xd_attend *j, xd_attend_unit *u, int64_t index) {
   for (int r = 0; r < u->num_rows; r++) open_row(j, u, first + r, &u->rows[r]);
 }
 
-/* n numbers to float32, and zeros up to a multiple of 8. */
-XD_INLINE void widen_row(const char *from, int dtype, int64_t n, float *to) {
-  int64_t k = 0;
-  for (; k + 8 <= n; k += 8) vf_store(to + k, vf_load_any(from, dtype, k));
-  if (k < n) vf_store(to + k, vf_load_some(from, dtype, k, n - k));
-}
-
 /* n rows of k or v, from `row` on. */
 static void widen_rows(const char *from, int dtype, int64_t row_stride, int64_t row, int64_t n, int64_t width, float *to,
                        int64_t to_stride) {
   const size_t row_bytes = (size_t)row_stride * xd_itemsize(dtype);
-  for (int64_t i = 0; i < n; i++) {
-    const char *p = from + (size_t)(row + i) * row_bytes;
-    if (dtype == XD_BFLOAT16)
-      widen_row(p, XD_BFLOAT16, width, to + i * to_stride);
-    else if (dtype == XD_FLOAT16)
-      widen_row(p, XD_FLOAT16, width, to + i * to_stride);
-    else
-      widen_row(p, XD_FLOAT32, width, to + i * to_stride);
-  }
+  for (int64_t i = 0; i < n; i++) widen_row(from + (size_t)(row + i) * row_bytes, dtype, width, to + i * to_stride);
 }
 
 /* Scores. */

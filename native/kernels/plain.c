@@ -1,22 +1,22 @@
 /* plain.c: products with weights of float32, float16 or bfloat16, divided among threads (floats_dot.inc.h computes).
 
-   Rows of x are widened to float32 once. A task is one expert and a block of its output rows; it takes DOT_OUT of them at a
-   time, all rows of x past each. */
+   Rows of x are widened to float32 once, into chunks: [chunk, row, DOT_CHUNK]. So what is used together lies together; rows a
+   power of two apart, as widths like to be, would share a few sets of the caches. A task is one expert and a block of its output
+   rows. As many rows of x as stay in the L2 cache go past all of these before the next ones do. */
 
 #include "floats.h"
 
-enum { BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
+/* X_BYTES of x go past the weights at a time: half of a small L2 cache. */
+enum { BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8, X_BYTES = 320 * 1024, MIN_ROWS = 6 };
 
 typedef struct {
   const xd_product *p;
   const xd_cpu *cpu;
-  const float *x; /* [num_rows, width8] */
-  float *widened; /* the same, or NULL if x can stay as it is */
-  int64_t width8, num_pairs;
+  float *x;              /* [num_chunks, num_rows, x_stride] */
+  int64_t x_stride, num_pairs;
   int64_t *order, *starts;
   int32_t *active; /* experts that have pairs */
-  int num_active, num_blocks, block_out;
-  char *state; /* [num_threads, DOT_STATE_BYTES] */
+  int num_active, num_blocks, block_out, rows_at_once;
 } job;
 
 static void *take(char *scratch, int64_t *at, int64_t bytes) {
@@ -28,14 +28,15 @@ static void *take(char *scratch, int64_t *at, int64_t bytes) {
 /* Gives the bytes of scratch that a job takes; with scratch NULL only these mean anything. */
 static int64_t lay_out(job *j, const xd_cpu *cpu, const xd_product *p, char *scratch) {
   int64_t at = 0, experts = p->weight.num_experts;
-  *j = (job){.p = p, .cpu = cpu, .width8 = xd_round_up(p->weight.width, 8), .num_pairs = p->num_rows * p->ids_per_row};
-  j->x = p->x;
-  if (p->x_dtype != XD_FLOAT32 || j->width8 != p->weight.width)
-    j->x = j->widened = take(scratch, &at, p->num_rows * j->width8 * 4);
+  *j = (job){.p = p, .cpu = cpu, .num_pairs = p->num_rows * p->ids_per_row};
+  int64_t width = p->weight.width, num_chunks = (width + DOT_CHUNK - 1) / DOT_CHUNK;
+  j->x_stride = num_chunks > 1 ? DOT_CHUNK : xd_round_up(width, 8);
+  j->x = take(scratch, &at, num_chunks * p->num_rows * j->x_stride * 4);
+  int64_t rows = X_BYTES / 4 / (num_chunks * j->x_stride + 1) / 3 * 3;
+  j->rows_at_once = (int)(rows < MIN_ROWS ? MIN_ROWS : rows > DOT_ROWS ? DOT_ROWS : rows);
   j->order = take(scratch, &at, j->num_pairs * 8);
   j->starts = take(scratch, &at, (experts + 1) * 8);
   j->active = take(scratch, &at, experts * 4);
-  j->state = take(scratch, &at, (int64_t)xd_pool_num_threads(cpu->pool) * DOT_STATE_BYTES);
   return at;
 }
 
@@ -50,23 +51,26 @@ static void widen_rows(const void *context, int64_t index, int thread) {
   int64_t width = p->weight.width, first = index * ROWS_PER_TASK, last = first + ROWS_PER_TASK;
   (void)thread;
   for (int64_t r = first; r < last && r < p->num_rows; r++) {
-    float *row = j->widened + r * j->width8;
-    xd_widen((const char *)p->x + (size_t)(r * width) * xd_itemsize(p->x_dtype), p->x_dtype, row, width);
-    for (int64_t k = width; k < j->width8; k++) row[k] = 0;
+    const char *row = (const char *)p->x + (size_t)(r * width) * xd_itemsize(p->x_dtype);
+    for (int64_t k = 0; k < width; k += DOT_CHUNK) {
+      float *to = j->x + (k / DOT_CHUNK * p->num_rows + r) * j->x_stride;
+      int64_t n = width - k < DOT_CHUNK ? width - k : DOT_CHUNK;
+      xd_widen(row + (size_t)k * xd_itemsize(p->x_dtype), p->x_dtype, to, n);
+      for (; n % 8 != 0; n++) to[n] = 0;
+    }
   }
 }
 
 /* num_out <= DOT_OUT outputs from `out` on, for num_pairs <= DOT_ROWS pairs of an expert. */
-static void multiply_some(const job *j, int32_t expert, int64_t out, int num_out, const int64_t *pairs, int num_pairs,
-                          int thread) {
+static void multiply_some(const job *j, int32_t expert, int64_t out, int num_out, const int64_t *pairs, int num_pairs) {
   const xd_product *p = j->p;
   const xd_weight *w = &p->weight;
   const float *x[DOT_ROWS];
   float y[DOT_ROWS][DOT_OUT];
   size_t at = (size_t)(((int64_t)expert * w->num_out + out) * w->width) * xd_itemsize(w->dtype);
-  for (int i = 0; i < num_pairs; i++) x[i] = j->x + pairs[i] / p->ids_per_row * j->width8;
+  for (int i = 0; i < num_pairs; i++) x[i] = j->x + pairs[i] / p->ids_per_row * j->x_stride;
   xd_dot d = {.w = (const char *)w->data + at, .x = x, .y = y, .width = w->width, .dtype = w->dtype};
-  d.state = j->state + (int64_t)thread * DOT_STATE_BYTES;
+  d.x_chunk_stride = p->num_rows * j->x_stride;
   d.num_out = num_out, d.num_rows = num_pairs;
   j->cpu->isa->floats->dot(&d);
   for (int i = 0; i < num_pairs; i++) {
@@ -78,13 +82,13 @@ static void multiply_some(const job *j, int32_t expert, int64_t out, int num_out
 static void multiply(const void *context, int64_t index, int thread) {
   const job *j = context;
   int32_t expert = j->active[index / j->num_blocks];
-  int64_t out = index % j->num_blocks * j->block_out, end = out + j->block_out;
-  int64_t first = j->starts[expert], last = j->starts[expert + 1];
+  int64_t out = index % j->num_blocks * j->block_out, end = out + j->block_out, step = j->rows_at_once;
+  (void)thread;
   if (end > j->p->weight.num_out) end = j->p->weight.num_out;
-  for (; out < end; out += DOT_OUT) {
-    int n = (int)(end - out < DOT_OUT ? end - out : DOT_OUT);
-    for (int64_t i = first; i < last; i += DOT_ROWS)
-      multiply_some(j, expert, out, n, j->order + i, (int)(last - i < DOT_ROWS ? last - i : DOT_ROWS), thread);
+  for (int64_t i = j->starts[expert], last = j->starts[expert + 1]; i < last; i += step) {
+    int num_pairs = (int)(last - i < step ? last - i : step);
+    for (int64_t n = out; n < end; n += DOT_OUT)
+      multiply_some(j, expert, n, (int)(end - n < DOT_OUT ? end - n : DOT_OUT), j->order + i, num_pairs);
   }
 }
 
@@ -101,7 +105,7 @@ void xd_plain_run(xd_cpu *cpu, const xd_product *product) {
   job j;
   lay_out(&j, cpu, product, product->scratch);
   if (j.num_pairs == 0 || product->weight.num_out == 0) return;
-  if (j.widened) xd_pool_run(cpu->pool, widen_rows, &j, (product->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
+  xd_pool_run(cpu->pool, widen_rows, &j, (product->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
   xd_sort_pairs(product, j.order, j.starts);
   for (int32_t e = 0; e < product->weight.num_experts; e++)
     if (j.starts[e + 1] > j.starts[e]) j.active[j.num_active++] = e;

@@ -43,10 +43,7 @@ XD_INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
 XD_INLINE vf vf_if_above(vf a, vf b, vf yes, vf no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
 }
-XD_INLINE vf vf_scale2(vf a, vf n) {
-  __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), shifted));
-}
+XD_INLINE vf vf_power2(vf n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(n), 23)); }
 XD_INLINE vf vf_swap_pairs(vf a) { return _mm256_permute_ps(a, 0xb1); }
 XD_INLINE vf vf_fold(vf a, vf b) { /* halves of a, then of b, added; addition commutes */
   return _mm256_add_ps(_mm256_blend_ps(a, b, 0xf0), _mm256_permute2f128_ps(a, b, 0x21));
@@ -95,10 +92,10 @@ XD_INLINE vf vf_if_above(vf a, vf b, vf yes, vf no) {
 }
 XD_INLINE vf vf_max(vf a, vf b) { return vf_if_above(a, b, a, b); } /* vmaxq treats NaN otherwise */
 XD_INLINE vf vf_min(vf a, vf b) { return vf_if_above(b, a, a, b); }
-XD_INLINE float32x4_t vf_half_scale2(float32x4_t a, float32x4_t n) {
-  return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vshlq_n_u32(vreinterpretq_u32_f32(n), 23)));
+XD_INLINE vf vf_power2(vf n) {
+  return (vf){vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(n.lo), 23)),
+              vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(n.hi), 23))};
 }
-XD_INLINE vf vf_scale2(vf a, vf n) { return (vf){vf_half_scale2(a.lo, n.lo), vf_half_scale2(a.hi, n.hi)}; }
 XD_INLINE vf vf_swap_pairs(vf a) { return (vf){vrev64q_f32(a.lo), vrev64q_f32(a.hi)}; }
 XD_INLINE float32x4_t vf_fold(vf a, vf b) { /* of each: l0 + l4 + (l2 + l6), l1 + l5 + (l3 + l7) */
   float64x2_t f = vreinterpretq_f64_f32(vaddq_f32(a.lo, a.hi)), g = vreinterpretq_f64_f32(vaddq_f32(b.lo, b.hi));
@@ -139,14 +136,14 @@ XD_INLINE void vf_store_f16(uint16_t *p, vf a) {
 XD_INLINE vf vf_if_above(vf a, vf b, vf yes, vf no) { XD_EACH(a.v[i] > b.v[i] ? yes.v[i] : no.v[i]); }
 XD_INLINE vf vf_max(vf a, vf b) { XD_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 XD_INLINE vf vf_min(vf a, vf b) { XD_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-XD_INLINE float vf_lane_scale2(float a, float n) {
-  uint32_t bits, add;
-  memcpy(&bits, &a, 4), memcpy(&add, &n, 4);
-  bits += add << 23;
-  memcpy(&a, &bits, 4);
-  return a;
+XD_INLINE float vf_lane_power2(float n) {
+  uint32_t bits;
+  memcpy(&bits, &n, 4);
+  bits <<= 23;
+  memcpy(&n, &bits, 4);
+  return n;
 }
-XD_INLINE vf vf_scale2(vf a, vf n) { XD_EACH(vf_lane_scale2(a.v[i], n.v[i])); }
+XD_INLINE vf vf_power2(vf n) { XD_EACH(vf_lane_power2(n.v[i])); }
 XD_INLINE vf vf_swap_pairs(vf a) { XD_EACH(a.v[i ^ 1]); }
 XD_INLINE float vf_lane_sum(const float *l) { return ((l[0] + l[4]) + (l[2] + l[6])) + ((l[1] + l[5]) + (l[3] + l[7])); }
 XD_INLINE vf vf_sum8(const vf *a) { XD_EACH(vf_lane_sum(a[i].v)); }
@@ -156,7 +153,7 @@ XD_INLINE vf vf_sum8(const vf *a) { XD_EACH(vf_lane_sum(a[i].v)); }
 /* What is the same for all, in words:
    vf_max, vf_min       the second if either is NaN
    vf_if_above          a > b ? yes : no
-   vf_scale2(a, n)      a * 2^m for n = 1.5 * 2^23 + m, by adding m to the exponent: neither may be NaN, nor the result subnormal
+   vf_power2(n)         2^m for n = 1.5 * 2^23 + 127 + m: 0 for m = -127, inf for 128, anything for a NaN
    vf_sum8              lane i is vf_sum(a[i]) */
 
 XD_INLINE vf vf_load_any(const void *p, int dtype, int64_t at) {
