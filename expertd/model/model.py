@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from expertd.errors import ConfigError
 from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
 from expertd.model.exchange import Link
+from expertd.model.kernels import Kernels
 from expertd.split.cut import StepSplit
 
 Cache = list[Any]
@@ -20,11 +21,13 @@ Cache = list[Any]
 class Model:
     """One rank's copy of the whole model; it is alone until `attach` gives it a link to others."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], wide: bool = False) -> None:
-        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load)."""
+    def __init__(
+        self, folder: Path, config: dict[str, Any], wide: bool = False, kernels: Kernels | None = None
+    ) -> None:
+        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load). `kernels` None: MLX's."""
         start = time.monotonic()
         self._state = StepState()
-        self._model = load(folder, config, wide)
+        self._model = load(folder, config, wide, kernels)
         self.splits = divide(self._model, self._state)
         self._taps: Taps | None = None
         self.load_s = time.monotonic() - start
