@@ -18,7 +18,7 @@ ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 graph = Extension(
     "expertd.native._graph",
     sources=[f"native/{name}.cpp" for name in ("graph", "exchange", "kernel_ops", "nanobind_all")],
-    depends=["native/graph.h", "native/kernels/kernels.h"],
+    depends=["native/graph.h", "native/kernels/kernels.h", "native/kernels/ops.h"],
     language="c++",
     include_dirs=[
         str(MLX / "include"),

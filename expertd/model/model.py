@@ -13,6 +13,7 @@ from expertd.errors import ConfigError
 from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
+from expertd.model.swap import native_functions, replaced
 from expertd.split.cut import StepSplit
 
 Cache = list[Any]
@@ -28,6 +29,7 @@ class Model:
         start = time.monotonic()
         self._state = StepState()
         self._model = load(folder, config, wide, kernels)
+        self._functions = native_functions(kernels) if kernels and not wide else []
         self.splits = divide(self._model, self._state)
         self._taps: Taps | None = None
         self.load_s = time.monotonic() - start
@@ -55,7 +57,8 @@ class Model:
     def forward(self, tokens: list[int], cache: Cache, split: StepSplit) -> mx.array:
         """Build the graph of one step: logits [num_tokens, vocab] for tokens appended to the cache's."""
         self._state.begin(split)
-        logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
+        with replaced(self._functions):
+            logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
         return logits
 
     def prefill(self, tokens: list[int], cache: Cache, split: StepSplit) -> None:
@@ -78,7 +81,7 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        with fast_attention():
+        with fast_attention(), replaced(self._functions):
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":

@@ -1,5 +1,8 @@
-"""Modules of mlx-lm whose products the CPU kernels compute (expertd/model/kernels.py)."""
+"""mlx-lm by the CPU kernels (expertd/model/kernels.py): modules for good, functions while a model builds its graph."""
 
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -104,3 +107,55 @@ _SWAPS: dict[type, type] = {
     QuantizedMultiLinear: _NativeHeads,
 }
 _SWITCHES: dict[type, type] = {SwitchGLU: _NativeGLU, SwitchMLP: _NativeMLP}
+
+
+# Functions.
+
+Function = Callable[..., mx.array]
+
+
+def native_functions(kernels: Kernels) -> list[tuple[Any, str, Function]]:
+    """What `replaced` needs to send mx.fast and the activations of the loaded families to the kernels."""
+    found: list[tuple[Any, str, Function]] = [
+        (mx.fast, "rms_norm", kernels.rms_norm),
+        (mx.fast, "rope", kernels.rope),
+        (mx.fast, "scaled_dot_product_attention", kernels.attention),
+    ]
+    replacements = _activations(kernels)
+    for module in [m for name, m in sys.modules.items() if name.startswith("mlx_lm.models.")]:
+        found += [(module, name, f) for name, f in replacements.items() if hasattr(module, name)]
+    return found
+
+
+def _activations(kernels: Kernels) -> dict[str, Function]:
+    """By the names under which mlx-lm's families know them, with its arguments."""
+
+    def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+        return kernels.glu(gate, x, "silu")
+
+    def precise_swiglu(h: mx.array, gate: mx.array, x: mx.array) -> mx.array:
+        return kernels.glu(gate, x, "silu").astype(h.dtype)
+
+    def swiglu_oai(gate: mx.array, x: mx.array, alpha: float = 1.702, limit: float = 7.0) -> mx.array:
+        return kernels.glu(gate, x, "swiglu_oai", alpha, limit)
+
+    def clamped_swiglu(x: mx.array, gate: mx.array, limit: float) -> mx.array:
+        return kernels.glu(gate, x, "clipped_silu", 0.0, limit)
+
+    def geglu(gate: mx.array, x: mx.array) -> mx.array:
+        return kernels.glu(gate, x, "gelu_tanh")
+
+    return {f.__name__: f for f in (swiglu, precise_swiglu, swiglu_oai, clamped_swiglu, geglu)}
+
+
+@contextmanager
+def replaced(functions: list[tuple[Any, str, Function]]) -> Iterator[None]:
+    """Have these functions in the place of stock ones meanwhile."""
+    stock = [(owner, name, getattr(owner, name)) for owner, name, _ in functions]
+    for owner, name, function in functions:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        for owner, name, function in stock:
+            setattr(owner, name, function)
