@@ -36,8 +36,6 @@ graph = Extension(
 )
 
 setup(
-    cffi_modules=[
-        f"native/{name}.py:ffibuilder" for name in ("build", "build_quantize", "build_kernels")
-    ],
+    cffi_modules=[f"native/{name}.py:ffibuilder" for name in ("build", "build_quantize", "build_kernels")],
     ext_modules=[graph],
 )

@@ -100,7 +100,9 @@ def files(*suffixes: str) -> list[Path]:
     """Our own sources: what is shipped and its tests, without what a build leaves there."""
     found = [p for folder in (*SHIPPED, "tests") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
     return [
-        p for p in found if "__pycache__" not in p.parts and p.name not in ("_transport.c", "_quantize.c", "_kernels.c")
+        p
+        for p in found
+        if "__pycache__" not in p.parts and p.name not in ("_transport.c", "_quantize.c", "_kernels.c")
     ]
 
 

@@ -92,5 +92,7 @@ def open_kernels(choice: str, activation_bits: int, num_threads: int, isa: str =
     """What `--kernels` means on MLX's default device; None is MLX's own kernels. Raises ConfigError."""
     on_cpu = mx.default_device() == mx.cpu
     if choice == "native" and not on_cpu:
-        raise ConfigError("--kernels native: this model runs on a GPU, by MLX's kernels. Leave --kernels out.")
+        raise ConfigError(
+            "--kernels native: this model runs on a GPU, by MLX's kernels. Leave --kernels out."
+        )
     return Kernels(isa, num_threads, activation_bits) if on_cpu and choice != "mlx" else None
