@@ -168,39 +168,49 @@ XD_INLINE __m256i by_group(const __m256i *v, int group_bytes) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-/* The sums of 8 groups; of `num_bytes` code bytes only, the other groups are zero. */
+/* The sums of 8 groups, of which at most `most` (4 or 8) lie in the `num_bytes` code bytes; the others are zero. */
 XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, int two_digits, const int8_t *q,
-                               int64_t lo_at, int num_bytes) {
+                               int64_t lo_at, int num_bytes, const int most) {
   const int group_bytes = group_size * bits / 8, at_once = group_bytes > 32 ? group_bytes : 32;
   const int q_step = at_once * (bits == 8 ? 2 : 8 / bits);
   __m256i v[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8 * group_bytes / at_once; i++)
-    v[i] = i * at_once < num_bytes
+    v[i] = i * at_once < most * group_bytes && i * at_once < num_bytes
                ? blocks_sum(codes + i * at_once, bits, at_once / 32, two_digits, q + i * q_step, lo_at)
                : _mm256_setzero_si256();
   return by_group(v, group_bytes);
 }
 
-XD_INLINE vf accumulate(vf acc, __m256i sums, const void *scales, const void *biases, int dtype, int64_t at,
-                        const float *d, const float *da) {
-  acc = vf_fma(vf_mul(vf_load_any(scales, dtype, at), vf_load(d)), _mm256_cvtepi32_ps(sums), acc);
-  return vf_fma(vf_load_any(biases, dtype, at), vf_load(da), acc);
+/* Eight scales or biases, of which `count` are the row's own. */
+XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
+  if (count == 8) return vf_load_any(from, dtype, at);
+  const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
+  _Alignas(32) char some[32] = {0};
+  memcpy(some, (const char *)from + at * size, (size_t)(count * size));
+  return vf_load_any(some, dtype, 0);
 }
 
-/* The groups after the last full eight, copied so that nothing beyond the row is read. */
+XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
+  acc = vf_fma(vf_mul(scales, vf_load(d)), _mm256_cvtepi32_ps(sums), acc);
+  return vf_fma(biases, vf_load(da), acc);
+}
+
+/* The groups after the last full eight: read to the end of the row, never beyond. */
 XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                          const void *scales, const void *biases, int64_t at, int g, const xd_row *row, vf acc) {
-  const int left = a->groups - g, num_bytes = left * group_size * bits / 8, size = a->dtype == XD_FLOAT32 ? 4 : 2;
+  const int left = a->groups - g, num_bytes = left * group_size * bits / 8;
   _Alignas(32) uint8_t padded[1024];
-  _Alignas(32) char s[32] = {0}, b[32] = {0};
-  memcpy(padded, codes, (size_t)num_bytes);
-  memset(padded + num_bytes, 0, 32);
-  memcpy(s, (const char *)scales + (at + g) * size, (size_t)(left * size));
-  memcpy(b, (const char *)biases + (at + g) * size, (size_t)(left * size));
+  if (num_bytes % 32) {
+    memcpy(padded, codes, (size_t)num_bytes);
+    memset(padded + num_bytes, 0, 32);
+    codes = padded;
+  }
   const int8_t *q = row->q + (int64_t)g * group_size * (bits == 8 ? 2 : 1);
-  __m256i sums = eight_groups(padded, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes);
-  return accumulate(acc, sums, s, b, a->dtype, 0, row->d + g, row->da + g);
+  __m256i sums = left > 4 ? eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes, 8)
+                          : eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes, 4);
+  const vf s = numbers_at(scales, a->dtype, at + g, left), b = numbers_at(biases, a->dtype, at + g, left);
+  return accumulate(acc, sums, s, b, row->d + g, row->da + g);
 }
 
 XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
@@ -213,8 +223,9 @@ XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits
     vf acc = vf_set(0);
     int g = 0;
     for (; g + 8 <= a->groups; g += 8, c += code_step, q += q_step) {
-      __m256i sums = eight_groups(c, bits, group_size, two_digits, q, a->q_bytes / 2, code_step);
-      acc = accumulate(acc, sums, scales, biases, a->dtype, at + g, row->d + g, row->da + g);
+      __m256i sums = eight_groups(c, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
+      const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
+      acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
     }
     if (g < a->groups) acc = last_groups(a, bits, group_size, two_digits, c, scales, biases, at, g, row, acc);
     y[n] = vf_sum(acc);
@@ -248,40 +259,42 @@ XD_INLINE void transpose(__m256i v[8]) {
   }
 }
 
-/* Every second 32 bytes of a panel: 8 output rows, of which `num_out` exist. */
+/* 32 bytes of a weight row's codes, of which `left` are its own. */
+XD_INLINE __m256i load_some(const uint8_t *codes, int64_t left) {
+  if (left >= 32) return load(codes);
+  _Alignas(32) uint8_t last[32] = {0};
+  memcpy(last, codes, (size_t)left);
+  return load(last);
+}
+
+/* The codes of 16 output rows, of which `num_out` exist (the others repeat the last: nobody reads what they give). */
 XD_INLINE void pack_codes(const xd_affine *a, int bits, const uint8_t *codes, int num_out, char *panel) {
   const int planes = bits == 8 ? 2 : 8 / bits;
-  for (int64_t at = 0; at < a->code_bytes; at += 32) {
-    __m256i v[8];
-    int64_t left = a->code_bytes - at;
-    for (int n = 0; n < 8; n++) {
-      _Alignas(32) uint8_t last[32] = {0};
-      const uint8_t *from = codes + n * a->code_bytes + at;
-      if (n < num_out && left < 32) memcpy(last, from, (size_t)left);
-      v[n] = load(n < num_out && left >= 32 ? from : last);
+  const uint8_t *row[16];
+  for (int n = 0; n < 16; n++) row[n] = codes + (n < num_out ? n : num_out - 1) * a->code_bytes;
+  for (int64_t at = 0; at < a->code_bytes; at += 32, panel += 8 * planes * 64)
+    for (int half = 0; half < 2; half++) {
+      __m256i v[8];
+      for (int n = 0; n < 8; n++) v[n] = load_some(row[8 * half + n] + at, a->code_bytes - at);
+      transpose(v);
+      for (int i = 0; i < 8; i++)
+        for (int p = 0; p < planes; p++) {
+          __m256i part = bits < 8 ? plane(v[i], bits, p)
+                         : p      ? _mm256_srli_epi16(v[i], 8)
+                                  : _mm256_and_si256(v[i], _mm256_set1_epi16(255));
+          _mm256_store_si256((__m256i *)(panel + (i * planes + p) * 64 + 32 * half), part);
+        }
     }
-    transpose(v);
-    for (int i = 0; i < 8; i++)
-      for (int p = 0; p < planes; p++, panel += 64) {
-        __m256i part = bits < 8 ? plane(v[i], bits, p)
-                       : p      ? _mm256_srli_epi16(v[i], 8)
-                                : _mm256_and_si256(v[i], _mm256_set1_epi16(255));
-        _mm256_store_si256((__m256i *)panel, part);
-      }
-  }
 }
 
 /* Scales or biases of 8 output rows, of which `num_out` exist: to [groups, XD_TILE_OUT], eight columns of it. */
 static void pack_numbers(const xd_affine *a, const void *from, int num_out, float *to) {
-  const int64_t size = a->dtype == XD_FLOAT32 ? 4 : 2;
   for (int g = 0; g < a->groups; g += 8) {
     const int count = a->groups - g < 8 ? a->groups - g : 8;
     __m256i v[8];
     for (int n = 0; n < 8; n++) {
-      _Alignas(32) char some[32] = {0};
-      if (n < num_out)
-        memcpy(some, (const char *)from + ((int64_t)n * a->groups + g) * size, (size_t)(count * size));
-      v[n] = _mm256_castps_si256(vf_load_any(some, a->dtype, 0));
+      const int64_t row = n < num_out ? n : num_out - 1;
+      v[n] = _mm256_castps_si256(numbers_at(from, a->dtype, row * a->groups + g, count));
     }
     transpose(v);
     for (int i = 0; i < count; i++) vf_store(to + (int64_t)(g + i) * XD_TILE_OUT, _mm256_castsi256_ps(v[i]));
@@ -292,15 +305,16 @@ static void pack(const xd_affine *a, const uint8_t *codes, const void *scales, c
                  void *panel) {
   float *s = panel_scales(a, panel), *b = s + (int64_t)a->groups * XD_TILE_OUT;
   const int64_t sixteen = ((char *)s - (char *)panel) / 2, row = (int64_t)a->groups * (int64_t)xd_itemsize(a->dtype);
-  for (int n = 0; n < XD_TILE_OUT; n += 8) {
-    char *to = (char *)panel + n / 16 * sixteen + n % 16 * 4;
-    const int at = n < num_out ? n : 0, left = num_out - n;
-    const uint8_t *from = codes + at * a->code_bytes;
-    if (a->bits == 2) pack_codes(a, 2, from, left, to);
-    if (a->bits == 4) pack_codes(a, 4, from, left, to);
-    if (a->bits == 8) pack_codes(a, 8, from, left, to);
-    pack_numbers(a, (const char *)scales + at * row, left, s + n);
-    pack_numbers(a, (const char *)biases + at * row, left, b + n);
+  for (int n = 0; n < num_out; n += 16) {
+    char *to = (char *)panel + n / 16 * sixteen;
+    const uint8_t *from = codes + n * a->code_bytes;
+    if (a->bits == 2) pack_codes(a, 2, from, num_out - n, to);
+    if (a->bits == 4) pack_codes(a, 4, from, num_out - n, to);
+    if (a->bits == 8) pack_codes(a, 8, from, num_out - n, to);
+  }
+  for (int n = 0; n < num_out; n += 8) {
+    pack_numbers(a, (const char *)scales + n * row, num_out - n, s + n);
+    pack_numbers(a, (const char *)biases + n * row, num_out - n, b + n);
   }
 }
 
