@@ -16,6 +16,7 @@
 #if defined(__x86_64__)
 
 #include "avx2.h"
+#include "floats.h"
 #include "simd.h"
 
 /* Rows of x as integers. */
@@ -463,7 +464,7 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
 }
 
 const xd_isa *xd_isa_avx2(void) {
-  static const xd_isa isa = {.name = "avx2",
+  static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2,
                              .round_row = round_row,
                              .affine_rows = any_rows,
                              .affine_pack = pack,
