@@ -12,6 +12,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from expertd.errors import ConfigError
 from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
 from expertd.model.exchange import Link
+from expertd.model.kernels import Kernels
+from expertd.model.swap import native_functions, replaced
 from expertd.split.cut import StepSplit
 
 Cache = list[Any]
@@ -20,11 +22,14 @@ Cache = list[Any]
 class Model:
     """One rank's copy of the whole model; it is alone until `attach` gives it a link to others."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], wide: bool = False) -> None:
-        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load)."""
+    def __init__(
+        self, folder: Path, config: dict[str, Any], wide: bool = False, kernels: Kernels | None = None
+    ) -> None:
+        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load). `kernels` None: MLX's."""
         start = time.monotonic()
         self._state = StepState()
-        self._model = load(folder, config, wide)
+        self._model = load(folder, config, wide, kernels)
+        self._functions = native_functions(kernels) if kernels and not wide else []
         self.splits = divide(self._model, self._state)
         self._taps: Taps | None = None
         self.load_s = time.monotonic() - start
@@ -52,7 +57,8 @@ class Model:
     def forward(self, tokens: list[int], cache: Cache, split: StepSplit) -> mx.array:
         """Build the graph of one step: logits [num_tokens, vocab] for tokens appended to the cache's."""
         self._state.begin(split)
-        logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
+        with replaced(self._functions):
+            logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
         return logits
 
     def prefill(self, tokens: list[int], cache: Cache, split: StepSplit) -> None:
@@ -75,7 +81,7 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        with fast_attention():
+        with fast_attention(), replaced(self._functions):
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":
