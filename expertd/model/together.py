@@ -77,8 +77,8 @@ class Padded(Together):
         )
 
     def make_mask(self, num_tokens: int, **options: Any) -> Any:
-        ends = self.offset + num_tokens
-        return mx.arange(mx.max(ends).item()) < ends[:, None, None, None]
+        ends = [cache.offset + num_tokens for cache in self._caches]
+        return mx.arange(max(ends)) < mx.array(ends)[:, None, None, None]
 
 
 def _pad(part: mx.array, num_keys: int) -> mx.array:
