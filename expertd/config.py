@@ -25,7 +25,8 @@ class GroupConfig:
     processors (empty: not pinned). Waits inside one step may add up to `exchange_timeout_s`; a rank
     whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
-    on one host and the fastest link between two, "mlx" is MLX's own engine. `kernels` are what computes on a CPU:
+    on one host and the fastest link between two, "mlx" is MLX's own engine. Up to `max_streams` requests are
+    answered at once, `max_waiting` more wait. `kernels` are what computes on a CPU:
     "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
     CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
     compute.
@@ -36,6 +37,8 @@ class GroupConfig:
     split: str = "auto"
     shares: tuple[float, ...] = ()
     prefill_chunk: int = 512
+    max_streams: int = 16
+    max_waiting: int = 256
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0
     pulse_timeout_s: float = 1.5
@@ -69,6 +72,10 @@ class GroupConfig:
             )
         if self.prefill_chunk < 1:
             raise ConfigError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1 token.")
+        if self.max_streams < 1 or self.max_waiting < 0:
+            raise ConfigError(
+                f"--max-streams {self.max_streams}, --max-waiting {self.max_waiting}: wanted at least 1 and 0."
+            )
 
     @property
     def fractions(self) -> tuple[float, ...]:

@@ -241,6 +241,7 @@ def _load(setup: Setup, control: Control) -> Rank:
     # Every rank may come to lead, and has no time to spare then.
     tokenizer = Tokenizer(info.folder, info.config)
     engine = Engine(tokenizer, info.context_length, model.splits, group.prefill_chunk, control.send)
+    engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     control.send(_ready(setup.rank, info, model, kernels))
     return Rank(setup, group, control, model, engine)
 

@@ -176,8 +176,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Rejected:
+    """The request is not taken: it is wrong, or, if `busy`, too many are open already."""
+
     request_id: str
     message: str
+    busy: bool = False
 
 
 @dataclass(frozen=True)
