@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from expertd.errors import ConfigError
 from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
 from expertd.model.exchange import Link
+from expertd.model.tiles import one_thread_a_product
 from expertd.split.cut import StepSplit
 
 Cache = list[Any]
@@ -75,7 +76,7 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        with fast_attention():
+        with fast_attention(), one_thread_a_product():
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":
