@@ -2,7 +2,7 @@
 
 #include <math.h>
 
-#include "private.h"
+#include "floats.h"
 
 #define MAGIC 0x1.8p23f /* adding it rounds to an integer, ties to even, found in the low bits */
 
@@ -122,6 +122,6 @@ static void tile(const xd_affine *a, const void *from, const xd_row *given, int 
 }
 
 const xd_isa *xd_isa_portable(void) {
-  static const xd_isa isa = {.name = "portable", .round_row = round_row, .affine_rows = rows, .affine_pack = pack, .affine_tile = tile};
+  static const xd_isa isa = {.name = "portable", .floats = &xd_floats_portable, .round_row = round_row, .affine_rows = rows, .affine_pack = pack, .affine_tile = tile};
   return &isa;
 }

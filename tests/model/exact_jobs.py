@@ -1,6 +1,7 @@
 """What each rank does for test_exact.py: the same forward passes under every split, as digests of the logits."""
 
 import hashlib
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,16 @@ import mlx.core as mx
 import numpy as np
 
 from expertd.checkpoint.config import normalise_config, read_config
+from expertd.config import ACTIVATION_BITS
 from expertd.link.mailbox import Mailbox
 from expertd.model.exchange import Link
+from expertd.model.kernels import open_kernels
 from expertd.model.model import Model
 from expertd.split.cut import StepSplit
 
-# Both prompts times top-k are beyond SwitchGLU's sort threshold. The demo model gets fewer cases because MLX's CPU
-# kernels take 65 ms for a token of it at 2 bits.
+# Both prompts times top-k are beyond SwitchGLU's sort threshold.
 PROMPT = [(7 * i * i + 3 * i + 11) % 250 for i in range(37)]
 CHUNKS = {"one chunk": [37], "several": [20, 1, 13, 3]}
-DEMO_CHUNKS = {"several": [17, 1, 3]}
 SHARES: dict[int, list[tuple[float, ...]]] = {
     1: [(1.0,)],
     2: [(0.5, 0.5), (0.7, 0.3), (0.0, 1.0)],
@@ -28,15 +29,15 @@ SHARES: dict[int, list[tuple[float, ...]]] = {
 NUM_DECODED = 4
 
 
-def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
+def run(mailbox: Mailbox, checkpoints: list[str], kernels: str = "native") -> dict[str, dict[str, str]]:
     """Digests by checkpoint and by "split shares chunks"; solo is computed beside the splits."""
     link = mailbox if mailbox.num_ranks > 1 else None
-    return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS) for folder in checkpoints}
+    return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS, kernels) for folder in checkpoints}
 
 
 def run_briefly(mailbox: Mailbox, checkpoint: str) -> dict[str, str]:
     """One case of each split, for where every exchange takes long."""
-    model = Model(Path(checkpoint), normalise_config(read_config(Path(checkpoint))))
+    model = _load(Path(checkpoint), mailbox.rank, "native")
     model.attach(mailbox)
     shares = SHARES[mailbox.num_ranks][0]
     splits = [StepSplit(name, (1.0,) if name == "solo" else shares) for name in model.splits]
@@ -48,21 +49,39 @@ def run_over_mlx(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str
     from expertd.model.mlx_link import gather_over, open_ring
 
     link, chunks = open_ring(mailbox.rank, gather_over(mailbox)), {"several": CHUNKS["several"]}
-    return {folder: _all_splits(mailbox, link, Path(folder), chunks) for folder in checkpoints}
+    return {folder: _all_splits(mailbox, link, Path(folder), chunks, "native") for folder in checkpoints}
+
+
+def _load(folder: Path, rank: int, kernels: str) -> Model:
+    """Ranks may have unlike numbers of threads."""
+    config = normalise_config(read_config(folder))
+    return Model(folder, config, kernels=open_kernels(kernels, ACTIVATION_BITS, num_threads=1 + rank % 2))
 
 
 def _all_splits(
-    mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]]
+    mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]], kernels: str
 ) -> dict[str, str]:
-    model = Model(folder, normalise_config(read_config(folder)))
+    model = _load(folder, mailbox.rank, kernels)
     model.attach(link)
     digests = {}
     for name in model.splits if link else ["solo"]:
-        for fractions in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
-            for label, chunks in (DEMO_CHUNKS if "demo" in folder.name else cases).items():
-                digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
-                digests[f"{name} {fractions} {label}"] = digest
+        shares = SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]
+        for fractions, label, chunks in _cases(shares, cases, "demo" in folder.name):
+            digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
+            digests[f"{name} {fractions} {label}"] = digest
     return digests
+
+
+def _cases(
+    shares: list[tuple[float, ...]], cases: dict[str, list[int]], is_demo: bool
+) -> Iterator[tuple[tuple[float, ...], str, list[int]]]:
+    """Every share with chunks that differ, and the first also with those that do not; of the demo, unequal shares."""
+    if is_demo:
+        yield (shares[1:] or shares)[0], *next(iter(DEMO_CHUNKS.items()))
+        return
+    for label, chunks in cases.items():
+        for fractions in shares if label == "several" else shares[:1]:
+            yield fractions, label, chunks
 
 
 def _digest(
@@ -78,7 +97,7 @@ def _digest(
     assert logits is not None
     token = int(mx.argmax(logits[-1]).item())
     for _ in range(num_decoded):
-        row = model.decode(token, cache, split)
+        row = model.decode([token], [cache], split)[0]
         sha.update(np.array(row).tobytes())
         token = int(mx.argmax(row).item())
     mailbox.check()
