@@ -4,6 +4,7 @@
 #include "affine_neon.inc.h"
 #include "affine_formats.inc.h"
 #include "target_end.h"
+#include "floats.h"
 
 #if defined(__APPLE__)
 static int is_able(void) {
@@ -18,6 +19,7 @@ static int is_able(void) {
 
 const xd_isa *xd_isa_neon(void) {
   static const xd_isa isa = {.name = "neon",
+                             .floats = &xd_floats_neon,
                              .round_row = round_row,
                              .affine_rows = any_rows,
                              .affine_pack = pack,

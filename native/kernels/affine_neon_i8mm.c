@@ -5,6 +5,7 @@
 #include "affine_neon.inc.h"
 #include "affine_formats.inc.h"
 #include "target_end.h"
+#include "floats.h"
 
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -22,6 +23,7 @@ static int is_able(void) {
 
 const xd_isa *xd_isa_neon_i8mm(void) {
   static const xd_isa isa = {.name = "neon-i8mm",
+                             .floats = &xd_floats_neon,
                              .round_row = round_row,
                              .affine_rows = any_rows,
                              .affine_pack = pack,
