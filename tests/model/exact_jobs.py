@@ -84,7 +84,7 @@ def _digest(
     assert logits is not None
     token = int(mx.argmax(logits[-1]).item())
     for _ in range(num_decoded):
-        row = model.decode(token, cache, split)
+        row = model.decode([token], [cache], split)[0]
         sha.update(np.array(row).tobytes())
         token = int(mx.argmax(row).item())
     mailbox.check()
