@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ def run(
     tokens: int,
     repeats: int,
     json_file: Path | None,
+    **kernels: Any,
 ) -> None:
     """Measure tokens per second of `kind` ("decode" or "prefill"), print a table, write JSON if asked.
+
+    `kernels` are GroupConfig's `kernels` and `activation_bits`.
 
     `tokens` are new tokens per request for decode, prompt tokens for prefill. Raises ConfigError for what
     this checkpoint cannot do, ClusterError when a group fails; every process has then ended.
@@ -51,12 +55,14 @@ def run(
     _check(kind, ranks, tokens, repeats)
     wanted = [(n, split) for n in ranks if n > 1 for split in splits if split != "solo"]
     request, tokens = _request(kind, checkpoint, tokens)
-    rows = run_until_signal(_measure(kind, str(checkpoint), wanted, request, repeats))
+    group = GroupConfig(str(checkpoint), **kernels)
+    rows, used = run_until_signal(_measure(kind, group, wanted, request, repeats))
     report = {
         "machine": describe_machine(),
         "model": str(checkpoint),
         "kind": kind,
         "tokens": tokens,
+        "kernels": used,
         "rows": rows,
     }
     if json_file:
@@ -75,26 +81,27 @@ def _check(kind: str, ranks: list[int], tokens: int, repeats: int) -> None:
 
 
 async def _measure(
-    kind: str, checkpoint: str, wanted: list[tuple[int, str]], request: dict[str, Any], repeats: int
-) -> list[dict[str, Any]]:
-    async with Cluster.open(_group(checkpoint, 1, "auto")) as solo:
+    kind: str, group: GroupConfig, wanted: list[tuple[int, str]], request: dict[str, Any], repeats: int
+) -> tuple[list[dict[str, Any]], str]:
+    """The rows of the report, and the kernels that were used."""
+    async with Cluster.open(_with_ranks(group, 1, "auto")) as solo:
         for _, split in wanted:
             _check_split(split, solo.ready.splits)
         beside: list[float] = []
         rows = []
         for num_ranks, split in wanted:
-            async with Cluster.open(_group(checkpoint, num_ranks, split)) as cluster:
+            async with Cluster.open(_with_ranks(group, num_ranks, split)) as cluster:
                 alone, together = await _alternate(kind, [solo, cluster], request, repeats)
             beside += alone
             rows.append(_row(kind, split, num_ranks, together, alone))
         if not wanted:
             (beside,) = await _alternate(kind, [solo], request, repeats)
-        return [_row(kind, "solo", 1, beside, beside), *rows]
+        return [_row(kind, "solo", 1, beside, beside), *rows], solo.ready.kernels
 
 
-def _group(checkpoint: str, num_ranks: int, split: str) -> GroupConfig:
+def _with_ranks(group: GroupConfig, num_ranks: int, split: str) -> GroupConfig:
     cpus = tuple((core,) for core in own_cores(num_ranks))
-    return GroupConfig(checkpoint=checkpoint, num_ranks=num_ranks, split=split, cpus=cpus)
+    return replace(group, num_ranks=num_ranks, split=split, cpus=cpus)
 
 
 def _check_split(split: str, supported: list[str]) -> None:
@@ -195,7 +202,8 @@ def _row(kind: str, split: str, num_ranks: int, speeds: list[float], alone: list
 def _print(report: dict[str, Any]) -> None:
     kind, rows = report["kind"], report["rows"]
     say = sys.stdout.write
-    say(f"{summarize(report['machine'])}\n{report['model']}, {report['tokens']} tokens per request\n")
+    say(f"{summarize(report['machine'])}\n{report['model']}, {report['kernels']} kernels, ")
+    say(f"{report['tokens']} tokens per request\n")
     say(f"{'split':<10} {'ranks':>5}  {kind + ' tokens/s':>17}  {'min..max':>17}  {'of solo':>7}\n")
     for row in rows:
         spread = f"{row['min']:.1f}..{row['max']:.1f}"

@@ -2,10 +2,11 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import click
 
-from expertd.cli.options import find_model, parse_ranks, parse_splits
+from expertd.cli.options import find_model, kernel_options, parse_ranks, parse_splits
 from expertd.config import GroupConfig
 from expertd.errors import ConfigError
 
@@ -32,9 +33,16 @@ def _throughput(kind: str, text: str) -> None:
         "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per run."
     )
     @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each.")
+    @kernel_options
     @_JSON
     def command(
-        model: str, ranks: str, split: str, tokens: int, repeats: int, json_file: Path | None
+        model: str,
+        ranks: str,
+        split: str,
+        tokens: int,
+        repeats: int,
+        json_file: Path | None,
+        **kernels: Any,
     ) -> None:
         counts, splits = parse_ranks(ranks), parse_splits(split)
         for count in counts:
@@ -42,7 +50,7 @@ def _throughput(kind: str, text: str) -> None:
         _check_json(json_file)
         checkpoint = find_model(model).folder
         throughput = importlib.import_module("expertd.bench.throughput")
-        throughput.run(kind, checkpoint, counts, splits, tokens, repeats, json_file)
+        throughput.run(kind, checkpoint, counts, splits, tokens, repeats, json_file, **kernels)
 
 
 _throughput("decode", "Measure tokens per second of one stream of MODEL, each split beside one rank.")
