@@ -6,6 +6,9 @@ drift hit both; an idle group sleeps. Each rank is pinned to a core of its own, 
 group would be, solo to the first of them. Speeds are those that rank 0 reports for real requests,
 greedy, with the end token ignored; each group serves one request unmeasured before. `ratio_to_solo` compares
 medians of the same rounds; the row of solo pools all rounds.
+
+Several kernels ("native", "mlx") are measured alike: each has a solo of its own, beside which its splits are
+measured, and the solos take turns with each other, too. `ratio_to_first` compares with the first one's solo.
 """
 
 import asyncio
@@ -13,7 +16,9 @@ import itertools
 import json
 import statistics
 import sys
-from contextlib import aclosing
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +47,22 @@ def run(
     tokens: int,
     repeats: int,
     json_file: Path | None,
+    kernels: Sequence[str] = ("auto",),
+    name: str = "",
 ) -> None:
     """Measure tokens per second of `kind` ("decode" or "prefill"), print a table, write JSON if asked.
 
-    `tokens` are new tokens per request for decode, prompt tokens for prefill. Raises ConfigError for what
-    this checkpoint cannot do, ClusterError when a group fails; every process has then ended.
+    `tokens` are new tokens per request for decode, prompt tokens for prefill; `name` is what the report calls the
+    checkpoint, if not its folder. Raises ConfigError for what this checkpoint cannot do, ClusterError when a group
+    fails; every process has then ended.
     """
     _check(kind, ranks, tokens, repeats)
     wanted = [(n, split) for n in ranks if n > 1 for split in splits if split != "solo"]
     request, tokens = _request(kind, checkpoint, tokens)
-    rows = run_until_signal(_measure(kind, str(checkpoint), wanted, request, repeats))
+    rows = run_until_signal(_measure(kind, str(checkpoint), wanted, kernels, request, repeats))
     report = {
         "machine": describe_machine(),
-        "model": str(checkpoint),
+        "model": name or str(checkpoint),
         "kind": kind,
         "tokens": tokens,
         "rows": rows,
@@ -75,26 +83,65 @@ def _check(kind: str, ranks: list[int], tokens: int, repeats: int) -> None:
 
 
 async def _measure(
-    kind: str, checkpoint: str, wanted: list[tuple[int, str]], request: dict[str, Any], repeats: int
+    kind: str,
+    checkpoint: str,
+    wanted: list[tuple[int, str]],
+    kernels: Sequence[str],
+    request: dict[str, Any],
+    repeats: int,
 ) -> list[dict[str, Any]]:
-    async with Cluster.open(_group(checkpoint, 1, "auto")) as solo:
+    """The rows: each kernels' solo, then its splits."""
+    async with AsyncExitStack() as stack:
+        groups = [_group(checkpoint, 1, "auto", name) for name in kernels]
+        solos = [await stack.enter_async_context(Cluster.open(group)) for group in groups]
         for _, split in wanted:
-            _check_split(split, solo.ready.splits)
-        beside: list[float] = []
+            _check_split(split, solos[0].ready.splits)
+        by_themselves: list[list[float]] = [[]]
+        if len(kernels) > 1 or not wanted:
+            by_themselves = await _alternate(kind, solos, request, repeats)
         rows = []
-        for num_ranks, split in wanted:
-            async with Cluster.open(_group(checkpoint, num_ranks, split)) as cluster:
-                alone, together = await _alternate(kind, [solo, cluster], request, repeats)
-            beside += alone
-            rows.append(_row(kind, split, num_ranks, together, alone))
-        if not wanted:
-            (beside,) = await _alternate(kind, [solo], request, repeats)
-        return [_row(kind, "solo", 1, beside, beside), *rows]
+        for name, solo, speeds in zip(kernels, solos, by_themselves, strict=True):
+            beside, splits = await _measure_splits(kind, checkpoint, wanted, name, solo, request, repeats)
+            rows += [_row(kind, "solo", 1, name, speeds + beside, speeds + beside), *splits]
+            if len(kernels) > 1:
+                rows[-len(splits) - 1]["ratio_to_first"] = _ratio(speeds, by_themselves[0])
+        return rows
 
 
-def _group(checkpoint: str, num_ranks: int, split: str) -> GroupConfig:
+async def _measure_splits(
+    kind: str,
+    checkpoint: str,
+    wanted: list[tuple[int, str]],
+    kernels: str,
+    solo: Cluster,
+    request: dict[str, Any],
+    repeats: int,
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """The solo's speeds beside all splits, and the row of each split."""
+    beside: list[float] = []
+    rows = []
+    for num_ranks, split in wanted:
+        async with Cluster.open(_group(checkpoint, num_ranks, split, kernels)) as cluster:
+            alone, together = await _alternate(kind, [solo, cluster], request, repeats)
+        beside += alone
+        rows.append(_row(kind, split, num_ranks, kernels, together, alone))
+    return beside, rows
+
+
+def _group(checkpoint: str, num_ranks: int, split: str, kernels: str) -> GroupConfig:
     cpus = tuple((core,) for core in own_cores(num_ranks))
-    return GroupConfig(checkpoint=checkpoint, num_ranks=num_ranks, split=split, cpus=cpus)
+    return GroupConfig(
+        checkpoint=checkpoint, num_ranks=num_ranks, split=split, cpus=cpus, **_kernels(kernels)
+    )
+
+
+def _kernels(name: str) -> dict[str, Any]:
+    # TO DELETE, with this function, once GroupConfig has `kernels`: then _group passes kernels=kernels.
+    if any(field.name == "kernels" for field in fields(GroupConfig)):
+        return {"kernels": name}
+    if name != "auto":
+        raise ConfigError(f"--kernels {name}: this version has MLX's kernels alone. Leave it out.")
+    return {}
 
 
 def _check_split(split: str, supported: list[str]) -> None:
@@ -179,28 +226,42 @@ def _fit_prompt(tokenizer: Tokenizer, tokens: int) -> str:
 # The report.
 
 
-def _row(kind: str, split: str, num_ranks: int, speeds: list[float], alone: list[float]) -> dict[str, Any]:
+def _row(
+    kind: str, split: str, num_ranks: int, kernels: str, speeds: list[float], alone: list[float]
+) -> dict[str, Any]:
     return {
         "split": split,
         "ranks": num_ranks,
+        "kernels": kernels,
         f"{kind}_tokens_per_s": round(statistics.median(speeds), 2),
         "min": round(min(speeds), 2),
         "max": round(max(speeds), 2),
         "repeats": len(speeds),
-        "ratio_to_solo": round(statistics.median(speeds) / statistics.median(alone), 4),
+        "ratio_to_solo": _ratio(speeds, alone),
         "pinned": bool(own_cores(num_ranks)),
     }
+
+
+def _ratio(speeds: list[float], others: list[float]) -> float:
+    return round(statistics.median(speeds) / statistics.median(others), 4)
 
 
 def _print(report: dict[str, Any]) -> None:
     kind, rows = report["kind"], report["rows"]
     say = sys.stdout.write
     say(f"{summarize(report['machine'])}\n{report['model']}, {report['tokens']} tokens per request\n")
-    say(f"{'split':<10} {'ranks':>5}  {kind + ' tokens/s':>17}  {'min..max':>17}  {'of solo':>7}\n")
+    say(
+        f"{'split':<10} {'ranks':>5}  {'kernels':<7}  {kind + ' tokens/s':>17}  {'min..max':>17}  {'of solo':>7}\n"
+    )
     for row in rows:
-        spread = f"{row['min']:.1f}..{row['max']:.1f}"
-        say(f"{row['split']:<10} {row['ranks']:>5}  {row[f'{kind}_tokens_per_s']:>17.1f}  {spread:>17}")
-        say(f"  {row['ratio_to_solo']:>6.2f}x\n")
+        spread, name = f"{row['min']:.1f}..{row['max']:.1f}", row["kernels"]
+        say(
+            f"{row['split']:<10} {row['ranks']:>5}  {name:<7}  {row[f'{kind}_tokens_per_s']:>17.1f}  {spread:>17}"
+        )
+        say(f"  {row['ratio_to_solo']:>6.2f}x")
+        if row is not rows[0] and "ratio_to_first" in row:
+            say(f"  {row['ratio_to_first']:.3g}x of solo by {rows[0]['kernels']}")
+        say("\n")
     loose = sorted({row["ranks"] for row in rows if not row["pinned"]})
     if loose:
         say(f"Not pinned to cores (fewer cores than ranks, or a system without pinning): ranks {loose}.\n")

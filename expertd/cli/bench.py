@@ -1,13 +1,18 @@
 """`expertd bench`: how fast a checkpoint is here, every split beside one rank, and how fast the links are."""
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
 from expertd.cli.options import find_model, parse_ranks, parse_splits
 from expertd.config import GroupConfig
 from expertd.errors import ConfigError
+
+KERNELS = ("auto", "native", "mlx")
 
 _JSON = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Figures go there."
@@ -18,15 +23,26 @@ _JSON = click.option(
     "bench", epilog="Example: expertd bench decode demo --ranks 2 --split experts,tokens --repeats 5"
 )
 def bench_command() -> None:
-    """Measure: `decode` and `prefill` a model, or the `link` between ranks."""
+    """Measure: `decode` and `prefill` a model, the `link` between ranks, or the `kernels` of this processor."""
 
 
 def _throughput(kind: str, text: str) -> None:
     @bench_command.command(kind, help=text, epilog=f"Example: expertd bench {kind} demo --ranks 1,2")
-    @click.argument("model")
+    @click.argument("model", required=False)
+    @click.option("--shape", metavar="NAME", help="Random weights instead of MODEL, such as qwen3-30b-a3b.")
+    @click.option("--layers", type=click.IntRange(min=1), help="Of --shape [default: 4].")
+    @click.option("--vocabulary", type=click.IntRange(min=1), help="Of --shape [default: 32768].")
+    @click.option(
+        "--outer-bits",
+        type=click.IntRange(2, 8),
+        help="Of --shape: bits of embedding and head, 2, 4 or 8 [default: 8].",
+    )
     @click.option("--ranks", default="2", show_default=True, metavar="N,...", help="How many ranks.")
     @click.option(
         "--split", default="experts,tokens", show_default=True, metavar="NAME,...", help="Which splits."
+    )
+    @click.option(
+        "--kernels", default="auto", show_default=True, metavar="NAME,...", help="Whose: native, mlx or both."
     )
     @click.option(
         "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per run."
@@ -34,15 +50,51 @@ def _throughput(kind: str, text: str) -> None:
     @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each.")
     @_JSON
     def command(
-        model: str, ranks: str, split: str, tokens: int, repeats: int, json_file: Path | None
+        model: str | None,
+        ranks: str,
+        split: str,
+        kernels: str,
+        tokens: int,
+        repeats: int,
+        json_file: Path | None,
+        **sizes: Any,
     ) -> None:
-        counts, splits = parse_ranks(ranks), parse_splits(split)
+        counts, splits, names = parse_ranks(ranks), parse_splits(split), _parse_kernels(kernels)
         for count in counts:
             GroupConfig("", num_ranks=count)
         _check_json(json_file)
-        checkpoint = find_model(model).folder
         throughput = importlib.import_module("expertd.bench.throughput")
-        throughput.run(kind, checkpoint, counts, splits, tokens, repeats, json_file)
+        with _checkpoint(model, **sizes) as (folder, name):
+            throughput.run(kind, folder, counts, splits, tokens, repeats, json_file, names, name)
+
+
+@contextmanager
+def _checkpoint(model: str | None, shape: str | None, **sizes: int | None) -> Iterator[tuple[Path, str]]:
+    """The folder of MODEL, or one of --shape that is there meanwhile; and what to call it, "" for its path.
+
+    Raises ConfigError.
+    """
+    if (model is None) == (shape is None):
+        found = "neither is given" if model is None else f"found both {model!r} and --shape {shape}"
+        raise ConfigError(f"MODEL, --shape: {found}. Give one: demo, or --shape qwen3-30b-a3b.")
+    if model is not None:
+        for name in (name for name, size in sizes.items() if size is not None):
+            raise ConfigError(f"--{name.replace('_', '-')}: belongs to --shape; MODEL has its own.")
+        yield find_model(model).folder, ""
+        return
+    maker = importlib.import_module("expertd.bench.random_checkpoint")
+    with maker.temporary_checkpoint(shape, **sizes) as found_here:
+        yield found_here
+
+
+def _parse_kernels(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in KERNELS:
+            raise ConfigError(f"--kernels {name}: unknown. Choose from {', '.join(KERNELS)}.")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--kernels {text}: names one twice.")
+    return names
 
 
 _throughput("decode", "Measure tokens per second of one stream of MODEL, each split beside one rank.")
