@@ -1,0 +1,220 @@
+/* product.c: y[i] = w[ids[i]] @ x[i / ids_per_row], divided among threads.
+
+   Theory of operation. First every row of x becomes integers once, however many experts it meets. Then each task takes one
+   expert and a block of its output rows. An expert with few rows streams its weights past each of them (`affine_rows`):
+   that is decoding, where memory is the limit. One with TILE_FROM rows or more unpacks 32 output rows at a time into a
+   panel that stays in the L2 cache and multiplies it with all its rows, four at a time (`affine_tile`): prefill, where
+   arithmetic is the limit. Both add in the same order, so that nobody can tell from the bits which one it was. */
+
+#include <math.h>
+
+#include "private.h"
+
+/* Where unpacking a panel once pays: a tile of 4 rows takes about as long as 2.5 single rows (bench/LOG.md). */
+enum { TILE_FROM = 4, BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
+
+typedef struct {
+  const xd_product *p;
+  const xd_cpu *cpu;
+  xd_affine a;
+  int64_t num_pairs;
+  int8_t *q;
+  float *d, *da;
+  int64_t *order, *starts;
+  int32_t *active; /* experts that have pairs */
+  int num_active;
+  int block_out, num_blocks;
+  float *widened; /* [num_threads, width] */
+  char *panels;   /* [num_threads, panel_bytes] */
+  int64_t panel_bytes;
+} job;
+
+static xd_affine affine_of(const xd_product *p) {
+  const xd_weight *w = &p->weight;
+  xd_affine a = {.bits = w->bits, .group_size = w->group_size, .dtype = w->dtype, .width = w->width};
+  a.two_digits = p->activation_bits == 16;
+  a.groups = w->width / w->group_size;
+  a.padded_groups = (int)xd_round_up(a.groups, XD_LANES);
+  a.code_bytes = (int64_t)w->width * w->bits / 8;
+  a.q_bytes = (int64_t)a.padded_groups * w->group_size * (w->bits == 8 || a.two_digits ? 2 : 1);
+  return a;
+}
+
+int64_t xd_panel_bytes(const xd_affine *a) {
+  int64_t codes = xd_round_up(a->code_bytes, 32) * (8 / a->bits) * (a->bits == 8 ? 2 : 1);
+  return codes * XD_TILE_OUT + 2 * (int64_t)a->groups * XD_TILE_OUT * 4;
+}
+
+/* The next `bytes` of the scratch; nothing to point to yet while its size is asked for. */
+static void *take(char *scratch, int64_t *at, int64_t bytes) {
+  void *taken = scratch ? scratch + *at : NULL;
+  *at += xd_round_up(bytes, ALIGN);
+  return taken;
+}
+
+/* Lay a job out in its scratch; gives the bytes it takes. With scratch NULL only the bytes mean anything. */
+static int64_t lay_out(job *j, const xd_cpu *cpu, const xd_product *p) {
+  char *scratch = p->scratch;
+  int64_t at = 0;
+  int threads = xd_pool_num_threads(cpu->pool), experts = p->weight.num_experts;
+  j->p = p, j->cpu = cpu, j->a = affine_of(p);
+  j->num_pairs = p->num_rows * p->ids_per_row;
+  j->panel_bytes = xd_round_up(xd_panel_bytes(&j->a), ALIGN);
+  j->q = take(scratch, &at, p->num_rows * j->a.q_bytes);
+  j->d = take(scratch, &at, p->num_rows * j->a.padded_groups * 4);
+  j->da = take(scratch, &at, p->num_rows * j->a.padded_groups * 4);
+  j->order = take(scratch, &at, j->num_pairs * 8);
+  j->starts = take(scratch, &at, ((int64_t)experts + 1) * 8);
+  j->active = take(scratch, &at, (int64_t)experts * 4);
+  j->widened = take(scratch, &at, (int64_t)threads * p->weight.width * 4);
+  j->panels = take(scratch, &at, threads * j->panel_bytes);
+  return at;
+}
+
+size_t xd_product_scratch(const xd_cpu *cpu, const xd_product *product) {
+  if (product->weight.bits == 0) return xd_plain_scratch(cpu, product);
+  job j;
+  xd_product sized = *product;
+  sized.scratch = NULL;
+  return (size_t)lay_out(&j, cpu, &sized);
+}
+
+static uint32_t expert_of(const xd_product *p, int64_t pair) {
+  return p->ids ? p->ids[pair] : 0;
+}
+
+void xd_sort_pairs(const xd_product *p, int64_t *order, int64_t *starts) {
+  int64_t num_pairs = p->num_rows * p->ids_per_row;
+  uint32_t num_experts = (uint32_t)p->weight.num_experts;
+  memset(starts, 0, ((size_t)num_experts + 1) * 8);
+  for (int64_t i = 0; i < num_pairs; i++) {
+    uint32_t e = expert_of(p, i);
+    if (e < num_experts)
+      starts[e + 1]++;
+    else
+      xd_fill_nan(p, i);
+  }
+  for (uint32_t e = 0; e < num_experts; e++) starts[e + 1] += starts[e];
+  for (int64_t i = 0; i < num_pairs; i++) { /* starts[e] becomes the end of e ... */
+    uint32_t e = expert_of(p, i);
+    if (e < num_experts) order[starts[e]++] = i;
+  }
+  for (uint32_t e = num_experts; e > 0; e--) starts[e] = starts[e - 1]; /* ... which is the start of e + 1 */
+  starts[0] = 0;
+}
+
+void xd_fill_nan(const xd_product *p, int64_t pair) {
+  const float nan = NAN;
+  size_t size = xd_itemsize(p->y_dtype);
+  char *row = (char *)p->y + (size_t)pair * (size_t)p->weight.num_out * size;
+  for (int n = 0; n < p->weight.num_out; n++) xd_narrow(&nan, p->y_dtype, row + (size_t)n * size, 1);
+}
+
+static void round_rows(const void *context, int64_t index, int thread) {
+  const job *j = context;
+  const xd_product *p = j->p;
+  int64_t width = p->weight.width, groups = j->a.padded_groups;
+  float *x = j->widened + thread * width;
+  int64_t first = index * ROWS_PER_TASK, last = first + ROWS_PER_TASK;
+  for (int64_t r = first; r < last && r < p->num_rows; r++) {
+    xd_widen((const char *)p->x + (size_t)(r * width) * xd_itemsize(p->x_dtype), p->x_dtype, x, width);
+    xd_round_row(&j->a, x, j->q + r * j->a.q_bytes, j->d + r * groups, j->da + r * groups);
+  }
+}
+
+static xd_row row_of(const job *j, int64_t pair) {
+  int64_t r = pair / j->p->ids_per_row, groups = j->a.padded_groups;
+  return (xd_row){j->q + r * j->a.q_bytes, j->d + r * groups, j->da + r * groups};
+}
+
+/* Weight rows from one on. */
+typedef struct {
+  const uint8_t *codes;
+  const char *scales, *biases;
+} weight_rows;
+
+static weight_rows weight_at(const job *j, int64_t expert, int64_t out) {
+  const xd_weight *w = &j->p->weight;
+  int64_t row = expert * w->num_out + out;
+  size_t at = (size_t)(row * j->a.groups) * xd_itemsize(w->dtype);
+  return (weight_rows){(const uint8_t *)w->data + row * j->a.code_bytes, (const char *)w->scales + at,
+                       (const char *)w->biases + at};
+}
+
+static void store(const job *j, int64_t pair, int64_t out, const float *y, int n) {
+  const xd_product *p = j->p;
+  xd_narrow(y, p->y_dtype, (char *)p->y + (size_t)(pair * p->weight.num_out + out) * xd_itemsize(p->y_dtype), n);
+}
+
+static void few_rows(const job *j, int32_t expert, int64_t out, int64_t end) {
+  float y[BLOCK_OUT];
+  const int64_t *pairs = j->order + j->starts[expert];
+  int64_t num_pairs = j->starts[expert + 1] - j->starts[expert];
+  /* Of several rows all meet a few weight rows before the next ones come, so that memory gives these once. */
+  int64_t step = num_pairs > 1 ? 16 : BLOCK_OUT;
+  for (; out < end; out += step) {
+    int n = (int)(end - out < step ? end - out : step);
+    weight_rows w = weight_at(j, expert, out);
+    for (int64_t i = 0; i < num_pairs; i++) {
+      xd_row row = row_of(j, pairs[i]);
+      j->cpu->isa->affine_rows(&j->a, w.codes, w.scales, w.biases, n, &row, y);
+      store(j, pairs[i], out, y, n);
+    }
+  }
+}
+
+static void many_rows(const job *j, int32_t expert, int64_t out, int64_t end, void *panel) {
+  float y[XD_TILE_ROWS][XD_TILE_OUT];
+  const int64_t *pairs = j->order + j->starts[expert];
+  int64_t num_pairs = j->starts[expert + 1] - j->starts[expert];
+  for (; out < end; out += XD_TILE_OUT) {
+    int n = (int)(end - out < XD_TILE_OUT ? end - out : XD_TILE_OUT);
+    weight_rows w = weight_at(j, expert, out);
+    j->cpu->isa->affine_pack(&j->a, w.codes, w.scales, w.biases, n, panel);
+    for (int64_t i = 0; i < num_pairs; i += XD_TILE_ROWS) {
+      int count = (int)(num_pairs - i < XD_TILE_ROWS ? num_pairs - i : XD_TILE_ROWS);
+      xd_row rows[XD_TILE_ROWS];
+      for (int r = 0; r < count; r++) rows[r] = row_of(j, pairs[i + r]);
+      j->cpu->isa->affine_tile(&j->a, panel, rows, count, y);
+      for (int r = 0; r < count; r++) store(j, pairs[i + r], out, y[r], n);
+    }
+  }
+}
+
+static void multiply(const void *context, int64_t index, int thread) {
+  const job *j = context;
+  int32_t expert = j->active[index / j->num_blocks];
+  int64_t out = index % j->num_blocks * j->block_out, num_out = j->p->weight.num_out;
+  int64_t end = out + j->block_out < num_out ? out + j->block_out : num_out;
+  if (j->starts[expert + 1] - j->starts[expert] < TILE_FROM)
+    few_rows(j, expert, out, end);
+  else
+    many_rows(j, expert, out, end, j->panels + thread * j->panel_bytes);
+}
+
+/* Blocks of whole panels, at least four for each thread, so that none waits long for the last. */
+static void choose_blocks(job *j) {
+  int64_t tasks = 4 * (int64_t)xd_pool_num_threads(j->cpu->pool), num_out = j->p->weight.num_out;
+  int64_t per_expert = (tasks + j->num_active - 1) / j->num_active;
+  int64_t block = xd_round_up((num_out + per_expert - 1) / per_expert, XD_TILE_OUT);
+  j->block_out = (int)(block < BLOCK_OUT ? block : BLOCK_OUT);
+  j->num_blocks = (int)((num_out + j->block_out - 1) / j->block_out);
+}
+
+void xd_product_run(xd_cpu *cpu, const xd_product *product) {
+  if (product->num_rows * product->ids_per_row == 0 || product->weight.num_out == 0) return;
+  if (product->weight.bits == 0) {
+    xd_plain_run(cpu, product);
+    return;
+  }
+  job j;
+  lay_out(&j, cpu, product);
+  xd_pool_run(cpu->pool, round_rows, &j, (product->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
+  xd_sort_pairs(product, j.order, j.starts);
+  j.num_active = 0;
+  for (int32_t e = 0; e < product->weight.num_experts; e++)
+    if (j.starts[e + 1] > j.starts[e]) j.active[j.num_active++] = e;
+  if (j.num_active == 0) return;
+  choose_blocks(&j);
+  xd_pool_run(cpu->pool, multiply, &j, (int64_t)j.num_active * j.num_blocks);
+}
