@@ -1,8 +1,8 @@
 """What a processor can do at most, measured: bytes read from memory per second, and operations in registers.
 
-The loops are in C (roofline.c), compiled when the benchmark starts. Each is run several times and the best counts, since
-whatever disturbs a run makes it slower. The buffer lies in memory as malloc gives it to MLX, which is what weights lie in;
-the same in huge pages, where the system has them on request, is given beside it and is no part of the roof.
+The loops are in C (roofline.c), compiled when the benchmark starts. Each is run several times and the best counts,
+since whatever disturbs a run makes it slower. The buffer lies in memory as malloc gives it to MLX, which is what
+weights lie in; the same in huge pages, where the system has them on request, is beside it and no part of the roof.
 """
 
 from collections.abc import Iterator, Sequence

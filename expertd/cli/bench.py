@@ -114,6 +114,33 @@ def link_command(repeats: int, quick: bool, verbs_library: str, json_file: Path 
     importlib.import_module("expertd.bench.link").run(repeats, json_file, quick, verbs_library)
 
 
+@bench_command.command("kernels", epilog="Example: expertd bench kernels --quick")
+@click.option("--threads", metavar="N,...", help="How many threads [default: 1,2].")
+@click.option("--shape", metavar="NAME,...", help="Which models' matrices [default: all four].")
+@click.option("--quick", is_flag=True, help="One model, few formats and rows, in half a minute.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A roofline chart goes there, .svg or .png.",
+)
+@_JSON
+def kernels_command(
+    threads: str | None, shape: str | None, quick: bool, plot: Path | None, json_file: Path | None
+) -> None:
+    """Measure our products on this processor beside MLX's and what it can do at most."""
+    _check_json(json_file)
+    kernels = importlib.import_module("expertd.bench.kernels")
+    shapes = shape.split(",") if shape else ()
+    kernels.run(json_file, plot, quick, _parse_threads(threads), shapes)
+
+
+def _parse_threads(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as e:
+        raise ConfigError(f"--threads {text}: wanted whole numbers with commas between, such as 1,2.") from e
+
+
 def _check_json(file: Path | None) -> None:
     if file and not file.absolute().parent.is_dir():
         raise ConfigError(f"--json {file}: no folder {file.absolute().parent}. Create it first.")
