@@ -1,15 +1,15 @@
 """Our kernels on this processor beside MLX's own and beside the roof: `expertd bench kernels`.
 
-Method. One process per number of threads, pinned to as many cores. It measures the roof (roofline.py), then each matrix
-of the models in each format with 1, 4, 8 and 512 rows, then the roof again. Ours are called as C, MLX's as a graph of
-one operation, on the same weights. They take turns in five rounds, the order reversed every other one, so that noise and
-drift hit both; medians are given. Weights take at least 256 MiB or 8 times the last cache, in copies that the calls go
-through, so that each reads its own from memory. `native` rounds activations to 8 bits, `native-16` to 16. `error` is
-that of a few outputs beside float64, and a result of ours that is wrong has no speed.
+Method. One process per number of threads, pinned to as many cores. It measures the roof (roofline.py), then each
+matrix of the models in each format with 1, 4, 8 and 512 rows, then the roof again. Ours are called as C, MLX's as a
+graph of one operation, on the same weights. They take turns in five rounds, the order reversed every other one, so
+that noise and drift hit both; medians are given. Weights take at least 256 MiB or 8 times the last cache, in copies
+that the calls go through, so that each reads its own from memory. `native` rounds activations to 8 bits, `native-16`
+to 16. `error` is that of a few outputs beside float64, and a result of ours that is wrong has no speed.
 
-A point's roof is what the slower of two would take: reading its weights once at the best rate read from memory, and its
-operations at the best rate in registers (of 8-bit integers for quantized weights, of floats for others). GB/s are of
-weights; activations and results are left out. What MLX would need too long for is left out, and said.
+A point's roof is what the slower of two would take: reading its weights once at the best rate read from memory, and
+its operations at the best rate in registers (of 8-bit integers for quantized weights, of floats for others). GB/s are
+of weights; activations and results are left out. What MLX would need too long for is left out, and said.
 """
 
 import json

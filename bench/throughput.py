@@ -58,7 +58,7 @@ def run(
     """
     _check(kind, ranks, tokens, repeats)
     wanted = [(n, split) for n in ranks if n > 1 for split in splits if split != "solo"]
-    request, tokens = _request(kind, checkpoint, tokens)
+    request, tokens = make_request(kind, checkpoint, tokens)
     rows = run_until_signal(_measure(kind, str(checkpoint), wanted, kernels, request, repeats))
     report = {
         "machine": describe_machine(),
@@ -92,7 +92,7 @@ async def _measure(
 ) -> list[dict[str, Any]]:
     """The rows: each kernels' solo, then its splits."""
     async with AsyncExitStack() as stack:
-        groups = [_group(checkpoint, 1, "auto", name) for name in kernels]
+        groups = [make_group(checkpoint, 1, "auto", name) for name in kernels]
         solos = [await stack.enter_async_context(Cluster.open(group)) for group in groups]
         for _, split in wanted:
             _check_split(split, solos[0].ready.splits)
@@ -121,14 +121,14 @@ async def _measure_splits(
     beside: list[float] = []
     rows = []
     for num_ranks, split in wanted:
-        async with Cluster.open(_group(checkpoint, num_ranks, split, kernels)) as cluster:
+        async with Cluster.open(make_group(checkpoint, num_ranks, split, kernels)) as cluster:
             alone, together = await _alternate(kind, [solo, cluster], request, repeats)
         beside += alone
         rows.append(_row(kind, split, num_ranks, kernels, together, alone))
     return beside, rows
 
 
-def _group(checkpoint: str, num_ranks: int, split: str, kernels: str) -> GroupConfig:
+def make_group(checkpoint: str, num_ranks: int, split: str, kernels: str) -> GroupConfig:
     cpus = tuple((core,) for core in own_cores(num_ranks))
     return GroupConfig(
         checkpoint=checkpoint, num_ranks=num_ranks, split=split, cpus=cpus, **_kernels(kernels)
@@ -162,11 +162,11 @@ async def _alternate(
     for repeat in range(repeats):
         turn = list(zip(clusters, speeds, strict=True))
         for cluster, taken in turn if repeat % 2 == 0 else reversed(turn):
-            taken.append(await _speed(kind, cluster, request))
+            taken.append(await measure_speed(kind, cluster, request))
     return speeds
 
 
-async def _speed(kind: str, cluster: Cluster, request: dict[str, Any]) -> float:
+async def measure_speed(kind: str, cluster: Cluster, request: dict[str, Any]) -> float:
     done = await _ask(cluster, request)
     if done.completion_tokens != request["max_tokens"]:
         raise ClusterError(
@@ -191,7 +191,7 @@ async def _ask(cluster: Cluster, request: dict[str, Any]) -> Done:
 # The request: the same for every group.
 
 
-def _request(kind: str, checkpoint: Path, tokens: int) -> tuple[dict[str, Any], int]:
+def make_request(kind: str, checkpoint: Path, tokens: int) -> tuple[dict[str, Any], int]:
     """Build a request of `tokens` tokens, and give how many it really has.
 
     Raises ConfigError when the context does not hold them.
