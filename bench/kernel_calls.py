@@ -46,18 +46,18 @@ class Mlx:
         return ids
 
     def run(self, number: int) -> None:
-        call = self._calls[number]
-        parts, bits = self._weights.parts[call.copy], self._weights.case.bits
-        options = {"transpose": True, "group_size": GROUP_SIZE, "bits": bits}
+        call, x = self._calls[number], self._x
+        parts: Any = self._weights.parts[call.copy]
+        options: dict[str, Any] = {
+            "transpose": True, "group_size": GROUP_SIZE, "bits": self._weights.case.bits
+        }  # fmt: skip
         if call.ids is not None:
-            ids = self._ids[number]
-            y = mx.gather_qmm(
-                self._x, *parts, rhs_indices=ids, sorted_indices=len(call.ids) >= SORT_FROM, **options
-            )
-        elif bits:
-            y = mx.quantized_matmul(self._x, *parts, **options)
+            options |= {"rhs_indices": self._ids[number], "sorted_indices": len(call.ids) >= SORT_FROM}
+            y = mx.gather_qmm(x, *parts, **options)
+        elif self._weights.case.bits:
+            y = mx.quantized_matmul(x, *parts, **options)
         else:
-            y = self._x @ parts[0].T
+            y = x @ parts[0].T
         mx.eval(y)
         self._last = y
 

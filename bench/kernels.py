@@ -152,11 +152,14 @@ def _roof_line(found: dict[str, Any]) -> str:
         loops = roof["loops"][unit]
         return f"{roof[unit]:.1f} ({max(loops, key=lambda name: loops[name])})"
 
-    threads = f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
     return (
-        f"{threads}: reads {best('read_gb_per_s')} GB/s, {roof['huge_pages_gb_per_s']:.1f} in huge pages; "
+        f"{_threads(found)}: reads {best('read_gb_per_s')} GB/s, {roof['huge_pages_gb_per_s']:.1f} in huge pages; "
         f"{best('int8_gop_per_s')} Gop/s of 8 bits, {best('float_gflop_per_s')} GFLOP/s of floats"
     )
+
+
+def _threads(found: dict[str, Any]) -> str:
+    return f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}"
 
 
 def _table(found: dict[str, Any]) -> list[str]:
@@ -215,7 +218,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 x, y = [r["intensity"] for r in rows], [r["ways"][name]["gflop_per_s"] for r in rows]
                 label = f"{name}, {form}" if rows else None
                 axes.plot(x, y, marker, color=COLOURS[name], label=label, markersize=4, alpha=0.7)
-        axes.set(xscale="log", yscale="log", title=f"{found['threads']} threads")
+        axes.set(xscale="log", yscale="log", title=_threads(found))
         axes.set(xlabel="operations per byte of weights", ylabel="operations per second, 10⁹")
         axes.legend(fontsize=6)
     figure.savefig(path, dpi=150)

@@ -102,7 +102,7 @@ def interpreter(folder: Path) -> Path:
         sys.stderr.write(f"compiling llama-cpp-python into {folder}, which takes several minutes ...\n")
         folder.mkdir(parents=True, exist_ok=True)
         _run([sys.executable, "-m", "venv", str(folder / "venv")])
-        options = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=ON")}
+        options = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF")}
         pip = [str(python), "-m", "pip", "install", "--quiet", "--no-binary", REQUIREMENTS[0], *REQUIREMENTS]
         _run(pip, options)
     return python
@@ -145,8 +145,10 @@ class _Rival:
         cls, python: Path, model: Path, cores: list[int], vocabulary: int
     ) -> AsyncIterator["_Rival"]:
         words = [str(SIDE), str(model), "1", ",".join(map(str, cores)), str(vocabulary)]
-        pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
-        process = await asyncio.create_subprocess_exec(str(python), *words, **pipes, process_group=0)
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            str(python), *words, stdin=pipe, stdout=pipe, process_group=0
+        )
         try:
             rival = cls(process)
             rival.about = await rival._answer(LOAD_TIMEOUT_S)

@@ -28,7 +28,7 @@ class Roofline:
     ) -> None:
         from cffi import FFI
 
-        self._ffi = FFI()
+        self._ffi: Any = FFI()
         self._ffi.cdef((HERE / "roofline.h").read_text())
         self._lib: Any = self._ffi.dlopen(str(compile_library(HERE / "roofline.c", folder, "-O3")))
         self._cpus = self._ffi.new("int[]", list(cpus)) if cpus else self._ffi.NULL
