@@ -13,7 +13,7 @@ FUZZ_FLAGS := -std=c11 -g -O1 -Inative
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-$(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/*.cpp native/build*.py)
+$(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/kernels/*.[ch] native/*.cpp native/build*.py)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'

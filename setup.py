@@ -1,6 +1,6 @@
-"""The two things pyproject.toml cannot say: how to compile what is in C, and the MLX primitive.
+"""The two things pyproject.toml cannot say: how to compile what is in C, and the operations of the MLX graph.
 
-The primitive is built against the installed mlx wheel, whose headers and library it uses, and is tied to
+These are built against the installed mlx wheel, whose headers and library they use, and are tied to
 that exact release; there is no fallback. A missing compiler or mlx wheel therefore fails the installation here.
 """
 
@@ -15,9 +15,10 @@ MLX = Path(next(iter(mlx.__path__)))
 NANOBIND = Path(nanobind.__file__).parent
 ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 
-exchange = Extension(
-    "expertd.native._exchange",
-    sources=["native/exchange.cpp", "native/nanobind_all.cpp"],
+graph = Extension(
+    "expertd.native._graph",
+    sources=[f"native/{name}.cpp" for name in ("graph", "exchange", "kernel_ops", "nanobind_all")],
+    depends=["native/graph.h", "native/kernels/kernels.h", "native/kernels/ops.h"],
     language="c++",
     include_dirs=[
         str(MLX / "include"),
@@ -35,5 +36,6 @@ exchange = Extension(
 )
 
 setup(
-    cffi_modules=["native/build.py:ffibuilder", "native/build_quantize.py:ffibuilder"], ext_modules=[exchange]
+    cffi_modules=[f"native/{name}.py:ffibuilder" for name in ("build", "build_quantize", "build_kernels")],
+    ext_modules=[graph],
 )

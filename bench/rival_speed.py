@@ -37,6 +37,7 @@ from expertd.bench.random_gguf import FORMATS, bytes_per_token, make_random_gguf
 from expertd.bench.shapes import Shape, find_shape
 from expertd.cli.signals import run_until_signal
 from expertd.cluster.supervisor import Cluster
+from expertd.config import ACTIVATION_BITS, GroupConfig
 from expertd.errors import ClusterError, ConfigError, ExpertdError
 from expertd.topology.machine import describe_machine, own_cores, summarize
 
@@ -59,6 +60,7 @@ def main() -> None:
             {"decode": arguments.tokens, "prefill": arguments.prompt},
             arguments.repeats,
             arguments.kernels.split(","),
+            arguments.activation_bits,
             interpreter(FOLDER),
         )
         if arguments.json:
@@ -84,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument(
         "--kernels", default="auto", help="of ours: native, mlx, or both with a comma between"
+    )
+    parser.add_argument(
+        "--activation-bits", type=int, default=ACTIVATION_BITS, help="of ours, native: 8 or 16"
     )
     parser.add_argument("--json", type=Path, help="figures go there")
     return parser
@@ -186,6 +191,7 @@ def measure(
     tokens: dict[str, int],
     repeats: int,
     kernels: list[str],
+    activation_bits: int,
     python: Path,
 ) -> dict[str, Any]:
     """Both kinds of request to ours (once per kernels) and to llama.cpp, all loaded; the report.
@@ -201,7 +207,9 @@ def measure(
             RIVAL: bytes_per_token(shape, num_layers, vocabulary, bits),
         }
         asked = {kind: throughput.make_request(kind, ours, count) for kind, count in tokens.items()}
-        speeds, about = run_until_signal(_measure(ours, theirs, vocabulary, asked, repeats, kernels, python))
+        speeds, about = run_until_signal(
+            _measure(ours, theirs, vocabulary, asked, repeats, kernels, activation_bits, python)
+        )
     return {
         "machine": describe_machine(),
         "model": describe(shape, num_layers, vocabulary, bits),
@@ -233,18 +241,18 @@ async def _measure(
     asked: dict[str, tuple[dict[str, Any], int]],
     repeats: int,
     kernels: list[str],
+    activation_bits: int,
     python: Path,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Tokens per second by kind and name, and what llama.cpp says of itself."""
     cores = own_cores(1)
     async with AsyncExitStack() as stack:
-        groups = {
-            "expertd" if len(kernels) == 1 else f"expertd, {name}": throughput.make_group(
-                str(ours), 1, "auto", name
-            )
-            for name in kernels
+        groups = [GroupConfig(str(ours), kernels=name, activation_bits=activation_bits) for name in kernels]
+        named = zip(_names(kernels), groups, strict=True)
+        clusters = {
+            name: await stack.enter_async_context(Cluster.open(throughput.with_ranks(group, 1, "auto")))
+            for name, group in named
         }
-        clusters = {n: await stack.enter_async_context(Cluster.open(group)) for n, group in groups.items()}
         rival = await stack.enter_async_context(_Rival.open(python, theirs, cores, vocabulary))
         speeds: dict[str, dict[str, list[float]]] = {}
         for kind, (request, count) in asked.items():
@@ -259,6 +267,10 @@ async def _measure(
                         found[name].append(speed)
             speeds[kind] = found
         return speeds, rival.about
+
+
+def _names(kernels: list[str]) -> list[str]:
+    return ["expertd"] if len(kernels) == 1 else [f"expertd, {name}" for name in kernels]
 
 
 # The report.

@@ -18,14 +18,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.cli.signals import run_until_signal
 from expertd.cluster.supervisor import Cluster
-from expertd.config import GroupConfig
+from expertd.config import ACTIVATION_BITS, GroupConfig
 from expertd.engine.messages import Done, Submit
 from expertd.engine.text import Tokenizer
 from expertd.errors import ClusterError, ConfigError
@@ -48,18 +48,21 @@ def run(
     repeats: int,
     json_file: Path | None,
     kernels: Sequence[str] = ("auto",),
+    activation_bits: int = ACTIVATION_BITS,
     name: str = "",
 ) -> None:
     """Measure tokens per second of `kind` ("decode" or "prefill"), print a table, write JSON if asked.
 
-    `tokens` are new tokens per request for decode, prompt tokens for prefill; `name` is what the report calls the
-    checkpoint, if not its folder. Raises ConfigError for what this checkpoint cannot do, ClusterError when a group
-    fails; every process has then ended.
+    `tokens` are new tokens per request for decode, prompt tokens for prefill. `kernels` and `activation_bits` are as
+    GroupConfig has them, one row for each of the first; `name` is what the report calls the checkpoint, if not its
+    folder. Raises ConfigError for what this checkpoint cannot do, ClusterError when a group fails; every process has
+    then ended.
     """
     _check(kind, ranks, tokens, repeats)
     wanted = [(n, split) for n in ranks if n > 1 for split in splits if split != "solo"]
     request, tokens = make_request(kind, checkpoint, tokens)
-    rows = run_until_signal(_measure(kind, str(checkpoint), wanted, kernels, request, repeats))
+    groups = [GroupConfig(str(checkpoint), kernels=k, activation_bits=activation_bits) for k in kernels]
+    rows = run_until_signal(_measure(kind, groups, wanted, request, repeats))
     report = {
         "machine": describe_machine(),
         "model": name or str(checkpoint),
@@ -84,35 +87,32 @@ def _check(kind: str, ranks: list[int], tokens: int, repeats: int) -> None:
 
 async def _measure(
     kind: str,
-    checkpoint: str,
+    groups: list[GroupConfig],
     wanted: list[tuple[int, str]],
-    kernels: Sequence[str],
     request: dict[str, Any],
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """The rows: each kernels' solo, then its splits."""
+    """The rows: each group's solo, then its splits. The groups differ in their kernels."""
     async with AsyncExitStack() as stack:
-        groups = [make_group(checkpoint, 1, "auto", name) for name in kernels]
-        solos = [await stack.enter_async_context(Cluster.open(group)) for group in groups]
+        solos = [await stack.enter_async_context(Cluster.open(with_ranks(g, 1, "auto"))) for g in groups]
         for _, split in wanted:
             _check_split(split, solos[0].ready.splits)
         by_themselves: list[list[float]] = [[]]
-        if len(kernels) > 1 or not wanted:
+        if len(groups) > 1 or not wanted:
             by_themselves = await _alternate(kind, solos, request, repeats)
         rows = []
-        for name, solo, speeds in zip(kernels, solos, by_themselves, strict=True):
-            beside, splits = await _measure_splits(kind, checkpoint, wanted, name, solo, request, repeats)
-            rows += [_row(kind, "solo", 1, name, speeds + beside, speeds + beside), *splits]
-            if len(kernels) > 1:
+        for group, solo, speeds in zip(groups, solos, by_themselves, strict=True):
+            beside, splits = await _measure_splits(kind, group, wanted, solo, request, repeats)
+            rows += [_row(kind, "solo", 1, solo, speeds + beside, speeds + beside), *splits]
+            if len(groups) > 1:
                 rows[-len(splits) - 1]["ratio_to_first"] = _ratio(speeds, by_themselves[0])
         return rows
 
 
 async def _measure_splits(
     kind: str,
-    checkpoint: str,
+    group: GroupConfig,
     wanted: list[tuple[int, str]],
-    kernels: str,
     solo: Cluster,
     request: dict[str, Any],
     repeats: int,
@@ -121,27 +121,17 @@ async def _measure_splits(
     beside: list[float] = []
     rows = []
     for num_ranks, split in wanted:
-        async with Cluster.open(make_group(checkpoint, num_ranks, split, kernels)) as cluster:
+        async with Cluster.open(with_ranks(group, num_ranks, split)) as cluster:
             alone, together = await _alternate(kind, [solo, cluster], request, repeats)
         beside += alone
-        rows.append(_row(kind, split, num_ranks, kernels, together, alone))
+        rows.append(_row(kind, split, num_ranks, cluster, together, alone))
     return beside, rows
 
 
-def make_group(checkpoint: str, num_ranks: int, split: str, kernels: str) -> GroupConfig:
+def with_ranks(group: GroupConfig, num_ranks: int, split: str) -> GroupConfig:
+    """The same group with so many ranks, each pinned to a core of its own."""
     cpus = tuple((core,) for core in own_cores(num_ranks))
-    return GroupConfig(
-        checkpoint=checkpoint, num_ranks=num_ranks, split=split, cpus=cpus, **_kernels(kernels)
-    )
-
-
-def _kernels(name: str) -> dict[str, Any]:
-    # TO DELETE, with this function, once GroupConfig has `kernels`: then _group passes kernels=kernels.
-    if any(field.name == "kernels" for field in fields(GroupConfig)):
-        return {"kernels": name}
-    if name != "auto":
-        raise ConfigError(f"--kernels {name}: this version has MLX's kernels alone. Leave it out.")
-    return {}
+    return replace(group, num_ranks=num_ranks, split=split, cpus=cpus)
 
 
 def _check_split(split: str, supported: list[str]) -> None:
@@ -227,12 +217,14 @@ def _fit_prompt(tokenizer: Tokenizer, tokens: int) -> str:
 
 
 def _row(
-    kind: str, split: str, num_ranks: int, kernels: str, speeds: list[float], alone: list[float]
+    kind: str, split: str, num_ranks: int, cluster: Cluster, speeds: list[float], alone: list[float]
 ) -> dict[str, Any]:
     return {
         "split": split,
         "ranks": num_ranks,
-        "kernels": kernels,
+        "kernels": cluster.ready.kernels,
+        "activation_bits": cluster.ready.activation_bits,
+        "isa": cluster.ready.isa,
         f"{kind}_tokens_per_s": round(statistics.median(speeds), 2),
         "min": round(min(speeds), 2),
         "max": round(max(speeds), 2),
@@ -250,18 +242,20 @@ def _print(report: dict[str, Any]) -> None:
     kind, rows = report["kind"], report["rows"]
     say = sys.stdout.write
     say(f"{summarize(report['machine'])}\n{report['model']}, {report['tokens']} tokens per request\n")
-    say(
-        f"{'split':<10} {'ranks':>5}  {'kernels':<7}  {kind + ' tokens/s':>17}  {'min..max':>17}  {'of solo':>7}\n"
-    )
+    say(f"{'split':<10} {'ranks':>5}  {'kernels':<9}  {kind + ' tokens/s':>17}  ")
+    say(f"{'min..max':>17}  {'of solo':>7}\n")
     for row in rows:
-        spread, name = f"{row['min']:.1f}..{row['max']:.1f}", row["kernels"]
-        say(
-            f"{row['split']:<10} {row['ranks']:>5}  {name:<7}  {row[f'{kind}_tokens_per_s']:>17.1f}  {spread:>17}"
-        )
-        say(f"  {row['ratio_to_solo']:>6.2f}x")
+        spread = f"{row['min']:.1f}..{row['max']:.1f}"
+        say(f"{row['split']:<10} {row['ranks']:>5}  {_kernels_of(row):<9}  ")
+        say(f"{row[f'{kind}_tokens_per_s']:>17.1f}  {spread:>17}  {row['ratio_to_solo']:>6.2f}x")
         if row is not rows[0] and "ratio_to_first" in row:
-            say(f"  {row['ratio_to_first']:.3g}x of solo by {rows[0]['kernels']}")
+            say(f"  {row['ratio_to_first']:.3g}x of solo by {_kernels_of(rows[0])}")
         say("\n")
     loose = sorted({row["ranks"] for row in rows if not row["pinned"]})
     if loose:
         say(f"Not pinned to cores (fewer cores than ranks, or a system without pinning): ranks {loose}.\n")
+
+
+def _kernels_of(row: dict[str, Any]) -> str:
+    """Such as "native/8": by kernels that round activations to 8 bits."""
+    return f"{row['kernels']}/{row['activation_bits']}" if row["activation_bits"] else str(row["kernels"])

@@ -11,6 +11,9 @@ CONTROL_PORT = 7420
 PAIRING_PORT = 7421
 SPLITS = ("auto", "solo", "experts", "tokens")
 LINKS = ("auto", "verbs", "tcp", "mlx")
+KERNELS = ("auto", "native", "mlx")
+# How finely the native kernels round activations before they meet quantized weights.
+ACTIVATION_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,11 @@ class GroupConfig:
     processors (empty: not pinned). Waits inside one step may add up to `exchange_timeout_s`; a rank
     whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
-    on one host and the fastest link between two, "mlx" is MLX's own engine. `wide` is for evaluation: weights as
-    float32 (expertd/model/adapter.py).
+    on one host and the fastest link between two, "mlx" is MLX's own engine. Up to `max_streams` requests are
+    answered at once, `max_waiting` more wait. `kernels` are what computes on a CPU:
+    "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
+    CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
+    compute.
     """
 
     checkpoint: str
@@ -31,11 +37,15 @@ class GroupConfig:
     split: str = "auto"
     shares: tuple[float, ...] = ()
     prefill_chunk: int = 512
+    max_streams: int = 16
+    max_waiting: int = 256
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0
     pulse_timeout_s: float = 1.5
     cpus: tuple[tuple[int, ...], ...] = ()
     link: str = "auto"
+    kernels: str = "auto"
+    activation_bits: int = ACTIVATION_BITS
     wide: bool = False
 
     def __post_init__(self) -> None:
@@ -47,6 +57,12 @@ class GroupConfig:
             raise ConfigError(f"--split {self.split}: unknown split. Choose one of {', '.join(SPLITS)}.")
         if self.link not in LINKS:
             raise ConfigError(f"--link {self.link}: unknown link. Choose one of {', '.join(LINKS)}.")
+        if self.kernels not in KERNELS:
+            raise ConfigError(
+                f"--kernels {self.kernels}: unknown kernels. Choose one of {', '.join(KERNELS)}."
+            )
+        if self.activation_bits not in (8, 16):
+            raise ConfigError(f"--activation-bits {self.activation_bits}: wanted 8 or 16.")
         if self.shares and (
             len(self.shares) != self.num_ranks or min(self.shares) < 0 or sum(self.shares) <= 0
         ):
@@ -56,6 +72,10 @@ class GroupConfig:
             )
         if self.prefill_chunk < 1:
             raise ConfigError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1 token.")
+        if self.max_streams < 1 or self.max_waiting < 0:
+            raise ConfigError(
+                f"--max-streams {self.max_streams}, --max-waiting {self.max_waiting}: wanted at least 1 and 0."
+            )
 
     @property
     def fractions(self) -> tuple[float, ...]:

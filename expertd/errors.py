@@ -3,6 +3,7 @@
     ExpertdError
     ├── ConfigError         a flag, a request or a file the user wrote is wrong       exit 2, HTTP 400
     ├── CheckpointError     a checkpoint is missing, damaged or of an unknown kind    exit 2
+    ├── BusyError           too many requests are open                                exit 1, HTTP 429
     ├── ClusterError        a rank or link process died or never came up              exit 1, HTTP 503
     └── TransportError      an exchange between ranks failed                          exit 1, HTTP 503
         ├── LocalProtocolError   we broke the contract (a bug of ours)
@@ -26,6 +27,10 @@ class ConfigError(ExpertdError):
 
 class CheckpointError(ExpertdError):
     exit_code = 2
+
+
+class BusyError(ExpertdError):
+    pass
 
 
 class ClusterError(ExpertdError):

@@ -1,2 +1,2 @@
-"""Compiled code: the transport and the quantizer in C (`_transport`, `_quantize`, through cffi) and the exchange as
-an MLX primitive in C++."""
+"""Compiled code: the transport, the quantizer and the CPU kernels in C (`_transport`, `_quantize`, `_kernels`, through
+cffi); the exchange and the kernels as operations of the MLX graph in C++ (`_graph`)."""

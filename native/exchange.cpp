@@ -13,18 +13,13 @@
 #include <stdexcept>
 #include <vector>
 
-#include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
+#include "graph.h"
 #include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/ops.h"
-#include "mlx/primitives.h"
-#include "mlx/version.h"
 
-namespace nb = nanobind;
-namespace mx = mlx::core;
+namespace xd {
 
 namespace {
 
@@ -38,22 +33,6 @@ uint64_t digest_of(const uint32_t* ids, size_t n) {
     h ^= h >> 32;
   }
   return h;
-}
-
-// Give `a` itself when its elements lie densely in order, else a copy made on the stream, which outlives its users.
-// Not mx::contiguous: that is one more node (1 us), and it copies every view of a much larger buffer.
-mx::array dense(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
-  if (a.flags().row_contiguous) return a;
-  mx::array copy(a.shape(), a.dtype(), nullptr, {});
-  copy.set_data(mx::allocator::malloc(copy.nbytes()));
-  encoder.add_temporary(copy);
-  const int64_t width = a.shape(-1), stride = a.strides(-1), row_stride = a.ndim() > 1 ? a.strides(0) : 0;
-  encoder.dispatch([from = a.data<char>(), to = copy.data<char>(), count = static_cast<int64_t>(a.size()),
-                    size = static_cast<int64_t>(a.itemsize()), width, stride, row_stride]() {
-    for (int64_t i = 0; i < count; i++)
-      std::memcpy(to + i * size, from + (i / width * row_stride + i % width * stride) * size, size);
-  });
-  return copy;
 }
 
 class Exchange : public mx::Primitive {
@@ -122,14 +101,10 @@ mx::array exchange(const mx::array& rows, std::vector<int> num_rows, int rank, u
 
 }  // namespace
 
-#define TEXT_(x) #x
-#define TEXT(x) TEXT_(x)
-
-NB_MODULE(_exchange, m) {
-  m.doc() = "The exchange as an MLX graph operation.";
-  m.attr("built_for_mlx") =
-      TEXT(MLX_VERSION_MAJOR) "." TEXT(MLX_VERSION_MINOR) "." TEXT(MLX_VERSION_PATCH);
+void bind_exchange(nb::module_& m) {
   m.def("exchange", &exchange, nb::arg("rows"), nb::arg("num_rows"), nb::arg("rank"), nb::arg("function"),
         nb::arg("link"), nb::arg("tag"), nb::arg("ids") = nb::none(),
         "Swap rows [num_rows[rank], width] with the other ranks; gives [sum(num_rows), width], in rank order.");
 }
+
+}  // namespace xd

@@ -40,7 +40,7 @@ class GroupReader:
     ) -> None:
         self.wide = wide
         self._group = GroupConfig(
-            str(folder), num_ranks, split, exchange_timeout_s=EXCHANGE_TIMEOUT_S, wide=wide
+            str(folder), num_ranks, split, exchange_timeout_s=EXCHANGE_TIMEOUT_S, kernels="mlx", wide=wide
         )
         self._scratch = tempfile.TemporaryDirectory(prefix="expertd-ranks-", dir=scratch)
         self._loop = asyncio.new_event_loop()

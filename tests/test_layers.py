@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": _EVERYTHING | {"quant"},
 }
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
-MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model")}
+MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model", "swap")}
 WITHOUT_MLX = ("errors", "config", "wire", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
     f"expertd/cluster/{path.name}"
@@ -100,7 +100,9 @@ def files(*suffixes: str) -> list[Path]:
     """Our own sources: what is shipped and its tests, without what a build leaves there."""
     found = [p for folder in (*SHIPPED, "tests") for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
     return [
-        p for p in found if "__pycache__" not in p.parts and p.name not in ("_transport.c", "_quantize.c")
+        p
+        for p in found
+        if "__pycache__" not in p.parts and p.name not in ("_transport.c", "_quantize.c", "_kernels.c")
     ]
 
 
@@ -157,7 +159,7 @@ def test_checker_finds_seeded_faults(file: str, source: str, reason: str) -> Non
     "file, source",
     [
         ("expertd/link/mailbox.py", "from expertd.native._transport import ffi, lib\nimport expertd.link"),
-        ("expertd/model/exchange.py", "import mlx.core as mx\nfrom expertd.native import _exchange"),
+        ("expertd/model/exchange.py", "import mlx.core as mx\nfrom expertd.native import _graph"),
         ("expertd/model/adapter.py", "from mlx_lm.utils import load_model"),
         (
             "expertd/cluster/rank.py",

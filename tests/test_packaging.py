@@ -53,7 +53,8 @@ def test_wheel_holds_expertd_and_nothing_else(wheel: Path) -> None:
     inside = {n for n in names if not n.split("/")[0].endswith(".dist-info")}
     compiled = {n for n in inside if n.endswith(".so")}
     assert sorted(n.split(".")[0] for n in compiled) == [
-        "expertd/native/_exchange",
+        "expertd/native/_graph",
+        "expertd/native/_kernels",
         "expertd/native/_quantize",
         "expertd/native/_transport",
     ]
@@ -67,10 +68,11 @@ PROBE = """
 import importlib, os
 import expertd
 print(os.path.dirname(expertd.__file__))
+import expertd.native._kernels
 import expertd.native._quantize
 import expertd.native._transport
 import mlx.core
-modules = "native._exchange", "quant", "topology", "bench", "demo", "cluster.rank", "cli", "model.exchange"
+modules = "native._graph", "quant", "topology", "bench", "demo", "cluster.rank", "cli", "model.exchange"
 for name in modules:
     print(os.path.dirname(importlib.import_module(f"expertd.{name}").__file__))
 from expertd.link import mailbox

@@ -8,11 +8,9 @@ from typing import Any
 
 import click
 
-from expertd.cli.options import find_model, parse_ranks, parse_splits
-from expertd.config import GroupConfig
+from expertd.cli.options import activation_bits_option, find_model, parse_ranks, parse_splits
+from expertd.config import KERNELS, GroupConfig
 from expertd.errors import ConfigError
-
-KERNELS = ("auto", "native", "mlx")
 
 _JSON = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Figures go there."
@@ -48,6 +46,7 @@ def _throughput(kind: str, text: str) -> None:
         "--tokens", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens per run."
     )
     @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each.")
+    @activation_bits_option
     @_JSON
     def command(
         model: str | None,
@@ -57,6 +56,7 @@ def _throughput(kind: str, text: str) -> None:
         tokens: int,
         repeats: int,
         json_file: Path | None,
+        activation_bits: int,
         **sizes: Any,
     ) -> None:
         counts, splits, names = parse_ranks(ranks), parse_splits(split), _parse_kernels(kernels)
@@ -65,7 +65,8 @@ def _throughput(kind: str, text: str) -> None:
         _check_json(json_file)
         throughput = importlib.import_module("expertd.bench.throughput")
         with _checkpoint(model, **sizes) as (folder, name):
-            throughput.run(kind, folder, counts, splits, tokens, repeats, json_file, names, name)
+            settings = {"kernels": names, "activation_bits": activation_bits, "name": name}
+            throughput.run(kind, folder, counts, splits, tokens, repeats, json_file, **settings)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.cli.options import allowed_cpus, hosts_config, hosts_options
+from expertd.cli.options import allowed_cpus, hosts_config, hosts_options, kernels_option
 from expertd.config import GroupConfig, HostsConfig, ServerConfig
 from expertd.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.argument("address", metavar="HOST", required=False)
 @click.option("--ranks", default=1, show_default=True, help="Processes on this machine.")
 @click.option("--pin", is_flag=True, help="Give each rank one processor of its own (Linux).")
+@kernels_option("Who computes on a CPU; auto: as the other machine has it.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address of the HTTP API of this machine."
 )
@@ -34,7 +35,14 @@ if TYPE_CHECKING:
 )
 @hosts_options
 def join_command(
-    address: str | None, ranks: int, pin: bool, host: str, port: int, places: tuple[Path, ...], **options: Any
+    address: str | None,
+    ranks: int,
+    pin: bool,
+    kernels: str,
+    host: str,
+    port: int,
+    places: tuple[Path, ...],
+    **options: Any,
 ) -> None:
     """Join the machine HOST, which runs `expertd serve`, until Ctrl-C or SIGTERM.
 
@@ -47,8 +55,7 @@ def join_command(
     hosts = hosts_config(**options)
     identity, store = load_identity(hosts.folder), PeerStore(hosts.folder)
     peer, address = choose_peer(store.peers(), address)
-    own = GroupConfig("", ranks)
-    own = GroupConfig("", ranks, cpus=allowed_cpus(ranks)) if pin else own
+    own = GroupConfig("", ranks, cpus=allowed_cpus(ranks) if pin else (), kernels=kernels)
     config = ServerConfig(host, port, "", own)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     with take_port(config) as listener:

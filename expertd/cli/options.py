@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertd.config import LINKS, MAX_RANKS, SPLITS, GroupConfig, HostsConfig
+from expertd.config import ACTIVATION_BITS, KERNELS, LINKS, MAX_RANKS, SPLITS, GroupConfig, HostsConfig
 from expertd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def group_options(command: F) -> F:
-    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin, --link."""
+    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin, --link, and kernel_options."""
     options = (
         click.option("--ranks", default=1, show_default=True, help=f"Processes, 1 to {MAX_RANKS}."),
         click.option(
@@ -38,9 +38,30 @@ def group_options(command: F) -> F:
             help="How ranks swap rows; mlx: MLX's own engine, for comparison.",
         ),
     )
+    command = kernel_options(command)
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def kernel_options(command: F) -> F:
+    """Add the options that choose what computes on a CPU: --kernels, --activation-bits."""
+    return kernels_option("Who computes on a CPU; auto: native.")(activation_bits_option(command))
+
+
+def activation_bits_option(command: F) -> F:
+    return click.option(
+        "--activation-bits",
+        type=click.Choice(["8", "16"]),
+        default=str(ACTIVATION_BITS),
+        show_default=True,
+        callback=lambda context, parameter, value: int(value),
+        help="How finely native kernels round activations.",
+    )(command)
+
+
+def kernels_option(text: str) -> Callable[[F], F]:
+    return click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, help=text)
 
 
 def hosts_options(command: F) -> F:

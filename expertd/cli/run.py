@@ -112,11 +112,14 @@ async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None
         if done is None:
             raise ClusterError("the answer has no end. This is a bug of expertd.")
         text = "".join(pieces)
-        await write_out(_as_json(token_ids, text, done) if as_json else "" if text.endswith("\n") else "\n")
+        kernels = cluster.ready.kernels
+        await write_out(
+            _as_json(token_ids, text, done, kernels) if as_json else "" if text.endswith("\n") else "\n"
+        )
     print(_figures(done), file=sys.stderr)
 
 
-def _as_json(token_ids: list[int], text: str, done: "Done") -> str:
+def _as_json(token_ids: list[int], text: str, done: "Done", kernels: str) -> str:
     values = {
         "token_ids": token_ids,
         "text": text,
@@ -125,6 +128,7 @@ def _as_json(token_ids: list[int], text: str, done: "Done") -> str:
         "decode_tokens_per_s": done.decode_tokens_per_s,
         "split": done.split,
         "ranks": done.ranks,
+        "kernels": kernels,
         "finish_reason": done.finish_reason,
     }
     return json.dumps(values) + "\n"

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 @click.command("serve", epilog="Example: expertd serve demo --ranks 2 --port 8080")
 @click.argument("model")
 @group_options
+@click.option(
+    "--max-streams", type=int, default=16, show_default=True, help="Requests that are answered at once."
+)
+@click.option(
+    "--max-waiting", type=int, default=256, show_default=True, help="Requests that may wait; more get a 429."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
 @hosts_options

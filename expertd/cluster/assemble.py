@@ -113,7 +113,8 @@ async def following(
 ) -> AsyncIterator[Joiner]:
     """Be ready to follow the leader at address:port during the block; `Joiner.run` does it.
 
-    `own` says how many ranks this host runs and where. `places` are folders in which the checkpoint may be already.
+    `own` says how many ranks this host runs and where, and their kernels ("auto": the leader's choice). `places` are
+    folders in which the checkpoint may be already.
     """
     paths = await _open_paths(hosts, "0.0.0.0")
     store = PeerStore(hosts.folder)
@@ -178,6 +179,7 @@ async def _load(
             "checkpoint": str(folder),
             "num_ranks": own.num_ranks,
             "cpus": own.cpus,
+            **({} if own.kernels == "auto" else {"kernels": own.kernels}),
             "shares": (),
         },
         GroupConfig,
@@ -234,6 +236,8 @@ def facts_of(cluster: Cluster, info: CheckpointInfo, manifest: Manifest) -> Load
         config_hash=config_hash(info),
         mlx=ready.mlx_version,
         architecture=f"{ready.device}: {ready.architecture}",
+        kernels=ready.kernels,
+        activation_bits=ready.activation_bits,
         dtype=str(info.config.get("torch_dtype") or info.config.get("dtype") or "as stored"),
     )
 

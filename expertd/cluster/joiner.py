@@ -43,7 +43,7 @@ from expertd.cluster.host_messages import (
     Welcome,
 )
 from expertd.cluster.paths import Paths
-from expertd.cluster.reply import Reply
+from expertd.cluster.reply import Reply, accepted
 from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Cancel, Done, Failed, Rejected, Started, Submit, Token
@@ -380,11 +380,7 @@ class Joiner:
         try:
             await channel.send(submit)
             while True:
-                event = await reply.get()
-                if isinstance(event, Rejected):
-                    raise ConfigError(event.message)
-                if isinstance(event, Failed):
-                    raise ClusterError(event.message)
+                event = accepted(await reply.get())
                 yield event
                 if isinstance(event, Done):
                     return

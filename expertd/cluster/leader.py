@@ -200,7 +200,15 @@ class Leader:
 
     def _unlike(self, loaded: Loaded) -> str:
         """Why a host cannot share the work of a step: its bits could differ from ours."""
-        for what in ("content_hash", "config_hash", "dtype", "mlx", "architecture"):
+        for what in (
+            "content_hash",
+            "config_hash",
+            "dtype",
+            "mlx",
+            "architecture",
+            "kernels",
+            "activation_bits",
+        ):
             theirs, ours = getattr(loaded, what), getattr(self._facts, what)
             if theirs != ours:
                 why = f"its {what.replace('_', ' ')} is {theirs}, the leader's is {ours}"

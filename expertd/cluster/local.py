@@ -10,7 +10,7 @@ from typing import Self
 
 from expertd.cluster.epoch import Epoch
 from expertd.cluster.process import ChildProcess
-from expertd.cluster.reply import Event, Reply
+from expertd.cluster.reply import Event, Reply, accepted
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
     Begin,
@@ -19,14 +19,13 @@ from expertd.engine.messages import (
     Failed,
     Observe,
     Ready,
-    Rejected,
     Setup,
     Started,
     Submit,
     Token,
     codec,
 )
-from expertd.errors import ClusterError, ConfigError
+from expertd.errors import ClusterError
 
 # A rank's C thread beats every 20 ms, whatever its Python or MLX are at. Silence means that the process is stopped
 # or its machine is; the group's own wait (GroupConfig.pulse_timeout_s) is the second line.
@@ -148,11 +147,7 @@ class LocalRank:
         try:
             await self.process.send(submit)
             while True:
-                event = await reply.get()
-                if isinstance(event, Rejected):
-                    raise ConfigError(event.message)
-                if isinstance(event, Failed):
-                    raise ClusterError(event.message)
+                event = accepted(await reply.get())
                 yield event
                 if isinstance(event, Done):
                     return

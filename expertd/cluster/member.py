@@ -28,7 +28,7 @@ from expertd.cluster.host_messages import (
 from expertd.cluster.site import SetupFailed
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Cancel, Failed, Rejected, Submit
-from expertd.errors import ClusterError, ConfigError, ExpertdError
+from expertd.errors import BusyError, ClusterError, ConfigError, ExpertdError
 from expertd.link.messages import LinkReport
 
 # The far link process has its own, shorter deadline; this one is for a host that answers nothing at all.
@@ -183,8 +183,8 @@ class Member:
                 async with aclosing(self._cluster.generate(submit)) as events:
                     async for event in events:
                         await self.channel.send(event)
-            except ConfigError as e:
-                await self.channel.send(Rejected(submit.request_id, str(e)))
+            except (ConfigError, BusyError) as e:
+                await self.channel.send(Rejected(submit.request_id, str(e), isinstance(e, BusyError)))
             except ClusterError as e:
                 await self.channel.send(Failed(submit.request_id, str(e)))
         except ExpertdError as e:  # the channel itself: whoever reads it sees the same

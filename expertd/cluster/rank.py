@@ -46,11 +46,13 @@ from expertd.errors import (
     TransportError,
 )
 from expertd.topology.machine import describe_machine, settle
+from expertd.topology.threads import share_of_threads
 
 if TYPE_CHECKING:
     from expertd.checkpoint.inspect import CheckpointInfo
     from expertd.engine.engine import Engine
     from expertd.link.mailbox import Mailbox
+    from expertd.model.kernels import Kernels
     from expertd.model.mlx_link import MlxLink
     from expertd.model.model import Model
 
@@ -225,20 +227,26 @@ def _load(setup: Setup, control: Control) -> Rank:
     from expertd.checkpoint.inspect import check_checkpoint
     from expertd.engine.engine import Engine
     from expertd.engine.text import Tokenizer
+    from expertd.model.kernels import open_kernels
     from expertd.model.model import Model
 
     group = _group(setup)
     info = check_checkpoint(Path(group.checkpoint))
-    model = Model(info.folder, info.config, group.wide)
+    kernels = None
+    if not group.wide:
+        num_threads = share_of_threads(1 if group.cpus else group.num_ranks)
+        kernels = open_kernels(group.kernels, group.activation_bits, num_threads)
+    model = Model(info.folder, info.config, group.wide, kernels)
     model.require(group.split)
     # Every rank may come to lead, and has no time to spare then.
     tokenizer = Tokenizer(info.folder, info.config)
     engine = Engine(tokenizer, info.context_length, model.splits, group.prefill_chunk, control.send)
-    control.send(_ready(setup.rank, info, model))
+    engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
+    control.send(_ready(setup.rank, info, model, kernels))
     return Rank(setup, group, control, model, engine)
 
 
-def _ready(rank: int, info: "CheckpointInfo", model: "Model") -> Ready:
+def _ready(rank: int, info: "CheckpointInfo", model: "Model", kernels: "Kernels | None") -> Ready:
     import mlx.core as mx
 
     device = "cpu" if mx.default_device() == mx.cpu else "gpu"
@@ -255,6 +263,10 @@ def _ready(rank: int, info: "CheckpointInfo", model: "Model") -> Ready:
         mlx_version=machine["mlx"],
         architecture=f"cpu: {machine['cpu']}" if device == "cpu" else str(mx.device_info()["architecture"]),
         device=device,
+        kernels="native" if kernels else "mlx",
+        activation_bits=kernels.activation_bits if kernels else 0,
+        isa=kernels.isa if kernels else "",
+        num_threads=kernels.num_threads if kernels else 0,
     )
 
 

@@ -4,10 +4,20 @@ import asyncio
 from collections import deque
 
 from expertd.engine.messages import Done, Failed, Rejected, Started, Token
+from expertd.errors import BusyError, ClusterError, ConfigError
 
 Event = Started | Token | Done | Rejected | Failed
 
 MAX_PENDING_EVENTS = 256
+
+
+def accepted(event: Event) -> Started | Token | Done:
+    """Give an event back; raises what a refusal means: ConfigError, BusyError or ClusterError."""
+    if isinstance(event, Rejected):
+        raise BusyError(event.message) if event.busy else ConfigError(event.message)
+    if isinstance(event, Failed):
+        raise ClusterError(event.message)
+    return event
 
 
 class Reply:

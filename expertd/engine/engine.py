@@ -1,8 +1,11 @@
 """Rank 0's engine: requests in, events out, one step at a time.
 
-`step` is the architecture in four beats: schedule (which sequence), plan (what to compute, and under which
-split), run (the MLX graph with the exchanges inside), deliver (sample, detokenize, send). Requests are
-served one after another, in the order of their arrival.
+`step` is the architecture in four beats: schedule (which sequences), plan (what to compute, and under which
+split), run (the MLX graph with the exchanges inside), deliver (sample, detokenize, send).
+
+Sequences join and leave between steps. The first `max_streams` of those that are open, in the order of their arrival,
+are served at once: all whose prompts are in their caches take one token each in a decode step. A prompt is read in
+chunks, and between two of them comes a decode step, so that a running stream never waits longer than for one chunk.
 
 The engine outlives epochs. `begin` puts it on the new epoch's runner, whose caches are empty: every sequence is
 prefilled again from its transcript (the prompt and what was generated) and goes on with the next token. None is
@@ -14,6 +17,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -47,35 +51,37 @@ class Engine:
     splits: list[str]
     prefill_chunk: int
     send: Callable[[Message], None]
+    max_streams: int = 16
+    max_waiting: int = 256
     _runner: Runner | None = None
     _split: str = "solo"
     _fractions: tuple[float, ...] = (1.0,)
-    _waiting: deque[Sequence] = field(default_factory=deque)
+    _open: list[Sequence] = field(default_factory=list)
     _to_observe: deque[Observe] = field(default_factory=deque)
     _released: list[int] = field(default_factory=list)
     _num_sequences: int = 0
-    _logits: list[mx.array] = field(default_factory=list)
+    _has_decoded: bool = False  # since the last chunk of a prompt
 
     @property
     def idle(self) -> bool:
         """Whether `step` would find nothing to do."""
-        return not self._waiting and not self._to_observe
+        return not self._open and not self._to_observe
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
         """Go on in a new epoch: no sequence has a cache in `runner`, and steps are divided by `split`."""
         self._runner, self._split, self._fractions = runner, split, fractions
         self._released = []
-        for sequence in self._waiting:
+        for sequence in self._open:
             sequence.num_computed = 0
 
     def abandon(self, reason: str) -> None:
         """Fail every open request: another rank leads now, and knows nothing of them."""
-        ids = [s.submit.request_id for s in self._waiting] + [o.request_id for o in self._to_observe]
+        ids = [s.submit.request_id for s in self._open] + [o.request_id for o in self._to_observe]
         for request_id in ids:
             self.send(Failed(request_id, reason))
-        self._waiting.clear()
+        self._open.clear()
         self._to_observe.clear()
-        self._logits, self._runner = [], None
+        self._runner = None
 
     def take(self, message: Submit | Observe | Cancel) -> None:
         """Queue a request, or mark one as cancelled."""
@@ -86,12 +92,12 @@ class Engine:
             self._admit_windows(message)
             return
         self._to_observe = deque(o for o in self._to_observe if o.request_id != message.request_id)
-        for sequence in self._waiting:
+        for sequence in self._open:
             if sequence.submit.request_id == message.request_id:
                 sequence.cancelled = True
 
     def step(self) -> None:
-        """Advance one sequence by one step, if there is one.
+        """Advance by one step, if there is anything to do.
 
         Raises TransportError when the epoch is over; the step then has not happened, and `begin` comes next.
         """
@@ -99,21 +105,31 @@ class Engine:
         if self._to_observe:
             self._observe(self._runner, self._to_observe[0])
             return
-        sequence = self._schedule()
-        if sequence is None:
+        sequences = self._schedule()
+        if not sequences:
             return
-        plan = self._plan(sequence)
+        plan = self._plan(sequences)
         logits = self._runner.lead(plan)
-        sequence.num_computed += len(plan.tokens)
+        self._released = []
+        for sequence, tokens in zip(sequences, plan.tokens, strict=True):
+            sequence.num_computed += len(tokens)
         if logits is not None:
-            self._deliver(sequence, logits, plan.split.name)
+            self._deliver(sequences, logits, plan.split.name)
 
     # Beat 1: schedule.
 
-    def _schedule(self) -> Sequence | None:
-        while self._waiting and self._waiting[0].cancelled:
-            self._finish(self._waiting[0], "solo")
-        return self._waiting[0] if self._waiting else None
+    def _schedule(self) -> list[Sequence]:
+        """One sequence that has a prompt to read, or all that are ready for their next token."""
+        for sequence in [s for s in self._open if s.cancelled]:
+            self._finish(sequence, "solo")
+        served = self._open[: self.max_streams]
+        ready = [s for s in served if s.num_left == 1 and s.num_computed]
+        new = next((s for s in served if s not in ready), None)
+        if new is None or (ready and not self._has_decoded):
+            self._has_decoded = True
+            return ready
+        self._has_decoded = False
+        return [new]
 
     def _admit(self, submit: Submit) -> None:
         try:
@@ -121,9 +137,13 @@ class Engine:
         except ConfigError as e:
             self.send(Rejected(submit.request_id, str(e)))
             return
+        if len(self._open) >= self.max_streams + self.max_waiting:
+            message = f"{len(self._open)} requests are being served or wait already. Ask again later."
+            self.send(Rejected(submit.request_id, message, busy=True))
+            return
         room = self.context_length - len(prompt)
         self._num_sequences += 1
-        self._waiting.append(
+        self._open.append(
             Sequence(
                 sequence_id=self._num_sequences,
                 submit=submit,
@@ -139,51 +159,52 @@ class Engine:
 
     # Beat 2: plan.
 
-    def _plan(self, sequence: Sequence) -> Plan:
+    def _plan(self, sequences: list[Sequence]) -> Plan:
         """All but the last known token are prefilled in chunks; the last one is a decode step."""
+        tokens = [self._next_tokens(sequence) for sequence in sequences]
+        return Plan(
+            sequence_ids=[s.sequence_id for s in sequences],
+            tokens=tokens,
+            decode=sequences[0].num_left == 1,
+            split=choose(self._split, sum(map(len, tokens)), self.splits, self._fractions),
+            started=[s.sequence_id for s in sequences if s.num_computed == 0],
+            released=list(self._released),
+        )
+
+    def _next_tokens(self, sequence: Sequence) -> list[int]:
         # After an interruption the generated tokens are prefilled as well: no measure of the prompt's speed.
         if sequence.num_computed == 0 and not sequence.generated:
             sequence.started_at = time.monotonic()
-        num_tokens = max(1, min(sequence.num_left - 1, self.prefill_chunk))
-        at, released = sequence.num_computed, self._released
-        self._released = []
-        return Plan(
-            sequence_id=sequence.sequence_id,
-            is_new=at == 0,
-            tokens=sequence.tokens[at : at + num_tokens],
-            decode=sequence.num_left == 1,
-            split=choose(self._split, num_tokens, self.splits, self._fractions),
-            released=released,
-        )
+        at = sequence.num_computed
+        return sequence.tokens[at : at + max(1, min(sequence.num_left - 1, self.prefill_chunk))]
 
     # Beat 3 is Runner.lead. Beat 4: deliver.
 
-    def _deliver(self, sequence: Sequence, logits: mx.array, split: str) -> None:
-        submit = sequence.submit
-        if submit.logits_file:
-            self._logits.append(logits)
-        position = len(sequence.generated)
-        token_id = sample(logits, submit.temperature, submit.top_p, sequence.seed, position)
-        text = sequence.append(token_id)
-        self.send(Token(submit.request_id, [token_id], text))
-        if sequence.finish_reason:
-            self._finish(sequence, split)
+    def _deliver(self, sequences: Several[Sequence], logits: mx.array, split: str) -> None:
+        for sequence, row in zip(sequences, logits, strict=True):
+            submit = sequence.submit
+            if submit.logits_file:
+                sequence.logits.append(row)
+            position = len(sequence.generated)
+            token_id = sample(row, submit.temperature, submit.top_p, sequence.seed, position)
+            text = sequence.append(token_id)
+            self.send(Token(submit.request_id, [token_id], text))
+            if sequence.finish_reason:
+                self._finish(sequence, split)
 
     def _finish(self, sequence: Sequence, split: str) -> None:
-        self._waiting.remove(sequence)
+        self._open.remove(sequence)
         if sequence.num_computed:
             self._released.append(sequence.sequence_id)
-        done = sequence.done(split, len(self._fractions))
-        logits, self._logits = self._logits, []
-        if sequence.submit.logits_file and logits:
+        if sequence.submit.logits_file and sequence.logits:
             try:
                 with open(sequence.submit.logits_file, "wb") as file:  # given a name, MLX appends a suffix
-                    mx.save_safetensors(file, {"logits": mx.stack(logits)})
+                    mx.save_safetensors(file, {"logits": mx.stack(sequence.logits)})
             except (RuntimeError, OSError) as e:
                 reason = f"cannot write --logits {sequence.submit.logits_file}: {e}"
                 self.send(Failed(sequence.submit.request_id, reason))
                 return
-        self.send(done)
+        self.send(sequence.done(split, len(self._fractions)))
 
     # Whole windows, for evaluation: one step each, which an interruption repeats.
 

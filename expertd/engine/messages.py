@@ -94,7 +94,8 @@ class Ready:
     """The rank has loaded the checkpoint and waits for its first epoch; `rank` is that of its Setup.
 
     `splits` are those that this model's family supports. Ranks of one `mlx_version` on one `architecture` of one
-    `device` ("cpu" or "gpu") compute the same bits.
+    `device` ("cpu" or "gpu") by the same `kernels` ("native" or "mlx") with the same `activation_bits` (0: not rounded)
+    compute the same bits. `isa` and `num_threads` of native kernels change none.
     """
 
     rank: int
@@ -108,6 +109,10 @@ class Ready:
     mlx_version: str = ""
     architecture: str = ""
     device: str = ""
+    kernels: str = "mlx"
+    activation_bits: int = 0
+    isa: str = ""
+    num_threads: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,11 @@ class Done:
 
 @dataclass(frozen=True)
 class Rejected:
+    """The request is not taken: it is wrong, or, if `busy`, too many are open already."""
+
     request_id: str
     message: str
+    busy: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,23 @@ from expertd.split.cut import StepSplit
 
 @dataclass(frozen=True)
 class Plan:
-    """Append `tokens` to sequence `sequence_id`, under `split`; `decode` asks for the logits after them.
+    """Append tokens[i] to the sequence sequence_ids[i], for every i, under `split`.
 
-    `is_new` starts the sequence's cache; `released` names sequences whose caches are no longer needed.
+    A prefill has one sequence and any number of tokens. With `decode` each sequence gets one token, and the step
+    gives the logits after it, [num_sequences, vocab]. `started` names the sequences whose cache begins here,
+    `released` those whose caches are no longer needed.
     """
 
-    sequence_id: int
-    is_new: bool
-    tokens: list[int]
+    sequence_ids: list[int]
+    tokens: list[list[int]]
     decode: bool
     split: StepSplit
+    started: list[int]
     released: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.tokens))
 
     def encode(self) -> bytes:
         frame: bytes = msgpack.packb(asdict(self))

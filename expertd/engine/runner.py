@@ -26,7 +26,7 @@ class Runner:
         self._caches: dict[int, Cache] = {}
 
     def lead(self, plan: Plan) -> mx.array | None:
-        """Rank 0: give the plan to the others and carry it out; float32 logits [vocab] of a decode step.
+        """Rank 0: give the plan to the others and carry it out; float32 logits [num_sequences, vocab] of a decode step.
 
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
@@ -61,17 +61,17 @@ class Runner:
     def _execute(self, plan: Plan) -> mx.array | None:
         for sequence_id in plan.released:
             self._caches.pop(sequence_id, None)
-        if plan.is_new:
-            self._caches[plan.sequence_id] = self._model.new_cache()
-        cache = self._caches[plan.sequence_id]
-        logits = self._guarded(lambda: self._compute(plan, cache))
+        for sequence_id in plan.started:
+            self._caches[sequence_id] = self._model.new_cache()
+        caches = [self._caches[sequence_id] for sequence_id in plan.sequence_ids]
+        logits = self._guarded(lambda: self._compute(plan, caches))
         self._link.check()
         return logits
 
-    def _compute(self, plan: Plan, cache: Cache) -> mx.array | None:
+    def _compute(self, plan: Plan, caches: list[Cache]) -> mx.array | None:
         if plan.decode:
-            return self._model.decode(plan.tokens[0], cache, plan.split)
-        self._model.prefill(plan.tokens, cache, plan.split)
+            return self._model.decode([token for (token,) in plan.tokens], caches, plan.split)
+        self._model.prefill(plan.tokens[0], caches[0], plan.split)
         return None
 
     def _guarded(self, compute: Callable[[], T]) -> T:

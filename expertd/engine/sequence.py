@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass, field
 
+import mlx.core as mx
+
 from expertd.engine.messages import Done, Submit
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
@@ -24,7 +26,7 @@ def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> lis
     return ids
 
 
-@dataclass
+@dataclass(eq=False)  # one is itself alone
 class Sequence:
     sequence_id: int
     submit: Submit
@@ -36,6 +38,7 @@ class Sequence:
     stops: StopStrings
     num_computed: int = 0  # tokens in the cache, the same on every rank
     generated: list[int] = field(default_factory=list)
+    logits: list[mx.array] = field(default_factory=list)  # for Submit.logits_file
     cancelled: bool = False
     finish_reason: str | None = None
     started_at: float = 0.0

@@ -31,8 +31,10 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from mlx_lm.utils import load_model
 
 from expertd.errors import CheckpointError
-from expertd.model.classes import become, model_classes
+from expertd.model.classes import become, model_classes, stock_class
 from expertd.model.exchange import Link, exchange
+from expertd.model.kernels import Kernels
+from expertd.model.swap import use_native_kernels
 from expertd.model.tiles import attend, multiply, multiply_experts
 from expertd.split.cut import StepSplit, cut
 
@@ -220,10 +222,10 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
     blocks: list[nn.Module] = []
     for _, parent in model.named_modules():
         for child in _children(parent):
-            if type(child) in kinds:
+            if mixin := kinds.get(stock_class(child)):
                 if all(parent is not block for block in blocks):  # modules are dicts: `in` compares arrays
                     blocks.append(parent)
-                become(child, kinds[type(child)])
+                become(child, mixin)
                 child._step = step
     if not blocks:
         return ["solo"]
@@ -235,10 +237,13 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
     return ["solo", "experts", "tokens"]
 
 
-def load(folder: Path, config: dict[str, Any], wide: bool = False) -> nn.Module:
+def load(
+    folder: Path, config: dict[str, Any], wide: bool = False, kernels: Kernels | None = None
+) -> nn.Module:
     """Load an mlx-lm model from a checked folder, with `config` (normalised) over its config.json.
 
-    Weights are read into memory before this returns; `wide` makes all of them float32 (see `_widen`).
+    Weights are read into memory before this returns; `wide` makes all of them float32 (see `_widen`), which
+    `kernels` do not compute.
     Raises CheckpointError when they do not fit the model.
     """
     try:
@@ -247,6 +252,8 @@ def load(folder: Path, config: dict[str, Any], wide: bool = False) -> nn.Module:
         )
         if wide:
             _widen(model)
+        elif kernels:
+            use_native_kernels(model, kernels)
         else:
             _use_float32_experts_on_cpu(model)
         mx.eval(model.parameters())

@@ -95,7 +95,13 @@ def _moe_blocks(layer: Module, layer_path: str) -> list[MoeBlock]:
 def become(module: Any, mixin: type) -> None:
     """Give an instance a subclass of its own class: its parameters and whatever looks at its type stay valid."""
     cls = type(module)
-    module.__class__ = type(f"{mixin.__name__.strip('_')}{cls.__name__}", (mixin, cls), {})
+    attributes = {"_stock_class": stock_class(module)}
+    module.__class__ = type(f"{mixin.__name__.strip('_')}{cls.__name__}", (mixin, cls), attributes)
+
+
+def stock_class(module: Any) -> type:
+    """The class that an instance had before it became another."""
+    return getattr(type(module), "_stock_class", type(module))
 
 
 def _fixed_gpt_oss(base: type[Module]) -> type[Module]:

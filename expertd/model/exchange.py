@@ -5,14 +5,14 @@ from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 
-import expertd.native._exchange as _exchange
+import expertd.native._graph as _graph
 from expertd.errors import ConfigError
 
 MLX_VERSION = version("mlx")
 
-if _exchange.built_for_mlx != MLX_VERSION:
+if _graph.built_for_mlx != MLX_VERSION:
     raise ConfigError(
-        f"expertd was compiled for mlx {_exchange.built_for_mlx} but mlx {MLX_VERSION} is installed. "
+        f"expertd was compiled for mlx {_graph.built_for_mlx} but mlx {MLX_VERSION} is installed. "
         "Run `pip install --force-reinstall --no-deps expertd`."
     )
 
@@ -56,5 +56,5 @@ def exchange(
         raise ValueError(f"exchange: num_rows is {num_rows}, wanted {link.num_ranks} counts")
     if isinstance(link, RowLink):
         return link.exchange_rows(rows, num_rows)
-    result: mx.array = _exchange.exchange(rows, num_rows, link.rank, link.function, link.address, tag, ids)
+    result: mx.array = _graph.exchange(rows, num_rows, link.rank, link.function, link.address, tag, ids)
     return result

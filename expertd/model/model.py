@@ -1,5 +1,6 @@
 """A loaded model as the engine sees it: tokens and a cache in, logits out, under the split of the step."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -12,21 +13,35 @@ from mlx_lm.models.cache import make_prompt_cache
 from expertd.errors import ConfigError
 from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
 from expertd.model.exchange import Link
+from expertd.model.kernels import Kernels
+from expertd.model.swap import native_functions, replaced
+from expertd.model.together import Padded, Together, ragged_attention
 from expertd.split.cut import StepSplit
 
 Cache = list[Any]
+
+# Kernels may differ with the number of rows (MLX's on a GPU do): a wrong cache is off by far more than that.
+TOGETHER_TOLERANCE = 0.02
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
     """One rank's copy of the whole model; it is alone until `attach` gives it a link to others."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], wide: bool = False) -> None:
-        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load)."""
+    def __init__(
+        self, folder: Path, config: dict[str, Any], wide: bool = False, kernels: Kernels | None = None
+    ) -> None:
+        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load). `kernels` None: MLX's."""
         start = time.monotonic()
         self._state = StepState()
-        self._model = load(folder, config, wide)
+        self._model = load(folder, config, wide, kernels)
+        self._functions = native_functions(kernels) if kernels and not wide else []
         self.splits = divide(self._model, self._state)
         self._taps: Taps | None = None
+        self._together: type[Together] | None = None
+        if not wide:
+            self._together = self._choose_together()
         self.load_s = time.monotonic() - start
 
     def require(self, split: str) -> None:
@@ -52,7 +67,8 @@ class Model:
     def forward(self, tokens: list[int], cache: Cache, split: StepSplit) -> mx.array:
         """Build the graph of one step: logits [num_tokens, vocab] for tokens appended to the cache's."""
         self._state.begin(split)
-        logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
+        with replaced(self._functions):
+            logits: mx.array = self._model(mx.array([tokens]), cache=cache)[0]
         return logits
 
     def prefill(self, tokens: list[int], cache: Cache, split: StepSplit) -> None:
@@ -60,11 +76,53 @@ class Model:
         self.forward(tokens, cache, split)
         mx.eval([layer.state for layer in cache])
 
-    def decode(self, token: int, cache: Cache, split: StepSplit) -> mx.array:
-        """Append one token; gives the evaluated float32 logits [vocab] of the position after it."""
-        logits = self.forward([token], cache, split)[0].astype(mx.float32)
-        mx.eval(logits)
+    def decode(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array:
+        """Append one token to each of several sequences; gives the evaluated float32 logits [num_sequences, vocab] of
+        the positions after them."""
+        if len(tokens) > 1 and self._together:
+            logits = self._forward_together(tokens, caches, split, self._together).astype(mx.float32)
+            mx.eval(logits)
+            return logits
+        rows = []
+        for token, cache in zip(tokens, caches, strict=True):
+            rows.append(self.forward([token], cache, split).astype(mx.float32))
+            mx.eval(rows[-1])  # one after the other on every rank: the next one's exchanges may not overtake
+        return mx.concatenate(rows)
+
+    def _forward_together(
+        self, tokens: list[int], caches: list[Cache], split: StepSplit, kind: type[Together]
+    ) -> mx.array:
+        self._state.begin(split)
+        layers = [kind(list(of_layer)) for of_layer in zip(*caches, strict=True)]
+        with replaced(self._functions), ragged_attention():
+            logits: mx.array = self._model(mx.array(tokens)[:, None], cache=layers)[:, 0]
         return logits
+
+    def _choose_together(self) -> type[Together] | None:
+        """How this family's sequences decode together; None, and a line in the log, if one after the other.
+
+        Tried, not looked up: two short sequences, of unlike lengths, apart and together.
+        """
+        wanted, reasons = self._try_decoding(None), []
+        for kind in (Together, Padded):
+            try:
+                error = mx.abs(self._try_decoding(kind) - wanted).max().item()
+            except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as e:
+                reasons.append(f"{type(e).__name__}: {str(e).splitlines()[0]}")
+                continue
+            if error <= TOGETHER_TOLERANCE * mx.abs(wanted).max().item():
+                return kind
+            reasons.append(f"logits differ by {error:.3g}")
+        _log.warning("this model decodes one sequence after the other (%s)", "; ".join(reasons))
+        return None
+
+    def _try_decoding(self, kind: type[Together] | None) -> mx.array:
+        solo, caches = StepSplit("solo", (1.0,)), []
+        for prompt in ([1, 2, 3], [2]):
+            caches.append(self.new_cache())
+            self.prefill(prompt, caches[-1], solo)
+        self._together = kind
+        return self.decode([3, 1], caches, solo)
 
     def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, Taps]:
         """One pass over whole windows [num_windows, num_tokens] without a cache, for evaluation.
@@ -75,7 +133,7 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        with fast_attention():
+        with fast_attention(), replaced(self._functions):
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
-from expertd.engine.messages import Done, Started, Submit, Token
+from expertd.engine.messages import Done, Ready, Started, Submit, Token
 from expertd.errors import ClusterError, ExpertdError
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
 from expertd.server.schema import ChatRequest, CompletionRequest, parse_request
@@ -182,6 +182,11 @@ async def show_model(service: Service, request: Request) -> Response:
     return JSONResponse(_model(service))
 
 
+def _kernels(ready: Ready) -> dict[str, Any]:
+    native = {"activation_bits": ready.activation_bits, "isa": ready.isa, "threads": ready.num_threads}
+    return {"name": ready.kernels, **(native if ready.kernels == "native" else {})}
+
+
 async def health(service: Service, request: Request) -> Response:
     """GET /health: 200 while requests can be answered, 503 before and after; `group` is its present state."""
     group = service.config.group
@@ -194,6 +199,7 @@ async def health(service: Service, request: Request) -> Response:
         "ranks": group.num_ranks,
         "split": group.split,
         "context_length": ready.context_length if ready else None,
+        "kernels": _kernels(ready) if ready else None,
         "uptime_s": round(time.monotonic() - service.started, 3),
         "group": service.cluster.describe() if service.cluster else None,
         "hosts": service.hosts() if service.hosts else None,

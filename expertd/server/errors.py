@@ -4,7 +4,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from expertd.errors import ConfigError, ExpertdError
+from expertd.errors import BusyError, ConfigError, ExpertdError
 
 
 class ApiError(Exception):
@@ -16,14 +16,18 @@ class ApiError(Exception):
 
 
 def as_api_error(error: ExpertdError) -> ApiError:
-    """Give the HTTP face of one of our errors: 400 where the request is wrong, 503 where we are."""
-    return ApiError(400 if isinstance(error, ConfigError) else 503, str(error))
+    """Give the HTTP face of one of our errors: 400 where the request is wrong, 429 where it is one too many, 503
+    where we are wrong."""
+    status = 400 if isinstance(error, ConfigError) else 429 if isinstance(error, BusyError) else 503
+    return ApiError(status, str(error), code="rate_limit_exceeded" if status == 429 else None)
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
     """The JSON object that carries an error, in a response or in an event of a stream."""
     message, param = _sendable(error.message), _sendable(error.param) if error.param else None
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    if error.status == 429:
+        kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
 
 
@@ -34,5 +38,5 @@ def _sendable(text: str) -> str:
 
 def error_response(error: ApiError) -> Response:
     """The response that carries an error."""
-    headers = {"retry-after": "1"} if error.status == 503 else None
+    headers = {"retry-after": "1"} if error.status in (429, 503) else None
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)

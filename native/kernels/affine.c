@@ -2,9 +2,8 @@
 
 #include <math.h>
 
-#include "private.h"
+#include "floats.h"
 
-#define TINY 1e-30f   /* a group that is nowhere larger counts as zeros: q_max / max would overflow */
 #define MAGIC 0x1.8p23f /* adding it rounds to an integer, ties to even, found in the low bits */
 
 static int32_t round_to_int(float x) {
@@ -25,40 +24,41 @@ static uint32_t largest_bits(const float *x, int n) {
   return largest;
 }
 
-static void put(const xd_affine *a, int8_t *q, int64_t k, int32_t value) {
-  int64_t at = xd_q_index(a->bits, k);
-  if (a->bits == 8) {
-    ((int16_t *)q)[at] = (int16_t)value;
-  } else if (a->two_digits) {
-    int32_t hi = (value + 128) >> 8;
-    q[at] = (int8_t)hi;
-    q[a->q_bytes / 2 + at] = (int8_t)(value - hi * 256);
-  } else {
-    q[at] = (int8_t)value;
+static void round_group(const xd_affine *a, const float *x, int16_t *numbers, float *d, float *da) {
+  const float q_max = xd_q_max(a);
+  const uint32_t bits = largest_bits(x, a->group_size);
+  float largest;
+  memcpy(&largest, &bits, 4);
+  memset(numbers, 0, (size_t)a->group_size * 2);
+  *d = *da = bits >= 0x7f800000 ? NAN : 0;
+  if (bits >= 0x7f800000 || largest < XD_TINY) return;
+  const float inverse = q_max / largest;
+  int32_t sum = 0;
+  for (int i = 0; i < a->group_size; i++) {
+    numbers[i] = (int16_t)round_to_int(x[i] * inverse);
+    sum += numbers[i];
   }
+  *d = largest / q_max;
+  *da = *d * (float)sum;
 }
 
-void xd_round_row(const xd_affine *a, const float *x, int8_t *q, float *d, float *da) {
-  const float q_max = a->two_digits ? 32639.0f : 127.0f;
+static void round_row(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da) {
   memset(q, 0, (size_t)a->q_bytes);
   for (int g = 0; g < a->padded_groups; g++) {
     d[g] = da[g] = 0;
-    if (g >= a->groups) continue;
-    const float *group = x + (int64_t)g * a->group_size;
-    uint32_t bits = largest_bits(group, a->group_size);
-    float largest;
-    memcpy(&largest, &bits, 4);
-    if (bits >= 0x7f800000) d[g] = da[g] = NAN;
-    if (bits >= 0x7f800000 || largest < TINY) continue;
-    float inverse = q_max / largest;
-    int32_t sum = 0;
-    for (int i = 0; i < a->group_size; i++) {
-      int32_t value = round_to_int(group[i] * inverse);
-      put(a, q, (int64_t)g * a->group_size + i, value);
-      sum += value;
+    if (g < a->groups) round_group(a, x + (int64_t)g * a->group_size, numbers + (int64_t)g * a->group_size, d + g, da + g);
+  }
+  for (int64_t k = 0; k < a->width; k++) {
+    const int64_t at = xd_q_index(a->bits, k);
+    if (a->bits == 8) {
+      ((int16_t *)q)[at] = numbers[k];
+    } else if (a->two_digits) {
+      const int hi = (numbers[k] + 128) >> 8;
+      q[at] = (int8_t)hi;
+      q[a->q_bytes / 2 + at] = (int8_t)(numbers[k] - hi * 256);
+    } else {
+      q[at] = (int8_t)numbers[k];
     }
-    d[g] = largest / q_max;
-    da[g] = d[g] * (float)sum;
   }
 }
 
@@ -122,6 +122,6 @@ static void tile(const xd_affine *a, const void *from, const xd_row *given, int 
 }
 
 const xd_isa *xd_isa_portable(void) {
-  static const xd_isa isa = {.name = "portable", .affine_rows = rows, .affine_pack = pack, .affine_tile = tile};
+  static const xd_isa isa = {.name = "portable", .floats = &xd_floats_portable, .round_row = round_row, .affine_rows = rows, .affine_pack = pack, .affine_tile = tile};
   return &isa;
 }

@@ -9,14 +9,111 @@
    Single rows (`rows`): 8 groups of one weight row at a time. Their sums lie across lanes; three to seven `vphaddd` bring
    one group's sum into each lane, which is the order that private.h asks for.
 
-   Panels (`pack`, `tile`): a transposed panel holds, for 8 output rows side by side, the codes that share one 32-bit word
+   Panels (`pack`, `tile`): a transposed panel holds, for 16 output rows side by side, the codes that share one 32-bit word
    of digits, so that a word is broadcast against it and lane = output row: nothing is summed across. The 8 partial sums that
    private.h calls lanes are then 8 phases over the groups. */
 
 #if defined(__x86_64__)
 
 #include "avx2.h"
+#include "floats.h"
 #include "simd.h"
+
+/* Rows of x as integers. */
+
+XD_INLINE void round_group(const xd_affine *a, const float *x, int16_t *numbers, float *d, float *da) {
+  const int n = a->group_size;
+  const float q_max = xd_q_max(a);
+  __m256i most = _mm256_setzero_si256();
+  for (int i = 0; i < n; i += 8) /* as integers a NaN is above infinity, which is above all numbers */
+    most = _mm256_max_epu32(
+        most, _mm256_and_si256(_mm256_castps_si256(vf_load(x + i)), _mm256_set1_epi32(0x7fffffff)));
+  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
+  const uint32_t bits = (uint32_t)_mm_cvtsi128_si32(m);
+  const float largest = _mm_cvtss_f32(_mm_castsi128_ps(m));
+  *d = *da = bits >= 0x7f800000 ? NAN : 0;
+  if (bits >= 0x7f800000 || largest < XD_TINY) {
+    memset(numbers, 0, (size_t)n * 2);
+    return;
+  }
+  const vf inverse = vf_set(q_max / largest);
+  __m256i sum = _mm256_setzero_si256();
+  for (int i = 0; i < n; i += 16) {
+    __m256i low = _mm256_cvtps_epi32(vf_mul(vf_load(x + i), inverse));
+    __m256i high = _mm256_cvtps_epi32(vf_mul(vf_load(x + i + 8), inverse));
+    __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(1)));
+    _mm256_store_si256((__m256i *)(numbers + i), both);
+  }
+  int32_t s[8];
+  _mm256_storeu_si256((__m256i *)s, sum);
+  *d = largest / q_max;
+  *da = *d * (float)(s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7]);
+}
+
+/* 32 bytes: a digit of 32 numbers in order. `digit` 0 is the high one of two, 1 the low one, 2 the only one. */
+XD_INLINE __m256i digits(const int16_t *numbers, int digit) {
+  __m256i n[2];
+  for (int i = 0; i < 2; i++) {
+    n[i] = _mm256_load_si256((const __m256i *)(numbers + 16 * i));
+    const __m256i hi = _mm256_srai_epi16(_mm256_add_epi16(n[i], _mm256_set1_epi16(128)), 8);
+    if (digit == 0) n[i] = hi;
+    if (digit == 1) n[i] = _mm256_sub_epi16(n[i], _mm256_slli_epi16(hi, 8));
+  }
+  return _mm256_permute4x64_epi64(_mm256_packs_epi16(n[0], n[1]), 0xd8);
+}
+
+/* Two vectors of pairs into what is even and what is odd; `order` brings the evens of each 16 bytes to the front. */
+XD_INLINE void split_pairs(__m256i a, __m256i b, __m256i order, int8_t *q) {
+  a = _mm256_shuffle_epi8(a, order), b = _mm256_shuffle_epi8(b, order);
+  _mm256_store_si256((__m256i *)q, _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xd8));
+  _mm256_store_si256((__m256i *)(q + 32), _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xd8));
+}
+
+/* Four vectors of bytes into planes: byte j of plane p was byte 4 j + p. */
+XD_INLINE void split_quads(const int16_t *numbers, int digit, int8_t *q) {
+  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
+                                         13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m256i v[4];
+  for (int i = 0; i < 4; i++) v[i] = _mm256_shuffle_epi8(digits(numbers + 32 * i, digit), order);
+  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+  const __m256i planes[4] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b), _mm256_unpacklo_epi64(c, d),
+                             _mm256_unpackhi_epi64(c, d)};
+  for (int p = 0; p < 4; p++)
+    _mm256_store_si256((__m256i *)(q + 32 * p),
+                       _mm256_permutevar8x32_epi32(planes[p], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+
+static void round_row(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da) {
+  const __m256i bytes = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12,
+                                         14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m256i words = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12,
+                                         13, 2, 3, 6, 7, 10, 11, 14, 15);
+  const int64_t padded = (int64_t)a->padded_groups * a->group_size;
+  for (int g = 0; g < a->groups; g++)
+    round_group(a, x + (int64_t)g * a->group_size, numbers + (int64_t)g * a->group_size, d + g, da + g);
+  for (int g = a->groups; g < a->padded_groups; g++) d[g] = da[g] = 0;
+  memset(numbers + a->width, 0, (size_t)(padded - a->width) * 2);
+  if (a->bits == 8) {
+    for (int64_t k = 0; k < padded; k += 32)
+      split_pairs(_mm256_load_si256((const __m256i *)(numbers + k)),
+                  _mm256_load_si256((const __m256i *)(numbers + k + 16)), words, q + 2 * k);
+    return;
+  }
+  for (int digit = a->two_digits ? 0 : 2; digit < (a->two_digits ? 2 : 3); digit++) {
+    int8_t *to = digit == 1 ? q + a->q_bytes / 2 : q;
+    if (a->bits == 4)
+      for (int64_t k = 0; k < padded; k += 64)
+        split_pairs(digits(numbers + k, digit), digits(numbers + k + 32, digit), bytes, to + k);
+    else
+      for (int64_t k = 0; k < padded; k += 128) split_quads(numbers + k, digit, to + k);
+  }
+}
+
+/* Products. */
 
 /* Codes of a block of 32 bytes that meet plane `p`. */
 XD_INLINE __m256i plane(__m256i block, int bits, int p) {
@@ -72,39 +169,49 @@ XD_INLINE __m256i by_group(const __m256i *v, int group_bytes) {
   return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-/* The sums of 8 groups; of `num_bytes` code bytes only, the other groups are zero. */
+/* The sums of 8 groups, of which at most `most` (4 or 8) lie in the `num_bytes` code bytes; the others are zero. */
 XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, int two_digits, const int8_t *q,
-                               int64_t lo_at, int num_bytes) {
+                               int64_t lo_at, int num_bytes, const int most) {
   const int group_bytes = group_size * bits / 8, at_once = group_bytes > 32 ? group_bytes : 32;
   const int q_step = at_once * (bits == 8 ? 2 : 8 / bits);
   __m256i v[8];
 #pragma GCC unroll 8
   for (int i = 0; i < 8 * group_bytes / at_once; i++)
-    v[i] = i * at_once < num_bytes
+    v[i] = i * at_once < most * group_bytes && i * at_once < num_bytes
                ? blocks_sum(codes + i * at_once, bits, at_once / 32, two_digits, q + i * q_step, lo_at)
                : _mm256_setzero_si256();
   return by_group(v, group_bytes);
 }
 
-XD_INLINE vf accumulate(vf acc, __m256i sums, const void *scales, const void *biases, int dtype, int64_t at,
-                        const float *d, const float *da) {
-  acc = vf_fma(vf_mul(vf_load_any(scales, dtype, at), vf_load(d)), _mm256_cvtepi32_ps(sums), acc);
-  return vf_fma(vf_load_any(biases, dtype, at), vf_load(da), acc);
+/* Eight scales or biases, of which `count` are the row's own. */
+XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
+  if (count == 8) return vf_load_any(from, dtype, at);
+  const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
+  _Alignas(32) char some[32] = {0};
+  memcpy(some, (const char *)from + at * size, (size_t)(count * size));
+  return vf_load_any(some, dtype, 0);
 }
 
-/* The groups after the last full eight, copied so that nothing beyond the row is read. */
+XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
+  acc = vf_fma(vf_mul(scales, vf_load(d)), _mm256_cvtepi32_ps(sums), acc);
+  return vf_fma(biases, vf_load(da), acc);
+}
+
+/* The groups after the last full eight: read to the end of the row, never beyond. */
 XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                          const void *scales, const void *biases, int64_t at, int g, const xd_row *row, vf acc) {
-  const int left = a->groups - g, num_bytes = left * group_size * bits / 8, size = a->dtype == XD_FLOAT32 ? 4 : 2;
+  const int left = a->groups - g, num_bytes = left * group_size * bits / 8;
   _Alignas(32) uint8_t padded[1024];
-  _Alignas(32) char s[32] = {0}, b[32] = {0};
-  memcpy(padded, codes, (size_t)num_bytes);
-  memset(padded + num_bytes, 0, 32);
-  memcpy(s, (const char *)scales + (at + g) * size, (size_t)(left * size));
-  memcpy(b, (const char *)biases + (at + g) * size, (size_t)(left * size));
+  if (num_bytes % 32) {
+    memcpy(padded, codes, (size_t)num_bytes);
+    memset(padded + num_bytes, 0, 32);
+    codes = padded;
+  }
   const int8_t *q = row->q + (int64_t)g * group_size * (bits == 8 ? 2 : 1);
-  __m256i sums = eight_groups(padded, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes);
-  return accumulate(acc, sums, s, b, a->dtype, 0, row->d + g, row->da + g);
+  __m256i sums = left > 4 ? eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes, 8)
+                          : eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes, 4);
+  const vf s = numbers_at(scales, a->dtype, at + g, left), b = numbers_at(biases, a->dtype, at + g, left);
+  return accumulate(acc, sums, s, b, row->d + g, row->da + g);
 }
 
 XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
@@ -117,15 +224,17 @@ XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits
     vf acc = vf_set(0);
     int g = 0;
     for (; g + 8 <= a->groups; g += 8, c += code_step, q += q_step) {
-      __m256i sums = eight_groups(c, bits, group_size, two_digits, q, a->q_bytes / 2, code_step);
-      acc = accumulate(acc, sums, scales, biases, a->dtype, at + g, row->d + g, row->da + g);
+      __m256i sums = eight_groups(c, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
+      const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
+      acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
     }
     if (g < a->groups) acc = last_groups(a, bits, group_size, two_digits, c, scales, biases, at, g, row, acc);
     y[n] = vf_sum(acc);
   }
 }
 
-/* Panels. For each 8 output rows: the planes of each code word, 32 bytes each; then scales and biases [groups, 32]. */
+/* Panels. For each 16 output rows: the planes of each code word, twice 32 bytes each; then scales and biases
+   [groups, 32]. */
 
 static float *panel_scales(const xd_affine *a, const void *panel) {
   int64_t bytes = xd_round_up(a->code_bytes, 32) * (8 / a->bits) * (a->bits == 8 ? 2 : 1) * XD_TILE_OUT;
@@ -151,130 +260,162 @@ XD_INLINE void transpose(__m256i v[8]) {
   }
 }
 
-XD_INLINE void pack_eight(const xd_affine *a, int bits, const uint8_t *codes, int num_out, char *panel) {
+/* 32 bytes of a weight row's codes, of which `left` are its own. */
+XD_INLINE __m256i load_some(const uint8_t *codes, int64_t left) {
+  if (left >= 32) return load(codes);
+  _Alignas(32) uint8_t last[32] = {0};
+  memcpy(last, codes, (size_t)left);
+  return load(last);
+}
+
+/* The codes of 16 output rows, of which `num_out` exist (the others repeat the last: nobody reads what they give). */
+XD_INLINE void pack_codes(const xd_affine *a, int bits, const uint8_t *codes, int num_out, char *panel) {
   const int planes = bits == 8 ? 2 : 8 / bits;
-  for (int64_t at = 0; at < a->code_bytes; at += 32) {
+  const uint8_t *row[16];
+  for (int n = 0; n < 16; n++) row[n] = codes + (n < num_out ? n : num_out - 1) * a->code_bytes;
+  for (int64_t at = 0; at < a->code_bytes; at += 32, panel += 8 * planes * 64)
+    for (int half = 0; half < 2; half++) {
+      __m256i v[8];
+      for (int n = 0; n < 8; n++) v[n] = load_some(row[8 * half + n] + at, a->code_bytes - at);
+      transpose(v);
+      for (int i = 0; i < 8; i++)
+        for (int p = 0; p < planes; p++) {
+          __m256i part = bits < 8 ? plane(v[i], bits, p)
+                         : p      ? _mm256_srli_epi16(v[i], 8)
+                                  : _mm256_and_si256(v[i], _mm256_set1_epi16(255));
+          _mm256_store_si256((__m256i *)(panel + (i * planes + p) * 64 + 32 * half), part);
+        }
+    }
+}
+
+/* Scales or biases of 8 output rows, of which `num_out` exist: to [groups, XD_TILE_OUT], eight columns of it. */
+static void pack_numbers(const xd_affine *a, const void *from, int num_out, float *to) {
+  for (int g = 0; g < a->groups; g += 8) {
+    const int count = a->groups - g < 8 ? a->groups - g : 8;
     __m256i v[8];
-    int64_t left = a->code_bytes - at;
     for (int n = 0; n < 8; n++) {
-      _Alignas(32) uint8_t last[32] = {0};
-      const uint8_t *from = codes + n * a->code_bytes + at;
-      if (n < num_out && left < 32) memcpy(last, from, (size_t)left);
-      v[n] = load(n < num_out && left >= 32 ? from : last);
+      const int64_t row = n < num_out ? n : num_out - 1;
+      v[n] = _mm256_castps_si256(numbers_at(from, a->dtype, row * a->groups + g, count));
     }
     transpose(v);
-    for (int i = 0; i < 8; i++)
-      for (int p = 0; p < planes; p++, panel += 32) {
-        __m256i codes_of_plane = bits < 8 ? plane(v[i], bits, p)
-                                 : p      ? _mm256_srli_epi16(v[i], 8)
-                                          : _mm256_and_si256(v[i], _mm256_set1_epi16(255));
-        _mm256_store_si256((__m256i *)panel, codes_of_plane);
-      }
+    for (int i = 0; i < count; i++) vf_store(to + (int64_t)(g + i) * XD_TILE_OUT, _mm256_castsi256_ps(v[i]));
   }
 }
 
 static void pack(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                  void *panel) {
   float *s = panel_scales(a, panel), *b = s + (int64_t)a->groups * XD_TILE_OUT;
-  const int64_t eight = ((char *)s - (char *)panel) / 4;
-  for (int n = 0; n < XD_TILE_OUT; n += 8) {
-    char *to = (char *)panel + n / 8 * eight;
-    const uint8_t *from = codes + (n < num_out ? n : 0) * a->code_bytes;
-    if (a->bits == 2) pack_eight(a, 2, from, num_out - n, to);
-    if (a->bits == 4) pack_eight(a, 4, from, num_out - n, to);
-    if (a->bits == 8) pack_eight(a, 8, from, num_out - n, to);
+  const int64_t sixteen = ((char *)s - (char *)panel) / 2, row = (int64_t)a->groups * (int64_t)xd_itemsize(a->dtype);
+  for (int n = 0; n < num_out; n += 16) {
+    char *to = (char *)panel + n / 16 * sixteen;
+    const uint8_t *from = codes + n * a->code_bytes;
+    if (a->bits == 2) pack_codes(a, 2, from, num_out - n, to);
+    if (a->bits == 4) pack_codes(a, 4, from, num_out - n, to);
+    if (a->bits == 8) pack_codes(a, 8, from, num_out - n, to);
   }
-  for (int n = 0; n < XD_TILE_OUT; n++)
-    for (int g = 0; g < a->groups; g++) {
-      float pair[2] = {0, 0};
-      size_t size = xd_itemsize(a->dtype), at = ((size_t)n * (size_t)a->groups + (size_t)g) * size;
-      if (n < num_out) xd_widen((const char *)scales + at, a->dtype, pair, 1);
-      if (n < num_out) xd_widen((const char *)biases + at, a->dtype, pair + 1, 1);
-      s[(int64_t)g * XD_TILE_OUT + n] = pair[0], b[(int64_t)g * XD_TILE_OUT + n] = pair[1];
-    }
+  for (int n = 0; n < num_out; n += 8) {
+    pack_numbers(a, (const char *)scales + n * row, num_out - n, s + n);
+    pack_numbers(a, (const char *)biases + n * row, num_out - n, b + n);
+  }
 }
 
-/* Sums of one group for 8 output rows and `num` rows of x. */
-XD_INLINE void group_tile(int bits, int two_digits, int num_words, const char *panel, const int8_t *const *q, int num,
-                          int64_t lo_at, __m256i *sums) {
+/* GCC would add up in trees, for which there are not enough registers: it cannot look through this. */
+#define IN_ORDER(v) __asm__("" : "+x"(v))
+
+XD_INLINE __m256i add_products(__m256i sum, int bits, __m256i codes, __m256i word) {
+  sum = bits == 8 ? _mm256_add_epi32(sum, _mm256_madd_epi16(codes, word))
+                  : _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, word));
+  IN_ORDER(sum);
+  return sum;
+}
+
+/* Sums of one group for 16 output rows and `num` streams of digits. */
+XD_INLINE void group_tile(int bits, int num_words, const char *panel, const int8_t *const *q, int num,
+                          __m256i sums[][2]) {
   const int planes = bits == 8 ? 2 : 8 / bits; /* a group is whole blocks, or lies in one */
   /* 16-bit sums of 4-bit codes hold 8 steps (30720), of 2-bit codes a whole group (24576). */
   const int words_at_once = bits == 4 && num_words > 4 ? 4 : num_words;
-  for (int r = 0; r < num; r++) sums[r] = _mm256_setzero_si256();
   for (int first = 0; first < num_words; first += words_at_once) {
-    __m256i hi[XD_TILE_ROWS], lo[XD_TILE_ROWS];
-    for (int r = 0; r < num; r++) hi[r] = lo[r] = _mm256_setzero_si256();
+    __m256i part[XD_TILE_ROWS][2];
+    for (int r = 0; r < num; r++) part[r][0] = part[r][1] = _mm256_setzero_si256();
+#pragma GCC unroll 16
     for (int i = first; i < first + words_at_once; i++)
+#pragma GCC unroll 4
       for (int p = 0; p < planes; p++) {
-        __m256i codes = _mm256_load_si256((const __m256i *)(panel + (i * planes + p) * 32));
+        const char *codes = panel + (i * planes + p) * 64;
+        const __m256i left = _mm256_load_si256((const __m256i *)codes);
+        const __m256i right = _mm256_load_si256((const __m256i *)(codes + 32));
         const int at = i / 8 * 32 * planes + p * 32 + i % 8 * 4;
+#pragma GCC unroll 4
         for (int r = 0; r < num; r++) {
-          int32_t word, low = 0;
-          memcpy(&word, q[r] + at, 4);
-          if (two_digits && bits < 8) memcpy(&low, q[r] + lo_at + at, 4);
-          if (bits == 8) {
-            hi[r] = _mm256_add_epi32(hi[r], _mm256_madd_epi16(codes, _mm256_set1_epi32(word)));
-            continue;
-          }
-          hi[r] = _mm256_add_epi16(hi[r], _mm256_maddubs_epi16(codes, _mm256_set1_epi32(word)));
-          if (two_digits) lo[r] = _mm256_add_epi16(lo[r], _mm256_maddubs_epi16(codes, _mm256_set1_epi32(low)));
+          int32_t digits;
+          memcpy(&digits, q[r] + at, 4);
+          const __m256i word = _mm256_set1_epi32(digits);
+          part[r][0] = add_products(part[r][0], bits, left, word);
+          part[r][1] = add_products(part[r][1], bits, right, word);
         }
       }
-    for (int r = 0; r < num; r++) {
-      if (bits == 8) {
-        sums[r] = _mm256_add_epi32(sums[r], hi[r]);
-        continue;
+    for (int r = 0; r < num; r++)
+      for (int h = 0; h < 2; h++) {
+        __m256i sum = bits == 8 ? part[r][h] : _mm256_madd_epi16(part[r][h], _mm256_set1_epi16(1));
+        sums[r][h] = first ? _mm256_add_epi32(sums[r][h], sum) : sum;
       }
-      const __m256i one = _mm256_set1_epi16(1), high = _mm256_set1_epi16(256);
-      sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(two_digits ? lo[r] : hi[r], one));
-      if (two_digits) sums[r] = _mm256_add_epi32(sums[r], _mm256_madd_epi16(hi[r], high));
-    }
   }
 }
 
-/* 8 output rows against `num` rows of x: y[num][XD_TILE_OUT], from its first column on. */
-XD_INLINE void tile_eight(const xd_affine *a, int bits, int group_size, int two_digits, const char *panel,
-                          const float *scales, const float *biases, const xd_row *rows, int num, float *y) {
+/* 16 output rows against `num` rows of x: y[num][XD_TILE_OUT], from its first column on. */
+XD_INLINE void tile_sixteen(const xd_affine *a, int bits, int group_size, int two_digits, const char *panel,
+                            const float *scales, const float *biases, const xd_row *rows, int num, float *y) {
   const int num_words = group_size * bits / 32, planes = bits == 8 ? 2 : 8 / bits;
-  vf lane[XD_LANES][XD_TILE_ROWS];
+  const int streams = two_digits ? 2 * num : num;
+  vf lane[XD_LANES][XD_TILE_ROWS][2];
   for (int j = 0; j < XD_LANES; j++) {
-    vf acc[XD_TILE_ROWS];
-    for (int r = 0; r < num; r++) acc[r] = vf_set(0);
+    vf acc[XD_TILE_ROWS][2];
+    for (int r = 0; r < num; r++) acc[r][0] = acc[r][1] = vf_set(0);
     for (int g = j; g < a->groups; g += XD_LANES) {
       const int word = g * num_words;
       const int64_t at = word / 8 * 32 * planes + word % 8 * 4;
       const int8_t *q[XD_TILE_ROWS];
-      __m256i sums[XD_TILE_ROWS];
-      for (int r = 0; r < num; r++) q[r] = rows[r].q + at;
-      group_tile(bits, two_digits, num_words, panel + (int64_t)word * planes * 32, q, num, a->q_bytes / 2, sums);
-      const vf s = vf_load(scales + (int64_t)g * XD_TILE_OUT), b = vf_load(biases + (int64_t)g * XD_TILE_OUT);
-      for (int r = 0; r < num; r++) {
-        acc[r] = vf_fma(vf_mul(s, vf_set(rows[r].d[g])), _mm256_cvtepi32_ps(sums[r]), acc[r]);
-        acc[r] = vf_fma(b, vf_set(rows[r].da[g]), acc[r]);
+      __m256i sums[XD_TILE_ROWS][2];
+      for (int r = 0; r < streams; r++)
+        q[r] = two_digits ? rows[r / 2].q + at + r % 2 * (a->q_bytes / 2) : rows[r].q + at;
+      group_tile(bits, num_words, panel + (int64_t)word * planes * 64, q, streams, sums);
+      for (int h = 0; h < 2; h++) {
+        const vf s = vf_load(scales + (int64_t)g * XD_TILE_OUT + 8 * h);
+        const vf b = vf_load(biases + (int64_t)g * XD_TILE_OUT + 8 * h);
+        for (int r = 0; r < num; r++) {
+          __m256i sum = two_digits ? _mm256_add_epi32(_mm256_slli_epi32(sums[2 * r][h], 8), sums[2 * r + 1][h])
+                                   : sums[r][h];
+          acc[r][h] = vf_fma(vf_mul(s, vf_set(rows[r].d[g])), _mm256_cvtepi32_ps(sum), acc[r][h]);
+          acc[r][h] = vf_fma(b, vf_set(rows[r].da[g]), acc[r][h]);
+        }
       }
     }
-    for (int r = 0; r < num; r++) lane[j][r] = acc[r];
+    for (int r = 0; r < num; r++) lane[j][r][0] = acc[r][0], lane[j][r][1] = acc[r][1];
   }
-  for (int r = 0; r < num; r++) {
-    vf even = vf_add(vf_add(lane[0][r], lane[4][r]), vf_add(lane[2][r], lane[6][r]));
-    vf odd = vf_add(vf_add(lane[1][r], lane[5][r]), vf_add(lane[3][r], lane[7][r]));
-    vf_store(y + r * XD_TILE_OUT, vf_add(even, odd));
-  }
+  for (int r = 0; r < num; r++)
+    for (int h = 0; h < 2; h++) {
+      vf even = vf_add(vf_add(lane[0][r][h], lane[4][r][h]), vf_add(lane[2][r][h], lane[6][r][h]));
+      vf odd = vf_add(vf_add(lane[1][r][h], lane[5][r][h]), vf_add(lane[3][r][h], lane[7][r][h]));
+      vf_store(y + r * XD_TILE_OUT + 8 * h, vf_add(even, odd));
+    }
 }
 
+/* Four streams of digits are what the registers hold: four rows of one digit, or two rows of two. */
 XD_INLINE void tile(const xd_affine *a, int bits, int group_size, int two_digits, const void *panel,
                     const xd_row *rows, int num, float *y) {
   const float *s = panel_scales(a, panel), *b = s + (int64_t)a->groups * XD_TILE_OUT;
-  const int64_t eight = ((const char *)s - (const char *)panel) / 4;
-  for (int n = 0; n < XD_TILE_OUT; n += 8) {
-    const char *codes = (const char *)panel + n / 8 * eight;
-    switch (num) {
-      case 4: tile_eight(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 4, y + n); break;
-      case 3: tile_eight(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 3, y + n); break;
-      case 2: tile_eight(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 2, y + n); break;
-      default: tile_eight(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 1, y + n);
+  const int64_t sixteen = ((const char *)s - (const char *)panel) / 2;
+  const int at_once = two_digits ? 2 : 4;
+  for (int first = 0; first < num; first += at_once, rows += at_once, y += at_once * XD_TILE_OUT)
+    for (int n = 0; n < XD_TILE_OUT; n += 16) {
+      const char *codes = (const char *)panel + n / 16 * sixteen;
+      const int left = num - first < at_once ? num - first : at_once;
+      if (left == 4 && !two_digits) tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows, 4, y + n);
+      if (left == 3 && !two_digits) tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows, 3, y + n);
+      if (left == 2) tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 2, y + n);
+      if (left == 1) tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 1, y + n);
     }
-  }
 }
 
 /* One function for each format, so that all its loops have known lengths. */
@@ -323,7 +464,11 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
 }
 
 const xd_isa *xd_isa_avx2(void) {
-  static const xd_isa isa = {.name = "avx2", .affine_rows = any_rows, .affine_pack = pack, .affine_tile = any_tile};
+  static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2,
+                             .round_row = round_row,
+                             .affine_rows = any_rows,
+                             .affine_pack = pack,
+                             .affine_tile = any_tile};
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &isa
                                                                                                            : NULL;
 }

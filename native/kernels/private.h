@@ -80,9 +80,16 @@ typedef struct {
 /* Everything in float32: plain products and the operations of ops.h (floats.h, compiled once per instruction set). */
 typedef struct xd_floats xd_floats;
 
+#define XD_TINY 1e-30f /* a group that is nowhere larger counts as zeros: q_max / max would overflow */
+static inline float xd_q_max(const xd_affine *a) {
+  return a->two_digits ? 32639.0f : 127.0f;
+}
+
 typedef struct {
   const char *name;
   const xd_floats *floats;
+  /* A row of x to integers; `numbers` is room for padded_groups * group_size of them, aligned to 32 bytes as is q. */
+  void (*round_row)(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da);
   /* One row against num_out weight rows: y[num_out]. */
   void (*affine_rows)(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                       const xd_row *row, float *y);
@@ -109,8 +116,7 @@ static inline int64_t xd_q_index(int bits, int64_t k) {
   int64_t planes = bits == 8 ? 2 : 8 / bits, block = bits == 8 ? 32 : 32 * planes;
   return k / block * block + k % planes * (block / planes) + k % block / planes;
 }
-/* Round a row of x to integers (affine.c). */
-void xd_round_row(const xd_affine *a, const float *x, int8_t *q, float *d, float *da);
+
 
 struct xd_cpu {
   const xd_isa *isa;

@@ -24,7 +24,8 @@ typedef struct {
   int32_t *active; /* experts that have pairs */
   int num_active;
   int block_out, num_blocks;
-  float *widened; /* [num_threads, width] */
+  float *widened;   /* [num_threads, width] */
+  int16_t *numbers; /* [num_threads, padded width] */
   char *panels;   /* [num_threads, panel_bytes] */
   int64_t panel_bytes;
 } job;
@@ -52,6 +53,10 @@ static void *take(char *scratch, int64_t *at, int64_t bytes) {
   return taken;
 }
 
+static int64_t padded_width(const xd_affine *a) {
+  return (int64_t)a->padded_groups * a->group_size;
+}
+
 /* Lay a job out in its scratch; gives the bytes it takes. With scratch NULL only the bytes mean anything. */
 static int64_t lay_out(job *j, const xd_cpu *cpu, const xd_product *p) {
   char *scratch = p->scratch;
@@ -67,6 +72,7 @@ static int64_t lay_out(job *j, const xd_cpu *cpu, const xd_product *p) {
   j->starts = take(scratch, &at, ((int64_t)experts + 1) * 8);
   j->active = take(scratch, &at, (int64_t)experts * 4);
   j->widened = take(scratch, &at, (int64_t)threads * p->weight.width * 4);
+  j->numbers = take(scratch, &at, threads * padded_width(&j->a) * 2);
   j->panels = take(scratch, &at, threads * j->panel_bytes);
   return at;
 }
@@ -115,10 +121,11 @@ static void round_rows(const void *context, int64_t index, int thread) {
   const xd_product *p = j->p;
   int64_t width = p->weight.width, groups = j->a.padded_groups;
   float *x = j->widened + thread * width;
+  int16_t *numbers = j->numbers + thread * padded_width(&j->a);
   int64_t first = index * ROWS_PER_TASK, last = first + ROWS_PER_TASK;
   for (int64_t r = first; r < last && r < p->num_rows; r++) {
     xd_widen((const char *)p->x + (size_t)(r * width) * xd_itemsize(p->x_dtype), p->x_dtype, x, width);
-    xd_round_row(&j->a, x, j->q + r * j->a.q_bytes, j->d + r * groups, j->da + r * groups);
+    j->cpu->isa->round_row(&j->a, x, numbers, j->q + r * j->a.q_bytes, j->d + r * groups, j->da + r * groups);
   }
 }
 

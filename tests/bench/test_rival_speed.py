@@ -123,7 +123,7 @@ def test_llama_cpp_runs_beside_ours() -> None:
         pytest.skip("llama-cpp-python is not installed; `python -m expertd.bench.rival_speed` does that")
     python = rival_speed.interpreter(rival_speed.FOLDER)
     tokens = {"decode": 4, "prefill": 20}
-    report = rival_speed.measure(TINY, 1, VOCABULARY, Bits(), tokens, 1, ["auto"], python)
+    report = rival_speed.measure(TINY, 1, VOCABULARY, Bits(), tokens, 1, ["auto"], 8, python)
     assert {(row["kind"], row["name"]) for row in report["rows"]} == {
         (kind, name) for kind in tokens for name in ("expertd", "llama.cpp")
     }

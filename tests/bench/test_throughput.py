@@ -19,27 +19,29 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was opened and asked, in order, as "kernels ranks"."""
     seen: list[str] = []
 
-    def make(checkpoint: str, num_ranks: int, split: str, kernels: str) -> Any:
-        return SimpleNamespace(key=(kernels, num_ranks))
-
     @asynccontextmanager
-    async def open_group(group: Any) -> AsyncIterator[Any]:
-        seen.append(f"open {group.key[0]} {group.key[1]}")
-        yield SimpleNamespace(key=group.key, ready=SimpleNamespace(splits=["solo", "experts"]))
+    async def open_group(group: GroupConfig) -> AsyncIterator[Any]:
+        key = (group.kernels, group.num_ranks)
+        seen.append(f"open {group.kernels} {group.num_ranks}")
+        bits = group.activation_bits if group.kernels == "native" else 0
+        ready = SimpleNamespace(
+            splits=["solo", "experts"], kernels=group.kernels, activation_bits=bits, isa="avx2"
+        )
+        yield SimpleNamespace(key=key, ready=ready)
 
     async def ask(cluster: Any, request: dict[str, Any]) -> Any:
         seen.append(f"{cluster.key[0]} {cluster.key[1]}")
         speed = SPEEDS[cluster.key]
         return SimpleNamespace(completion_tokens=4, decode_tokens_per_s=speed, prefill_tokens_per_s=speed)
 
-    monkeypatch.setattr(throughput, "make_group", make)
     monkeypatch.setattr(throughput, "Cluster", SimpleNamespace(open=open_group))
     monkeypatch.setattr(throughput, "_ask", ask)
     return seen
 
 
 def rows_of(wanted: list[tuple[int, str]], kernels: list[str]) -> list[dict[str, Any]]:
-    return asyncio.run(throughput._measure("decode", "", wanted, kernels, {"max_tokens": 4}, 3))
+    groups = [GroupConfig("", kernels=name, activation_bits=8) for name in kernels]
+    return asyncio.run(throughput._measure("decode", groups, wanted, {"max_tokens": 4}, 3))
 
 
 def test_kernels_take_turns_and_are_compared_with_the_first(groups: list[str]) -> None:
@@ -73,7 +75,7 @@ def test_one_kernels_solo_is_measured_beside_the_splits_alone(
     assert [row["repeats"] for row in rows] == [3, 3] and "ratio_to_first" not in rows[0]
     machine = throughput.describe_machine()
     throughput._print({"machine": machine, "model": "m", "tokens": 4, "kind": "decode", "rows": rows})
-    assert "experts        2  native" in capsys.readouterr().out
+    assert "experts        2  native/8" in capsys.readouterr().out
 
 
 def test_the_table_says_what_the_second_kernels_are_of_the_first(
@@ -82,9 +84,10 @@ def test_the_table_says_what_the_second_kernels_are_of_the_first(
     rows = rows_of([], ["native", "mlx"])
     machine = throughput.describe_machine()
     throughput._print({"machine": machine, "model": "m", "tokens": 4, "kind": "decode", "rows": rows})
-    assert "0.0333x of solo by native" in capsys.readouterr().out
+    assert "0.0333x of solo by native/8" in capsys.readouterr().out
 
 
-def test_groups_are_made_with_their_kernels() -> None:
-    group = throughput.make_group("folder", 1, "auto", "auto")
-    assert isinstance(group, GroupConfig) and group.checkpoint == "folder"
+def test_each_rank_has_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "own_cores", lambda num_ranks: [3, 5][:num_ranks])
+    group = throughput.with_ranks(GroupConfig("folder", kernels="mlx"), 2, "experts")
+    assert (group.cpus, group.split, group.kernels) == (((3,), (5,)), "experts", "mlx")

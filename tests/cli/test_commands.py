@@ -40,6 +40,7 @@ def test_run_json_is_one_object(expertd: Expertd, tmp_path: Path) -> None:
         "decode_tokens_per_s": 10.0,
         "split": "experts",
         "ranks": 2,
+        "kernels": "mlx",
         "finish_reason": "stop",
     }
 

@@ -54,6 +54,8 @@ def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
         (["--logits", "/no/such/folder/l"], "--logits /no/such/folder/l: no folder /no/such/folder"),
         (["--link", "carrier"], "'carrier' is not one of"),
         (["--split", "heads"], "'heads' is not one of"),
+        (["--kernels", "cuda"], "'cuda' is not one of"),
+        (["--activation-bits", "4"], "'4' is not one of"),
         (["--temperature", "9"], "9.0 is not in the range"),
         (["--nope"], "No such option"),
         (["--stop"], "requires an argument"),
@@ -100,13 +102,15 @@ def test_quantize_checks_its_flags_and_says_what_next(
 def test_bench_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[object, ...]] = []
     fake = ModuleType("expertd.bench.throughput")
-    monkeypatch.setattr(fake, "run", lambda *args: calls.append(args), raising=False)
+    monkeypatch.setattr(fake, "run", lambda *args, **kernels: calls.append((*args, kernels)), raising=False)
     monkeypatch.setitem(sys.modules, "expertd.bench.throughput", fake)
     monkeypatch.setattr(bench, "find_model", lambda name: SimpleNamespace(folder=Path(name)))
-    flags = ["--ranks", "1,2", "--split", "experts", "--tokens", "9"]
+    flags = ["--ranks", "1,2", "--split", "experts", "--tokens", "9", "--kernels", "mlx"]
+    flags += ["--activation-bits", "8"]
     result = CliRunner().invoke(cli, ["bench", "decode", "demo", *flags])
     assert result.exit_code == 0, result.output
-    assert calls == [("decode", Path("demo"), [1, 2], ["experts"], 9, 5, None)]
+    kernels = {"kernels": ["mlx"], "activation_bits": 8, "name": ""}
+    assert calls == [("decode", Path("demo"), [1, 2], ["experts"], 9, 5, None, kernels)]
     for wrong in (["--ranks", "x"], ["--ranks", "9"], ["--split", "nope"], ["--json", "/no/such/f"]):
         result = CliRunner().invoke(cli, ["bench", "decode", "demo", *wrong])
         assert isinstance(result.exception, ConfigError) and wrong[1].split("/f")[0] in str(result.exception)

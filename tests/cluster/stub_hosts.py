@@ -7,6 +7,7 @@ from typing import Any
 
 from expertd.cluster.epoch import Layout
 from expertd.cluster.host_messages import (
+    PROTOCOL,
     Bye,
     Connect,
     HostAddress,
@@ -27,9 +28,9 @@ from expertd.errors import LinkDown
 from expertd.link.messages import LinkReport
 
 LO = HostAddress("lo", "loopback", "127.0.0.1", 8)
-FACTS = Loaded(1, "c" * 64, "f" * 64, "1.0", "cpu: x86_64", "float32")
+FACTS = Loaded(1, "c" * 64, "f" * 64, "1.0", "cpu: x86_64", "native", 16, "float32")
 WELCOME = Welcome("tiny", "c" * 64, "f" * 64, [], {"link": "auto"}, bytes(32))
-JOIN = Join(1, "0", "1.0", "b", [LO], 1, "")
+JOIN = Join(PROTOCOL, "0", "1.0", "b", [LO], 1, "")
 
 
 class StubCluster:

@@ -13,6 +13,7 @@ import expertd
 from expertd.cluster import member as member_module
 from expertd.cluster.epoch import EpochEnded
 from expertd.cluster.host_messages import (
+    PROTOCOL,
     Bye,
     Connect,
     Ended,
@@ -83,7 +84,7 @@ def but(kind: type, answer: Any) -> Callable[[Any], Any]:
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        ({"protocol": 99}, ("protocol 99", "has 1")),
+        ({"protocol": 99}, ("protocol 99", f"has {PROTOCOL}")),
         ({"version": "0.0.9"}, ("expertd 0.0.9", f"has {expertd.__version__}")),
         ({"mlx": "0.1"}, ("mlx 0.1", "has 1.0")),
     ],
@@ -107,6 +108,8 @@ def test_another_version_is_refused_with_both(change: dict[str, Any], names: tup
         ({"content_hash": "0" * 64}, ("0" * 64, "c" * 64)),
         ({"dtype": "bfloat16"}, ("bfloat16", "float32")),
         ({"architecture": "gpu: applegpu"}, ("gpu: applegpu", "cpu: x86_64", "alone (solo)")),
+        ({"kernels": "mlx"}, ("kernels is mlx", "leader's is native")),
+        ({"activation_bits": 8}, ("activation bits is 8", "leader's is 16")),
         ({"num_ranks": 4}, ("4 ranks", "has 5", "most is 4")),
     ],
 )

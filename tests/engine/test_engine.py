@@ -1,143 +1,16 @@
 """The engine without a model: what it plans, in which order, and what it tells of each request."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
 import pytest
 
-from expertd.engine.engine import Engine
-from expertd.engine.messages import (
-    Cancel,
-    Done,
-    Failed,
-    Message,
-    Observe,
-    Rejected,
-    Started,
-    Submit,
-    Token,
-)
-from expertd.engine.plan import Plan, WindowsPlan
-from expertd.engine.runner import Runner
-from expertd.engine.text import Tokenizer
-from expertd.errors import ConfigError, LinkDown
-
-END = 256
-VOCAB = 257
-CONTEXT = 64
-
-
-class ByteTokenizer:
-    """One token per byte, and the end."""
-
-    end_ids = frozenset({END})
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        if not messages:
-            raise ConfigError("messages: none")
-        return [i for m in messages for i in self.encode(f"{m['role']}:{m['content']}\n")]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i != END).decode(errors="replace")
-
-
-class ScriptedRunner:
-    """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises."""
-
-    def __init__(self, scripts: dict[str, list[int]]) -> None:
-        self.plans: list[Plan] = []
-        self.caches: dict[int, list[int]] = {}
-        self.scripts = scripts
-        self.before_step: Callable[[Plan], None] = lambda plan: None
-        self.before_windows: Callable[[WindowsPlan], None] = lambda plan: None
-
-    def lead(self, plan: Plan) -> mx.array | None:
-        self.before_step(plan)
-        self.plans.append(plan)
-        for sequence_id in plan.released:
-            del self.caches[sequence_id]
-        assert plan.is_new == (plan.sequence_id not in self.caches)
-        tokens = self.caches.setdefault(plan.sequence_id, [])
-        tokens += plan.tokens
-        assert plan.tokens and len(plan.tokens) <= (1 if plan.decode else CONTEXT)
-        return self._logits(tokens) if plan.decode else None
-
-    def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Any]:
-        self.before_windows(plan)
-        tokens = mx.array(plan.windows)
-        ids = mx.zeros((*tokens.shape, 2), dtype=mx.uint32)
-        return tokens[..., None] * mx.ones(VOCAB), SimpleNamespace(
-            hidden={0: tokens[..., None].astype(mx.bfloat16), 1: tokens[..., None] + 0.5}, experts={1: ids}
-        )
-
-    def _logits(self, tokens: list[int]) -> mx.array:
-        text = bytes(t for t in tokens if t != END)
-        prompt = next((p for p in self.scripts if text.startswith(p.encode())), None)
-        if prompt is None:
-            return mx.zeros(VOCAB)
-        chosen = self.scripts[prompt][len(tokens) - len(prompt.encode())]
-        return mx.where(mx.arange(VOCAB) == chosen, 5.0, 0.0)
-
-
-class Bench:
-    """An engine with everything around it, and its events by request."""
-
-    def __init__(
-        self, split: str = "auto", shares: tuple[float, ...] = (1.0,), prefill_chunk: int = 512
-    ) -> None:
-        self.scripts: dict[str, list[int]] = {}
-        self.events: list[Message] = []
-        self.engine = Engine(
-            tokenizer=cast(Tokenizer, ByteTokenizer()),
-            context_length=CONTEXT,
-            splits=["solo", "experts", "tokens"],
-            prefill_chunk=prefill_chunk,
-            send=self.events.append,
-        )
-        self.begin(split, shares)
-
-    def begin(self, split: str = "auto", shares: tuple[float, ...] = (1.0,)) -> None:
-        """A new epoch, with a runner that has no caches."""
-        self.runner = ScriptedRunner(self.scripts)
-        self.engine.begin(cast(Runner, self.runner), split, shares)
-
-    def ask(self, request_id: str, prompt: str, reply: str | list[int] | None = None, **options: Any) -> None:
-        if reply is not None:
-            self.scripts[prompt] = [*reply.encode(), END] if isinstance(reply, str) else reply
-        self.engine.take(Submit(request_id, prompt=prompt, **options))
-
-    def finish(self, max_steps: int = 300) -> None:
-        """Step until nothing is left to do."""
-        for _ in range(max_steps):
-            num_plans, num_events = len(self.runner.plans), len(self.events)
-            self.engine.step()
-            if (len(self.runner.plans), len(self.events)) == (num_plans, num_events):
-                return
-        raise AssertionError("the engine does not come to an end")
-
-    def of(self, request_id: str) -> list[Any]:
-        return [e for e in self.events if cast(Any, e).request_id == request_id]
-
-    def text(self, request_id: str) -> str:
-        return "".join(e.text for e in self.of(request_id) if isinstance(e, Token))
-
-    def ids(self, request_id: str) -> list[int]:
-        return [i for e in self.of(request_id) if isinstance(e, Token) for i in e.token_ids]
-
-    def done(self, request_id: str) -> Done:
-        assert isinstance(self.of(request_id)[-1], Done)
-        return cast(Done, self.of(request_id)[-1])
-
-
-def shape(plan: Plan) -> tuple[int, int, bool, bool, str]:
-    return plan.sequence_id, len(plan.tokens), plan.is_new, plan.decode, plan.split.name
+from expertd.engine.messages import Cancel, Done, Failed, Observe, Rejected, Started, Submit, Token
+from expertd.engine.plan import WindowsPlan
+from expertd.errors import LinkDown
+from tests.engine.scripted import CONTEXT, END, VOCAB, Bench, break_off, sequences, shape
 
 
 def test_chunks_of_prefill_then_decode() -> None:
@@ -152,7 +25,7 @@ def test_chunks_of_prefill_then_decode() -> None:
         (1, 1, False, True, "experts"),
         (1, 1, False, True, "experts"),
     ]
-    assert bytes(t for p in bench.runner.plans for t in p.tokens) == b"ten tokensok"
+    assert bytes(t for p in bench.runner.plans for t in p.tokens[0]) == b"ten tokensok"
     assert [type(e) for e in bench.events] == [Started, Token, Token, Token, Done]
     assert bench.events[0] == Started("r", 10)
     assert bench.text("r") == "ok"
@@ -171,15 +44,16 @@ def test_prompt_of_one_token_needs_no_prefill() -> None:
 
 
 def test_one_after_another_and_caches_are_released() -> None:
-    bench = Bench()
+    bench = Bench(max_streams=1)
     for name in ("a", "b", "c"):
         bench.ask(name, f"prompt {name}", name * 2)
     bench.finish()
-    assert [p.sequence_id for p in bench.runner.plans] == sorted(p.sequence_id for p in bench.runner.plans)
+    order = [i for p in bench.runner.plans for i in p.sequence_ids]
+    assert order == sorted(order)
     assert [bench.text(name) for name in "abc"] == ["aa", "bb", "cc"]
-    released = {p.sequence_id: p.released for p in bench.runner.plans if p.is_new}
+    released = {p.sequence_ids[0]: p.released for p in bench.runner.plans if p.started}
     assert released == {1: [], 2: [1], 3: [2]}
-    assert not any(p.released for p in bench.runner.plans if not p.is_new)
+    assert not any(p.released for p in bench.runner.plans if not p.started)
     assert list(bench.runner.caches) == [3]
 
 
@@ -276,7 +150,7 @@ def test_cancel_before_it_began() -> None:
 
 @pytest.mark.parametrize("prefilling", [True, False])
 def test_cancel_while_running(prefilling: bool) -> None:
-    bench = Bench(prefill_chunk=4)
+    bench = Bench(prefill_chunk=4, max_streams=1)
     bench.ask("r", "ten tokens", "a long reply")
     bench.ask("next", "other", "x")
     for _ in range(2 if prefilling else 5):
@@ -284,7 +158,7 @@ def test_cancel_while_running(prefilling: bool) -> None:
     num_plans = len(bench.runner.plans)
     bench.engine.take(Cancel("r"))
     bench.finish()
-    assert {p.sequence_id for p in bench.runner.plans[num_plans:]} == {2}
+    assert sequences(bench.runner.plans[num_plans:]) == {2}
     assert bench.runner.plans[num_plans].released == [1]
     assert bench.done("r").finish_reason == "cancelled"
     assert bench.done("r").completion_tokens == (0 if prefilling else 2)
@@ -300,7 +174,7 @@ def test_cancel_while_another_runs() -> None:
     bench.finish()
     assert bench.text("first") == "reply"
     assert bench.done("second").finish_reason == "cancelled"
-    assert {p.sequence_id for p in bench.runner.plans} == {1}
+    assert sequences(bench.runner.plans) == {1}
 
 
 def test_seed_is_reproducible_whatever_else_runs() -> None:
@@ -342,23 +216,6 @@ def test_idle_step_returns_and_takes_nothing() -> None:
     assert (bench.events, bench.runner.plans) == ([], [])
 
 
-def break_from(bench: Bench, num_plans: int) -> None:
-    """Let every step fail from the present epoch's plan number `num_plans` on."""
-
-    def before_step(plan: Plan) -> None:
-        if len(bench.runner.plans) >= num_plans:
-            raise LinkDown("rank 0, exchange 1 with rank 1: it is dead")
-
-    bench.runner.before_step = before_step
-
-
-def break_off(bench: Bench, num_plans: int) -> None:
-    """Step until that failure."""
-    break_from(bench, num_plans)
-    with pytest.raises(LinkDown):
-        bench.finish()
-
-
 def test_broken_epoch_ends_the_step_without_a_token() -> None:
     bench = Bench()
     bench.ask("r", "x", "y")
@@ -368,7 +225,7 @@ def test_broken_epoch_ends_the_step_without_a_token() -> None:
 
 @pytest.mark.parametrize("broken", [0, 1, 3, 4, 7])  # in the prompt, at its last token, in the answer
 def test_next_epoch_goes_on_with_the_next_token(broken: int) -> None:
-    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4)
+    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4, max_streams=1)
     bench.ask("r", "ten tokens", "a long reply")
     bench.ask("next", "other", "x")
     break_off(bench, broken)
@@ -379,10 +236,10 @@ def test_next_epoch_goes_on_with_the_next_token(broken: int) -> None:
     assert bench.text("r") == "a long reply"
     assert bench.text("next") == "x"
     assert [type(e) for e in bench.of("r")].count(Started) == 1
-    again = [p for p in bench.runner.plans if p.sequence_id == 1]
-    assert bytes(t for p in again for t in p.tokens) == b"ten tokensa long reply"
+    again = [p for p in bench.runner.plans if p.sequence_ids == [1]]
+    assert bytes(t for p in again for t in p.tokens[0]) == b"ten tokensa long reply"
     first_decode = next(i for i, p in enumerate(again) if p.decode)
-    assert [len(p.tokens) for p in again[:first_decode]] == [4] * ((num_known - 1) // 4) + (
+    assert [p.num_tokens for p in again[:first_decode]] == [4] * ((num_known - 1) // 4) + (
         [(num_known - 1) % 4] if (num_known - 1) % 4 else []
     )
     assert (bench.done("r").split, bench.done("r").ranks) == ("solo", 1)
@@ -406,7 +263,7 @@ def test_speeds_after_an_interruption() -> None:
     bench = Bench(shares=(0.5, 0.5))
     bench.ask("r", "ten tokens", "a long reply")
     break_off(bench, 5)
-    (sequence,) = bench.engine._waiting
+    (sequence,) = bench.engine._open
     started_at, first_token_at = sequence.started_at, sequence.first_token_at
     bench.begin()
     bench.finish()
@@ -419,10 +276,10 @@ def test_prompt_interrupted_before_its_first_token_is_measured_again() -> None:
     bench = Bench(prefill_chunk=4)
     bench.ask("r", "ten tokens", "y")
     break_off(bench, 2)
-    started_at = bench.engine._waiting[0].started_at
+    started_at = bench.engine._open[0].started_at
     bench.begin()
     bench.engine.step()
-    assert bench.engine._waiting[0].started_at > started_at
+    assert bench.engine._open[0].started_at > started_at
 
 
 def test_cancel_between_epochs() -> None:
@@ -435,7 +292,7 @@ def test_cancel_between_epochs() -> None:
     bench.finish()
     assert bench.done("r").finish_reason == "cancelled"
     assert bench.text("next") == "x"
-    assert {p.sequence_id for p in bench.runner.plans} == {2}
+    assert sequences(bench.runner.plans) == {2}
     assert bench.runner.plans[0].released == []  # this epoch has no cache of it
 
 
@@ -484,7 +341,7 @@ def test_splits_follow_the_configuration() -> None:
         bench = Bench(split=wanted, shares=(0.75, 0.25))
         bench.ask("r", "prompt", "ok")
         bench.finish()
-        assert {p.split.name for p in bench.runner.plans if len(p.tokens) > 1} == {prefill}
+        assert {p.split.name for p in bench.runner.plans if p.num_tokens > 1} == {prefill}
         assert {p.split.name for p in bench.runner.plans if p.decode} == {decode}
         assert {p.split.fractions for p in bench.runner.plans} == {(0.75, 0.25)}
         assert bench.done("r") == replace(bench.done("r"), split=decode, ranks=2)

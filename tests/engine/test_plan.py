@@ -10,10 +10,10 @@ from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
 PLANS = [
-    Plan(1, True, [1, 2, 3], False, StepSplit("tokens", (0.5, 0.5)), []),
-    Plan(2**40, False, [2**31], True, StepSplit("experts", (0.1, 0.2, 0.7)), [1, 2]),
-    Plan(3, True, list(range(512)), False, StepSplit("solo", (1.0,)), []),
-    Plan(4, False, [0], True, StepSplit("experts", (1 / 3, 1 / 3, 1 / 3)), []),
+    Plan([1], [[1, 2, 3]], False, StepSplit("tokens", (0.5, 0.5)), [1], []),
+    Plan([2**40], [[2**31]], True, StepSplit("experts", (0.1, 0.2, 0.7)), [], [1, 2]),
+    Plan([3], [list(range(512))], False, StepSplit("solo", (1.0,)), [3], []),
+    Plan([4, 5, 6], [[0], [7], [8]], True, StepSplit("experts", (1 / 3, 1 / 3, 1 / 3)), [], []),
 ]
 
 
@@ -28,7 +28,9 @@ def test_round_trip(plan: Plan | WindowsPlan) -> None:
 
 def test_frame_of_a_whole_prefill_chunk_fits_a_slot() -> None:
     """GroupConfig's defaults: 512 tokens of at most five bytes each, 1 MiB."""
-    assert len(Plan(1, True, [2**31] * 512, False, StepSplit("tokens", (0.25,) * 4), []).encode()) < 1 << 20
+    assert (
+        len(Plan([1], [[2**31] * 512], False, StepSplit("tokens", (0.25,) * 4), [1], []).encode()) < 1 << 20
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_other_fields_are_refused(change: dict[str, object]) -> None:
 
 
 def test_missing_fields_are_refused() -> None:
-    for name in ("sequence_id", "is_new", "tokens", "decode", "split", "released"):
+    for name in ("sequence_ids", "tokens", "decode", "split", "started", "released"):
         values = msgpack.unpackb(PLANS[0].encode())
         del values[name]
         with pytest.raises(RemoteProtocolError):

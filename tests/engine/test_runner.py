@@ -14,9 +14,11 @@ from expertd.split.cut import StepSplit
 
 SPLIT = StepSplit("experts", (0.5, 0.5))
 PLANS = [
-    Plan(1, True, [5, 6, 7], False, SPLIT, []),
-    Plan(1, False, [8], True, SPLIT, []),
-    Plan(2, True, [9], True, SPLIT, [1]),
+    Plan([1], [[5, 6, 7]], False, SPLIT, [1], []),
+    Plan([1], [[8]], True, SPLIT, [], []),
+    Plan([2], [[9]], True, SPLIT, [2], []),
+    Plan([2, 1], [[10], [11]], True, SPLIT, [], []),
+    Plan([2], [[12]], True, SPLIT, [], [1]),
 ]
 
 
@@ -35,9 +37,11 @@ class FakeModel:
         cache += tokens
         self.splits.append(split)
 
-    def decode(self, token: int, cache: list[int], split: StepSplit) -> mx.array:
-        self.prefill([token], cache, split)
-        return mx.array([token + 1.0])
+    def decode(self, tokens: list[int], caches: list[list[int]], split: StepSplit) -> mx.array:
+        for token, cache in zip(tokens, caches, strict=True):
+            cache.append(token)
+        self.splits.append(split)
+        return mx.array([[token + 1.0] for token in tokens])
 
     def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, str]:
         self.splits.append(split)
@@ -71,13 +75,15 @@ def make(num_ranks: int = 2, frames: list[bytes | None] | None = None) -> tuple[
 def test_leader_and_follower_do_the_same() -> None:
     leader, led, box = make()
     logits = [leader.lead(plan) for plan in PLANS]
-    assert [x.tolist() if x is not None else None for x in logits] == [None, [9.0], [10.0]]
+    assert [x.tolist() if x is not None else None for x in logits] == [
+        None, [[9.0]], [[10.0]], [[11.0], [12.0]], [[13.0]],
+    ]  # fmt: skip
     assert [decode_plan(frame) for frame in box.sent] == PLANS
     follower, followed, _ = make(frames=[None, *box.sent, None])
     for _ in range(len(PLANS) + 2):
         follower.follow()
-    assert followed.caches == led.caches == [[5, 6, 7, 8], [9]]
-    assert followed.splits == led.splits == [SPLIT] * 3
+    assert followed.caches == led.caches == [[5, 6, 7, 8, 11], [9, 10, 12]]
+    assert followed.splits == led.splits == [SPLIT] * len(PLANS)
 
 
 def test_windows_need_no_cache() -> None:

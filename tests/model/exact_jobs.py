@@ -9,16 +9,16 @@ import mlx.core as mx
 import numpy as np
 
 from expertd.checkpoint.config import normalise_config, read_config
+from expertd.config import ACTIVATION_BITS
 from expertd.link.mailbox import Mailbox
 from expertd.model.exchange import Link
+from expertd.model.kernels import open_kernels
 from expertd.model.model import Model
 from expertd.split.cut import StepSplit
 
-# Both prompts times top-k are beyond SwitchGLU's sort threshold. The demo model gets fewer cases because MLX's CPU
-# kernels take 65 ms for a token of it at 2 bits.
+# Both prompts times top-k are beyond SwitchGLU's sort threshold.
 PROMPT = [(7 * i * i + 3 * i + 11) % 250 for i in range(37)]
 CHUNKS = {"one chunk": [37], "several": [20, 1, 13, 3]}
-DEMO_CHUNKS = {"several": [17, 1, 3]}
 SHARES: dict[int, list[tuple[float, ...]]] = {
     1: [(1.0,)],
     2: [(0.5, 0.5), (0.7, 0.3), (0.0, 1.0)],
@@ -28,15 +28,15 @@ SHARES: dict[int, list[tuple[float, ...]]] = {
 NUM_DECODED = 4
 
 
-def run(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str, str]]:
+def run(mailbox: Mailbox, checkpoints: list[str], kernels: str = "native") -> dict[str, dict[str, str]]:
     """Digests by checkpoint and by "split shares chunks"; solo is computed beside the splits."""
     link = mailbox if mailbox.num_ranks > 1 else None
-    return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS) for folder in checkpoints}
+    return {folder: _all_splits(mailbox, link, Path(folder), CHUNKS, kernels) for folder in checkpoints}
 
 
 def run_briefly(mailbox: Mailbox, checkpoint: str) -> dict[str, str]:
     """One case of each split, for where every exchange takes long."""
-    model = Model(Path(checkpoint), normalise_config(read_config(Path(checkpoint))))
+    model = _load(Path(checkpoint), mailbox.rank, "native")
     model.attach(mailbox)
     shares = SHARES[mailbox.num_ranks][0]
     splits = [StepSplit(name, (1.0,) if name == "solo" else shares) for name in model.splits]
@@ -48,18 +48,24 @@ def run_over_mlx(mailbox: Mailbox, checkpoints: list[str]) -> dict[str, dict[str
     from expertd.model.mlx_link import gather_over, open_ring
 
     link, chunks = open_ring(mailbox.rank, gather_over(mailbox)), {"several": CHUNKS["several"]}
-    return {folder: _all_splits(mailbox, link, Path(folder), chunks) for folder in checkpoints}
+    return {folder: _all_splits(mailbox, link, Path(folder), chunks, "native") for folder in checkpoints}
+
+
+def _load(folder: Path, rank: int, kernels: str) -> Model:
+    """Ranks may have unlike numbers of threads."""
+    config = normalise_config(read_config(folder))
+    return Model(folder, config, kernels=open_kernels(kernels, ACTIVATION_BITS, num_threads=1 + rank % 2))
 
 
 def _all_splits(
-    mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]]
+    mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]], kernels: str
 ) -> dict[str, str]:
-    model = Model(folder, normalise_config(read_config(folder)))
+    model = _load(folder, mailbox.rank, kernels)
     model.attach(link)
     digests = {}
     for name in model.splits if link else ["solo"]:
         for fractions in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
-            for label, chunks in (DEMO_CHUNKS if "demo" in folder.name else cases).items():
+            for label, chunks in cases.items():
                 digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
                 digests[f"{name} {fractions} {label}"] = digest
     return digests

@@ -78,7 +78,7 @@ def _link() -> Any:
 
 def test_another_mlx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(module._exchange, "built_for_mlx", "0.1.2")
+        patch.setattr(module._graph, "built_for_mlx", "0.1.2")
         with pytest.raises(ConfigError, match=r"compiled for mlx 0\.1\.2 but mlx .* is installed\. Run `pip"):
             importlib.reload(module)
     importlib.reload(module)

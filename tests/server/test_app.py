@@ -263,7 +263,7 @@ def test_models_and_health(tmp_path: Path) -> None:
         assert body.pop("group") == cluster.describe()
         assert body.pop("hosts") is None
         known = {"status": "ok", "model": "demo", "ranks": 1, "split": "auto", "context_length": 5000}
-        assert body == known
+        assert body == known | {"kernels": {"name": "mlx"}}
 
     with_app(tmp_path, test)
 

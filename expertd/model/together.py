@@ -1,0 +1,108 @@
+"""Several sequences in one step, each with a cache of its own.
+
+Theory of operation. What a decode step computes for a token is rows through matrices, which are the same for every
+sequence, and attention over what the sequence has said so far, which is not. So rows go through the model together,
+one per sequence, and the model's attention meets a cache that is really several: `Together`. What it fetches from it
+is one array per sequence, `Ragged`, and attention is computed for each sequence by itself; then rows are together
+again. Caches stay as mlx-lm makes them: a sequence joins or leaves between two steps without a copy, and each can be
+cut back, stored or thrown away by itself.
+
+Families with latent attention (DeepSeek's) compute with the keys on the way to attention. They meet `Padded`: one
+array, filled up to the longest sequence, whose padding a mask hides. Their latents are small, so the copy is.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+
+class Ragged:
+    """One array [1, ...] per sequence, where a model's attention expects one [num_sequences, ...]."""
+
+    def __init__(self, parts: list[mx.array]) -> None:
+        self.parts = parts
+
+
+class Together:
+    """The caches that several sequences have of one layer, as the one that the layer asks for a token of each.
+
+    Keys and values (KVCache, RotatingKVCache, ...), states of recurrent layers (ArraysCache), and lists of these.
+    """
+
+    def __init__(self, caches: list[Any]) -> None:
+        self._caches = caches
+
+    @property
+    def offset(self) -> mx.array:
+        """How many tokens each sequence has, int32 [num_sequences]."""
+        return mx.array([cache.offset for cache in self._caches], dtype=mx.int32)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+        pairs = [c.update_and_fetch(keys[i : i + 1], values[i : i + 1]) for i, c in enumerate(self._caches)]
+        return Ragged([k for k, _ in pairs]), Ragged([v for _, v in pairs])
+
+    def make_mask(self, num_tokens: int, **options: Any) -> Ragged | None:
+        masks = [cache.make_mask(num_tokens, **options) for cache in self._caches]
+        return None if all(mask is None for mask in masks) else Ragged(masks)
+
+    # A recurrent layer's.
+
+    lengths = None  # no padding
+
+    def __getitem__(self, index: int) -> Any:
+        parts = [cache[index] for cache in self._caches]
+        if all(isinstance(part, mx.array) for part in parts):
+            return mx.concatenate(parts)
+        return None if all(part is None for part in parts) else Together(parts)
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        for i, cache in enumerate(self._caches):
+            cache[index] = value[i : i + 1]
+
+    def advance(self, num_tokens: int) -> None:
+        for cache in self._caches:
+            cache.advance(num_tokens)
+
+
+class Padded(Together):
+    """As Together, with keys and values of all sequences in one array, and a mask [num_sequences, 1, 1, num_keys]."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        ragged = super().update_and_fetch(keys, values)
+        longest = max(part.shape[2] for part in ragged[0].parts)
+        return tuple(
+            mx.concatenate([_pad(part, longest - part.shape[2]) for part in each.parts]) for each in ragged
+        )
+
+    def make_mask(self, num_tokens: int, **options: Any) -> Any:
+        ends = [cache.offset + num_tokens for cache in self._caches]
+        return mx.arange(max(ends)) < mx.array(ends)[:, None, None, None]
+
+
+def _pad(part: mx.array, num_keys: int) -> mx.array:
+    return mx.pad(part, [(0, 0), (0, 0), (0, num_keys), (0, 0)]) if num_keys else part
+
+
+@contextmanager
+def ragged_attention() -> Iterator[None]:
+    """Meanwhile mx.fast's attention takes Ragged keys, values and masks, and attends for each sequence by itself."""
+    stock = mx.fast.scaled_dot_product_attention
+
+    def attend(queries: mx.array, keys: Any, values: Any, *, mask: Any = None, **options: Any) -> mx.array:
+        if not isinstance(keys, Ragged):
+            return stock(queries, keys, values, mask=mask, **options)
+        masks = mask.parts if isinstance(mask, Ragged) else [mask] * len(keys.parts)
+        return mx.concatenate(
+            [
+                stock(queries[i : i + 1], k, v, mask=m, **options)
+                for i, (k, v, m) in enumerate(zip(keys.parts, values.parts, masks, strict=True))
+            ]
+        )
+
+    mx.fast.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        mx.fast.scaled_dot_product_attention = stock

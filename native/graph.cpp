@@ -1,0 +1,75 @@
+// graph.cpp: the MLX extension: the module itself, and memory for its operations.
+
+#include "graph.h"
+
+#include <cstring>
+
+#include "mlx/allocator.h"
+#include "mlx/version.h"
+
+namespace xd {
+
+namespace {
+
+// Where a row of `a`, all axes but the last, begins, counted in elements.
+struct Rows {
+  mx::Shape shape;
+  mx::Strides strides;
+
+  explicit Rows(const mx::array& a) : shape(a.shape()), strides(a.strides()) {
+    shape.pop_back();
+    strides.pop_back();
+  }
+
+  int64_t offset(int64_t row) const {
+    int64_t sum = 0;
+    for (size_t axis = shape.size(); axis-- > 0; row /= shape[axis]) sum += row % shape[axis] * strides[axis];
+    return sum;
+  }
+};
+
+void copy_row(const char* from, char* to, int64_t count, int64_t stride, int64_t size) {
+  if (stride == 1)
+    std::memcpy(to, from, count * size);
+  else
+    for (int64_t i = 0; i < count; i++) std::memcpy(to + i * size, from + i * stride * size, size);
+}
+
+}  // namespace
+
+mx::array dense(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
+  if (a.flags().row_contiguous || a.size() == 0) return a;
+  mx::array copy(a.shape(), a.dtype(), nullptr, {});
+  copy.set_data(mx::allocator::malloc(copy.nbytes()));
+  encoder.add_temporary(copy);
+  const int64_t width = a.shape(-1), num_rows = a.size() / width;
+  encoder.dispatch([from = a.data<char>(), to = copy.data<char>(), rows = Rows(a), num_rows, width,
+                    stride = a.strides(-1), size = static_cast<int64_t>(a.itemsize())]() {
+    for (int64_t i = 0; i < num_rows; i++)
+      copy_row(from + rows.offset(i) * size, to + i * width * size, width, stride, size);
+  });
+  return copy;
+}
+
+void* scratch(size_t bytes, mx::cpu::CommandEncoder& encoder) {
+  if (bytes == 0) return nullptr;
+  const uintptr_t alignment = 64;
+  mx::array memory({0}, mx::uint8, nullptr, {});
+  memory.set_data(mx::allocator::malloc(bytes + alignment));
+  encoder.add_temporary(memory);
+  const auto start = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
+  return reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment);
+}
+
+}  // namespace xd
+
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+NB_MODULE(_graph, m) {
+  m.doc() = "Operations of the MLX graph: the exchange between ranks, and the CPU kernels.";
+  m.attr("built_for_mlx") =
+      TEXT(MLX_VERSION_MAJOR) "." TEXT(MLX_VERSION_MINOR) "." TEXT(MLX_VERSION_PATCH);
+  xd::bind_exchange(m);
+  xd::bind_kernels(m);
+}

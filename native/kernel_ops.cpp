@@ -1,0 +1,556 @@
+// kernel_ops.cpp: the CPU kernels (kernels/kernels.h and ops.h) as operations of the MLX graph.
+//
+// Theory of operation. As with the exchange, functions come as integers and this module links to nothing of
+// ours. Everything that can be wrong is refused where the graph is built; nothing fails when it is computed. A
+// node's constants are a kernel's struct with its pointers still empty: evaluation makes the inputs as dense as the kernel
+// needs them, takes memory for the result and for scratch, fills the pointers and strides in and sends the struct to the
+// stream's thread. MLX keeps inputs, outputs and the encoder's temporaries until that has run.
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+
+#include "graph.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/common/utils.h"
+#include "mlx/utils.h"
+
+extern "C" {
+#include "kernels/kernels.h"
+#include "kernels/ops.h"
+}
+
+namespace xd {
+
+namespace {
+
+using Addresses = std::map<std::string, uintptr_t>;
+
+// The functions of a xd_cpu; `cpu` must live until the last graph has run.
+struct Kernels {
+  xd_cpu* cpu;
+  decltype(&xd_product_scratch) product_scratch;
+  decltype(&xd_product_run) product_run;
+  decltype(&xd_norm_run) norm_run;
+  decltype(&xd_rope_scratch) rope_scratch;
+  decltype(&xd_rope_run) rope_run;
+  decltype(&xd_glu_run) glu_run;
+  decltype(&xd_attention_scratch) attention_scratch;
+  decltype(&xd_attention_run) attention_run;
+
+  Kernels(uintptr_t address, const Addresses& functions) : cpu(reinterpret_cast<xd_cpu*>(address)) {
+    take(product_scratch, functions, "xd_product_scratch");
+    take(product_run, functions, "xd_product_run");
+    take(norm_run, functions, "xd_norm_run");
+    take(rope_scratch, functions, "xd_rope_scratch");
+    take(rope_run, functions, "xd_rope_run");
+    take(glu_run, functions, "xd_glu_run");
+    take(attention_scratch, functions, "xd_attention_scratch");
+    take(attention_run, functions, "xd_attention_run");
+  }
+
+ private:
+  template <typename F>
+  static void take(F& function, const Addresses& functions, const char* name) {
+    function = reinterpret_cast<F>(functions.at(name));
+  }
+};
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+int format_of(const char* what, const mx::array& a) {
+  if (a.dtype() == mx::float32) return XD_FLOAT32;
+  if (a.dtype() == mx::float16) return XD_FLOAT16;
+  if (a.dtype() == mx::bfloat16) return XD_BFLOAT16;
+  refuse(what, " is ", a.dtype(), ", wanted float32, float16 or bfloat16");
+}
+
+mx::Dtype dtype_of(int format) {
+  return format == XD_FLOAT32 ? mx::float32 : format == XD_FLOAT16 ? mx::float16 : mx::bfloat16;
+}
+
+int promote(int a, int b) {
+  return a == b ? a : XD_FLOAT32;
+}
+
+// An operation that a kernel computes on the CPU; its result has its memory when `run` is called, and is not empty.
+class KernelOp : public mx::Primitive {
+ public:
+  explicit KernelOp(const Kernels& kernels)
+      : mx::Primitive(mx::default_stream(mx::Device::cpu)), kernels_(kernels) {}
+
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    allocate(outputs[0]);
+    if (outputs[0].size() != 0) run(inputs, outputs[0], mx::cpu::get_command_encoder(stream()));
+  }
+
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
+    throw std::runtime_error(std::string(name()) + ": runs on a CPU stream only");
+  }
+
+ protected:
+  virtual void allocate(mx::array& out) {
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+  }
+  virtual void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) = 0;
+
+  template <typename Function, typename Arguments>
+  void dispatch(Function run, const Arguments& arguments, mx::cpu::CommandEncoder& encoder) {
+    encoder.dispatch([run, cpu = kernels_.cpu, arguments]() { run(cpu, &arguments); });
+  }
+
+  const Kernels kernels_;
+};
+
+// y = x @ w.T, gathered over experts when there are ids. Inputs: x, weight, scales and biases if affine, ids if any.
+class Product : public KernelOp {
+ public:
+  Product(const Kernels& kernels, const xd_product& product, bool gathers)
+      : KernelOp(kernels), product_(product), gathers_(gathers) {}
+
+  const char* name() const override {
+    return "Product";
+  }
+
+ protected:
+  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+    xd_product p = product_;
+    const auto pointer = [&](size_t i) { return dense(in[i], encoder).data<void>(); };
+    size_t i = 0;
+    p.x = pointer(i++);
+    p.weight.data = pointer(i++);
+    if (p.weight.bits) {
+      p.weight.scales = pointer(i++);
+      p.weight.biases = pointer(i++);
+    }
+    if (gathers_) p.ids = static_cast<const uint32_t*>(pointer(i++));
+    p.y = out.data<void>();
+    p.scratch = scratch(kernels_.product_scratch(kernels_.cpu, &p), encoder);
+    dispatch(kernels_.product_run, p, encoder);
+  }
+
+ private:
+  const xd_product product_;
+  const bool gathers_;
+};
+
+struct Affine {
+  mx::array scales, biases;
+  int group_size, bits;
+};
+
+// Check a weight [num_out, packed width] or, when gathered over, [num_experts, num_out, packed width].
+xd_weight weight_of(const mx::array& weight, const std::optional<Affine>& affine, bool gathers) {
+  if (weight.ndim() != (gathers ? 3u : 2u))
+    refuse("product: weight is ", weight.shape(), ", wanted ", gathers ? 3 : 2, " axes");
+  xd_weight w{};
+  w.num_experts = gathers ? weight.shape(0) : 1;
+  w.num_out = weight.shape(-2);
+  w.width = weight.shape(-1);
+  if (!affine) {
+    w.dtype = format_of("product: weight", weight);
+  } else {
+    w.bits = affine->bits;
+    w.group_size = affine->group_size;
+    if (w.bits != 2 && w.bits != 4 && w.bits != 8) refuse("product: ", w.bits, " bits, wanted 2, 4 or 8");
+    if (w.group_size != 32 && w.group_size != 64 && w.group_size != 128)
+      refuse("product: groups of ", w.group_size, ", wanted 32, 64 or 128");
+    if (weight.dtype() != mx::uint32) refuse("product: packed weight is ", weight.dtype(), ", wanted uint32");
+    w.width *= 32 / w.bits;
+    w.dtype = format_of("product: scales", affine->scales);
+    mx::Shape groups = weight.shape();
+    groups.back() = w.width / w.group_size;
+    if (w.width % w.group_size || affine->scales.shape() != groups || affine->biases.shape() != groups ||
+        affine->biases.dtype() != affine->scales.dtype())
+      refuse("product: weight ", weight.shape(), " of ", w.bits, " bits in groups of ", w.group_size, " with scales ",
+             affine->scales.shape(), " ", affine->scales.dtype(), " and biases ", affine->biases.shape(), " ",
+             affine->biases.dtype());
+  }
+  if (w.num_experts < 1 || w.num_out < 1 || w.width < 1) refuse("product: weight ", weight.shape(), " is empty");
+  return w;
+}
+
+int64_t size_of(const mx::Shape& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
+}
+
+// Bring x [..., m, width] and ids to rows and ids as xd_product has them, and give its ids_per_row; `shape` becomes that
+// of the result but for its last axis. All other forms that mx::gather_mm takes are broadcast here.
+int match_ids(mx::array& x, mx::array& ids, mx::Shape& shape) {
+  if (ids.dtype() != mx::uint32 && ids.dtype() != mx::int32)
+    refuse("product: ids are ", ids.dtype(), ", wanted uint32 or int32");
+  if (x.ndim() < 2 || ids.ndim() < 1) refuse("product: x is ", x.shape(), " with ids ", ids.shape());
+  const mx::Shape batch(x.shape().begin(), x.shape().end() - 2);
+  const auto m = x.shape(-2), width = x.shape(-1);
+  shape = mx::broadcast_shapes(batch, ids.shape());
+  const int64_t num_ids = size_of(shape), num_rows = size_of(batch), k = shape.back();
+  shape.insert(shape.end(), {m, width});
+  if (m == 1 && static_cast<int64_t>(ids.size()) == num_ids) {
+    if (num_rows == num_ids) return 1;
+    if ((batch.empty() || batch.back() == 1) && num_rows * k == num_ids) return k;
+  }
+  x = mx::broadcast_to(x, shape);
+  ids = mx::broadcast_to(mx::expand_dims(ids, -1), mx::Shape(shape.begin(), shape.end() - 1));
+  return 1;
+}
+
+mx::array product(const Kernels& kernels, mx::array x, const mx::array& weight,
+                  const std::optional<Affine>& affine, std::optional<mx::array> ids, int activation_bits) {
+  xd_product p{};
+  p.weight = weight_of(weight, affine, ids.has_value());
+  if (activation_bits != 8 && activation_bits != 16)
+    refuse("product: activations of ", activation_bits, " bits, wanted 8 or 16");
+  p.activation_bits = activation_bits;
+  p.x_dtype = format_of("product: x", x);
+  p.y_dtype = promote(p.x_dtype, p.weight.dtype);
+  p.ids_per_row = 1;
+  if (x.ndim() < 1 || x.shape(-1) != p.weight.width)
+    refuse("product: x is ", x.shape(), ", wanted rows of ", p.weight.width);
+  mx::Shape shape = x.shape();
+  if (ids) p.ids_per_row = match_ids(x, *ids, shape);
+  shape.back() = p.weight.num_out;
+  p.num_rows = x.size() / p.weight.width;
+  std::vector<mx::array> inputs = {std::move(x), weight};
+  if (affine) inputs.insert(inputs.end(), {affine->scales, affine->biases});
+  if (ids) inputs.push_back(std::move(*ids));
+  return mx::array(shape, dtype_of(p.y_dtype), std::make_shared<Product>(kernels, p, ids.has_value()),
+                   std::move(inputs));
+}
+
+mx::array affine_product(const Kernels& kernels, const mx::array& x, const mx::array& weight,
+                         const mx::array& scales, const mx::array& biases, std::optional<mx::array> ids,
+                         int group_size, int bits, int activation_bits) {
+  return product(kernels, x, weight, Affine{scales, biases, group_size, bits}, std::move(ids), activation_bits);
+}
+
+mx::array plain_product(const Kernels& kernels, const mx::array& x, const mx::array& weight,
+                        std::optional<mx::array> ids) {
+  return product(kernels, x, weight, std::nullopt, std::move(ids), 16);
+}
+
+// Arrays whose last axis is contiguous, and those whose other axes are besides one sequence of rows.
+
+mx::array with_contiguous_rows(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
+  return a.shape(-1) == 1 || a.strides(-1) == 1 ? a : dense(a, encoder);
+}
+
+// The distance from row to row; none if it is not the same everywhere.
+std::optional<int64_t> row_stride(const mx::array& a) {
+  if (a.shape(-1) != 1 && a.strides(-1) != 1) return std::nullopt;
+  std::optional<int64_t> stride;
+  int64_t next = 0;
+  for (int axis = static_cast<int>(a.ndim()) - 2; axis >= 0; axis--) {
+    if (a.shape(axis) == 1) continue;
+    if (stride && a.strides(axis) != next) return std::nullopt;
+    if (!stride) stride = a.strides(axis);
+    next = a.strides(axis) * a.shape(axis);
+  }
+  return stride.value_or(a.shape(-1));
+}
+
+// Give the rows' address and set the distance between them.
+const void* rows_of(const mx::array& a, int64_t& stride, mx::cpu::CommandEncoder& encoder) {
+  const auto found = row_stride(a);
+  stride = found.value_or(a.shape(-1));
+  return (found ? a : dense(a, encoder)).data<void>();
+}
+
+// mx.fast.rms_norm. Inputs: x, weight if any.
+class Norm : public KernelOp {
+ public:
+  Norm(const Kernels& kernels, const xd_norm& norm) : KernelOp(kernels), norm_(norm) {}
+
+  const char* name() const override {
+    return "Norm";
+  }
+
+ protected:
+  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+    xd_norm n = norm_;
+    n.x = rows_of(in[0], n.x_stride, encoder);
+    if (in.size() > 1) n.weight = dense(in[1], encoder).data<void>();
+    n.y = out.data<void>();
+    n.y_stride = n.width;
+    n.num_rows = out.size() / n.width;
+    dispatch(kernels_.norm_run, n, encoder);
+  }
+
+ private:
+  const xd_norm norm_;
+};
+
+mx::array rms_norm(const Kernels& kernels, const mx::array& x, const std::optional<mx::array>& weight, float eps) {
+  if (x.ndim() < 1) refuse("rms_norm: x has no axis");
+  if (weight && (weight->ndim() != 1 || weight->shape(0) != x.shape(-1)))
+    refuse("rms_norm: x is ", x.shape(), " and weight ", weight->shape());
+  xd_norm n{};
+  n.eps = eps;
+  n.width = x.shape(-1);
+  n.x_dtype = format_of("rms_norm: x", x);
+  n.weight_dtype = weight ? format_of("rms_norm: weight", *weight) : n.x_dtype;
+  n.y_dtype = promote(n.x_dtype, n.weight_dtype);
+  std::vector<mx::array> inputs = {x};
+  if (weight) inputs.push_back(*weight);
+  return mx::array(x.shape(), dtype_of(n.y_dtype), std::make_shared<Norm>(kernels, n), std::move(inputs));
+}
+
+// mx.fast.rope. Inputs: x, offsets if they are an array, freqs if any.
+class Rope : public KernelOp {
+ public:
+  Rope(const Kernels& kernels, const xd_rope& rope, std::optional<int32_t> offset, bool has_freqs)
+      : KernelOp(kernels), rope_(rope), offset_(offset), has_freqs_(has_freqs) {}
+
+  const char* name() const override {
+    return "Rope";
+  }
+
+ protected:
+  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+    xd_rope r = rope_;
+    r.y = out.data<void>();
+    r.y_token_stride = r.width;
+    r.y_head_stride = r.y_token_stride * r.tokens;
+    r.y_batch_stride = r.y_head_stride * r.heads;
+    const bool has_strides = in[0].ndim() <= 4;
+    const mx::array x = has_strides ? with_contiguous_rows(in[0], encoder) : dense(in[0], encoder);
+    r.x = x.data<void>();
+    r.x_token_stride = x.strides(-2);
+    r.x_head_stride = has_strides ? x.strides(1) : r.y_head_stride;
+    r.x_batch_stride = x.strides(0);
+    if (has_freqs_) r.freqs = dense(in.back(), encoder).data<float>();
+    if (!offset_) r.offsets = dense(in[1], encoder).data<int32_t>();
+    r.scratch = scratch(kernels_.rope_scratch(kernels_.cpu, &r), encoder);
+    encoder.dispatch([run = kernels_.rope_run, cpu = kernels_.cpu, r, offset = offset_]() mutable {
+      if (offset) r.offsets = &*offset;
+      run(cpu, &r);
+    });
+  }
+
+ private:
+  const xd_rope rope_;
+  const std::optional<int32_t> offset_;
+  const bool has_freqs_;
+};
+
+void check_rope(const mx::array& x, int dims, const std::optional<float>& base,
+                const std::optional<mx::array>& freqs) {
+  if (x.ndim() < 3) refuse("rope: x is ", x.shape(), ", wanted at least 3 axes");
+  if (dims < 2 || dims % 2 || dims > x.shape(-1)) refuse("rope: ", dims, " dims of a width of ", x.shape(-1));
+  if (base.has_value() == freqs.has_value()) refuse("rope: exactly one of base and freqs must be given");
+  if (freqs && freqs->shape() != mx::Shape{dims / 2}) refuse("rope: freqs are ", freqs->shape(), " for ", dims, " dims");
+}
+
+mx::array rope(const Kernels& kernels, const mx::array& x, int dims, bool traditional, std::optional<float> base,
+               float scale, const std::variant<mx::array, int>& offset, const std::optional<mx::array>& freqs) {
+  check_rope(x, dims, base, freqs);
+  xd_rope r{};
+  r.batch = x.shape(0);
+  r.heads = std::accumulate(x.shape().begin() + 1, x.shape().end() - 2, 1, std::multiplies<int>());
+  r.tokens = x.shape(-2);
+  r.width = x.shape(-1);
+  r.dims = dims;
+  r.traditional = traditional;
+  r.dtype = format_of("rope: x", x);
+  r.base = base.value_or(0);
+  r.scale = scale;
+  std::vector<mx::array> inputs = {x};
+  std::optional<int32_t> number;
+  if (const auto* offsets = std::get_if<mx::array>(&offset)) {
+    if (offsets->size() != 1 && offsets->shape() != mx::Shape{r.batch})
+      refuse("rope: offsets are ", offsets->shape(), " for a batch of ", r.batch);
+    r.offset_stride = offsets->size() != 1;
+    inputs.push_back(mx::astype(*offsets, mx::int32));
+  } else {
+    number = std::get<int>(offset);
+  }
+  if (freqs) inputs.push_back(mx::astype(*freqs, mx::float32));
+  return mx::array(x.shape(), x.dtype(), std::make_shared<Rope>(kernels, r, number, freqs.has_value()),
+                   std::move(inputs));
+}
+
+// An activation of a gate, times up. Inputs: gate, up if any.
+class Glu : public KernelOp {
+ public:
+  Glu(const Kernels& kernels, const xd_glu& glu) : KernelOp(kernels), glu_(glu) {}
+
+  const char* name() const override {
+    return "Glu";
+  }
+
+ protected:
+  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+    xd_glu g = glu_;
+    g.gate = rows_of(in[0], g.gate_stride, encoder);
+    if (in.size() > 1) g.up = rows_of(in[1], g.up_stride, encoder);
+    g.y = out.data<void>();
+    g.y_stride = g.width;
+    g.num_rows = out.size() / g.width;
+    dispatch(kernels_.glu_run, g, encoder);
+  }
+
+ private:
+  const xd_glu glu_;
+};
+
+mx::array glu(const Kernels& kernels, mx::array gate, std::optional<mx::array> up, int activation, float alpha,
+              float limit) {
+  if (activation < XD_SILU || activation > XD_RELU2) refuse("glu: no activation has number ", activation);
+  if (up) {
+    const auto shape = mx::broadcast_shapes(gate.shape(), up->shape());
+    const auto dtype = mx::result_type(gate, *up);
+    gate = mx::broadcast_to(mx::astype(gate, dtype), shape);
+    up = mx::broadcast_to(mx::astype(*up, dtype), shape);
+  }
+  if (gate.ndim() < 1) refuse("glu: gate has no axis");
+  xd_glu g{};
+  g.width = gate.shape(-1);
+  g.activation = activation;
+  g.dtype = format_of("glu: gate", gate);
+  g.alpha = alpha;
+  g.limit = limit;
+  const auto shape = gate.shape();
+  const auto dtype = gate.dtype();
+  std::vector<mx::array> inputs = {std::move(gate)};
+  if (up) inputs.push_back(std::move(*up));
+  return mx::array(shape, dtype, std::make_shared<Glu>(kernels, g), std::move(inputs));
+}
+
+// mx.fast.scaled_dot_product_attention. Inputs: q, k, v, mask if it is an array, sinks if any.
+class Attention : public KernelOp {
+ public:
+  Attention(const Kernels& kernels, const xd_attention& attention, bool has_sinks)
+      : KernelOp(kernels), attention_(attention), has_sinks_(has_sinks) {}
+
+  const char* name() const override {
+    return "Attention";
+  }
+
+ protected:
+  // The result lies as [batch, queries, heads, value_dim], as the product that reads it wants it.
+  void allocate(mx::array& out) override {
+    const int64_t heads = out.shape(1), queries = out.shape(2), dim = out.shape(3);
+    const mx::Strides strides = {heads * queries * dim, dim, heads * dim, 1};
+    const auto [size, rows, columns] = mx::check_contiguity(out.shape(), strides);
+    out.set_data(mx::allocator::malloc(out.nbytes()), size, strides, {true, rows, columns});
+  }
+
+  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+    xd_attention a = attention_;
+    a.q = view(in[0], a.q_batch_stride, a.q_head_stride, a.q_row_stride, encoder);
+    a.k = view(in[1], a.k_batch_stride, a.k_head_stride, a.k_row_stride, encoder);
+    a.v = view(in[2], a.v_batch_stride, a.v_head_stride, a.v_row_stride, encoder);
+    a.y = view(out, a.y_batch_stride, a.y_head_stride, a.y_row_stride, encoder);
+    if (a.mask_kind == XD_MASK_BOOL || a.mask_kind == XD_MASK_ADD) take_mask(in[3], a);
+    if (has_sinks_) a.sinks = dense(in.back(), encoder).data<void>();
+    a.scratch = scratch(kernels_.attention_scratch(kernels_.cpu, &a), encoder);
+    dispatch(kernels_.attention_run, a, encoder);
+  }
+
+ private:
+  static void* view(const mx::array& a, int64_t& batch, int64_t& head, int64_t& row,
+                    mx::cpu::CommandEncoder& encoder) {
+    mx::array rows = with_contiguous_rows(a, encoder);
+    batch = rows.strides(0);
+    head = rows.strides(1);
+    row = rows.strides(2);
+    return rows.data<void>();
+  }
+
+  static void take_mask(const mx::array& mask, xd_attention& a) {
+    int64_t* const strides[] = {&a.mask_key_stride, &a.mask_row_stride, &a.mask_head_stride, &a.mask_batch_stride};
+    for (int i = 0; i < static_cast<int>(mask.ndim()); i++)
+      *strides[i] = mask.shape(-1 - i) == 1 ? 0 : mask.strides(-1 - i);
+    a.mask = mask.data<void>();
+  }
+
+  const xd_attention attention_;
+  const bool has_sinks_;
+};
+
+xd_attention attention_of(const mx::array& q, const mx::array& k, const mx::array& v, float scale) {
+  if (q.ndim() != 4 || k.ndim() != 4 || v.ndim() != 4 || k.shape(0) != q.shape(0) || v.shape(0) != q.shape(0) ||
+      k.shape(1) < 1 || q.shape(1) % k.shape(1) || v.shape(1) != k.shape(1) || v.shape(2) != k.shape(2) ||
+      k.shape(3) != q.shape(3))
+    refuse("attention: q is ", q.shape(), ", k ", k.shape(), " and v ", v.shape());
+  xd_attention a{};
+  a.batch = q.shape(0);
+  a.heads = q.shape(1);
+  a.kv_heads = k.shape(1);
+  a.queries = q.shape(2);
+  a.keys = k.shape(2);
+  a.dim = q.shape(3);
+  a.value_dim = v.shape(3);
+  a.scale = scale;
+  a.dtype = promote(format_of("attention: q", q), promote(format_of("attention: k", k), format_of("attention: v", v)));
+  return a;
+}
+
+void check_mask(const mx::array& mask, xd_attention& a) {
+  const mx::Shape full = {a.batch, a.heads, a.queries, a.keys};
+  if (mask.ndim() > 4 || mx::broadcast_shapes(mask.shape(), full) != full)
+    refuse("attention: mask is ", mask.shape(), " for scores ", full);
+  a.mask_kind = mask.dtype() == mx::bool_ ? XD_MASK_BOOL : XD_MASK_ADD;
+  if (a.mask_kind == XD_MASK_ADD) a.mask_dtype = format_of("attention: mask", mask);
+}
+
+mx::array attention(const Kernels& kernels, const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                    const std::variant<std::monostate, std::string, mx::array>& mask,
+                    const std::optional<mx::array>& sinks) {
+  xd_attention a = attention_of(q, k, v, scale);
+  const auto dtype = dtype_of(a.dtype);
+  std::vector<mx::array> inputs = {mx::astype(q, dtype), mx::astype(k, dtype), mx::astype(v, dtype)};
+  if (const auto* array = std::get_if<mx::array>(&mask)) {
+    check_mask(*array, a);
+    inputs.push_back(*array);
+  } else if (const auto* kind = std::get_if<std::string>(&mask)) {
+    if (*kind != "causal") refuse("attention: mask is \"", *kind, "\", wanted \"causal\" or an array");
+    a.mask_kind = XD_MASK_CAUSAL;
+  }
+  if (sinks) {
+    if (sinks->shape() != mx::Shape{a.heads}) refuse("attention: sinks are ", sinks->shape(), " for ", a.heads, " heads");
+    a.sinks_dtype = format_of("attention: sinks", *sinks);
+    inputs.push_back(*sinks);
+  }
+  return mx::array({a.batch, a.heads, a.queries, a.value_dim}, dtype,
+                   std::make_shared<Attention>(kernels, a, sinks.has_value()), std::move(inputs));
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  nb::class_<Kernels>(m, "Kernels", "The CPU kernels of an open xd_cpu (native/kernels/kernels.h).")
+      .def(nb::init<uintptr_t, const Addresses&>(), nb::arg("cpu"), nb::arg("functions"))
+      .def("affine_product", &affine_product, nb::arg("x"), nb::arg("weight"), nb::arg("scales"),
+           nb::arg("biases"), nb::arg("ids").none(), nb::arg("group_size"), nb::arg("bits"), nb::arg("activation_bits"),
+           "x [..., width] times a packed weight [num_out, width]: [..., num_out]; with ids as mx.gather_qmm.")
+      .def("plain_product", &plain_product, nb::arg("x"), nb::arg("weight"), nb::arg("ids").none(),
+           "x [..., width] times a weight [num_out, width]: [..., num_out]; with ids as mx.gather_mm.")
+      .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight").none(), nb::arg("eps"),
+           "As mx.fast.rms_norm.")
+      .def("rope", &rope, nb::arg("x"), nb::arg("dims"), nb::arg("traditional"), nb::arg("base").none(),
+           nb::arg("scale"), nb::arg("offset"), nb::arg("freqs") = nb::none(), "As mx.fast.rope.")
+      .def("glu", &glu, nb::arg("gate"), nb::arg("up").none(), nb::arg("activation"),
+           nb::arg("alpha") = 0.0f, nb::arg("limit") = 0.0f,
+           "activation(gate) * up; activations are numbered in native/kernels/ops.h.")
+      .def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"),
+           nb::arg("mask") = nb::none(), nb::arg("sinks") = nb::none(), "As mx.fast.scaled_dot_product_attention.");
+}
+
+}  // namespace xd

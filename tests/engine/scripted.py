@@ -1,0 +1,159 @@
+"""An engine without a model: a runner that answers by script, and everything around it."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import mlx.core as mx
+import pytest
+
+from expertd.engine.engine import Engine
+from expertd.engine.messages import Done, Message, Submit, Token
+from expertd.engine.plan import Plan, WindowsPlan
+from expertd.engine.runner import Runner
+from expertd.engine.text import Tokenizer
+from expertd.errors import ConfigError, LinkDown
+
+END = 256
+VOCAB = 257
+CONTEXT = 64
+
+
+class ByteTokenizer:
+    """One token per byte, and the end."""
+
+    end_ids = frozenset({END})
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        if not messages:
+            raise ConfigError("messages: none")
+        return [i for m in messages for i in self.encode(f"{m['role']}:{m['content']}\n")]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i != END).decode(errors="replace")
+
+
+class ScriptedRunner:
+    """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises."""
+
+    def __init__(self, scripts: dict[str, list[int]]) -> None:
+        self.plans: list[Plan] = []
+        self.caches: dict[int, list[int]] = {}
+        self.scripts = scripts
+        self.before_step: Callable[[Plan], None] = lambda plan: None
+        self.before_windows: Callable[[WindowsPlan], None] = lambda plan: None
+
+    def lead(self, plan: Plan) -> mx.array | None:
+        self.before_step(plan)
+        self.plans.append(plan)
+        for sequence_id in plan.released:
+            del self.caches[sequence_id]
+        assert plan.started == [i for i in plan.sequence_ids if i not in self.caches]
+        assert len(set(plan.sequence_ids)) == len(plan.sequence_ids) == len(plan.tokens)
+        assert plan.decode or len(plan.tokens) == 1
+        for sequence_id, tokens in zip(plan.sequence_ids, plan.tokens, strict=True):
+            assert tokens and len(tokens) <= (1 if plan.decode else CONTEXT)
+            self.caches.setdefault(sequence_id, []).extend(tokens)
+        return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
+
+    def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Any]:
+        self.before_windows(plan)
+        tokens = mx.array(plan.windows)
+        ids = mx.zeros((*tokens.shape, 2), dtype=mx.uint32)
+        return tokens[..., None] * mx.ones(VOCAB), SimpleNamespace(
+            hidden={0: tokens[..., None].astype(mx.bfloat16), 1: tokens[..., None] + 0.5}, experts={1: ids}
+        )
+
+    def _logits(self, tokens: list[int]) -> mx.array:
+        text = bytes(t for t in tokens if t != END)
+        prompt = next((p for p in self.scripts if text.startswith(p.encode())), None)
+        if prompt is None:
+            return mx.zeros(VOCAB)
+        chosen = self.scripts[prompt][len(tokens) - len(prompt.encode())]
+        return mx.where(mx.arange(VOCAB) == chosen, 5.0, 0.0)
+
+
+class Bench:
+    """An engine with everything around it, and its events by request."""
+
+    def __init__(
+        self,
+        split: str = "auto",
+        shares: tuple[float, ...] = (1.0,),
+        prefill_chunk: int = 512,
+        max_streams: int = 16,
+        max_waiting: int = 256,
+    ) -> None:
+        self.scripts: dict[str, list[int]] = {}
+        self.events: list[Message] = []
+        self.engine = Engine(
+            tokenizer=cast(Tokenizer, ByteTokenizer()),
+            context_length=CONTEXT,
+            splits=["solo", "experts", "tokens"],
+            prefill_chunk=prefill_chunk,
+            send=self.events.append,
+            max_streams=max_streams,
+            max_waiting=max_waiting,
+        )
+        self.begin(split, shares)
+
+    def begin(self, split: str = "auto", shares: tuple[float, ...] = (1.0,)) -> None:
+        """A new epoch, with a runner that has no caches."""
+        self.runner = ScriptedRunner(self.scripts)
+        self.engine.begin(cast(Runner, self.runner), split, shares)
+
+    def ask(self, request_id: str, prompt: str, reply: str | list[int] | None = None, **options: Any) -> None:
+        if reply is not None:
+            self.scripts[prompt] = [*reply.encode(), END] if isinstance(reply, str) else reply
+        self.engine.take(Submit(request_id, prompt=prompt, **options))
+
+    def finish(self, max_steps: int = 300) -> None:
+        """Step until nothing is left to do."""
+        for _ in range(max_steps):
+            num_plans, num_events = len(self.runner.plans), len(self.events)
+            self.engine.step()
+            if (len(self.runner.plans), len(self.events)) == (num_plans, num_events):
+                return
+        raise AssertionError("the engine does not come to an end")
+
+    def of(self, request_id: str) -> list[Any]:
+        return [e for e in self.events if cast(Any, e).request_id == request_id]
+
+    def text(self, request_id: str) -> str:
+        return "".join(e.text for e in self.of(request_id) if isinstance(e, Token))
+
+    def ids(self, request_id: str) -> list[int]:
+        return [i for e in self.of(request_id) if isinstance(e, Token) for i in e.token_ids]
+
+    def done(self, request_id: str) -> Done:
+        assert isinstance(self.of(request_id)[-1], Done)
+        return cast(Done, self.of(request_id)[-1])
+
+
+def shape(plan: Plan) -> tuple[int, int, bool, bool, str]:
+    (sequence_id,) = plan.sequence_ids
+    return sequence_id, plan.num_tokens, bool(plan.started), plan.decode, plan.split.name
+
+
+def sequences(plans: list[Plan]) -> set[int]:
+    return {i for plan in plans for i in plan.sequence_ids}
+
+
+def break_from(bench: Bench, num_plans: int) -> None:
+    """Let every step fail from the present epoch's plan number `num_plans` on."""
+
+    def before_step(plan: Plan) -> None:
+        if len(bench.runner.plans) >= num_plans:
+            raise LinkDown("rank 0, exchange 1 with rank 1: it is dead")
+
+    bench.runner.before_step = before_step
+
+
+def break_off(bench: Bench, num_plans: int) -> None:
+    """Step until that failure."""
+    break_from(bench, num_plans)
+    with pytest.raises(LinkDown):
+        bench.finish()

@@ -1,0 +1,70 @@
+"""Several requests at once: who gets a token when, and that nobody changes anybody else's answer."""
+
+from typing import Any
+
+from expertd.engine.messages import Rejected, Started
+from tests.engine.scripted import END, Bench, break_off
+
+
+def test_streams_take_their_tokens_together() -> None:
+    bench = Bench(prefill_chunk=4)
+    bench.ask("a", "ten tokens", "abcdefghij")
+    for _ in range(5):
+        bench.engine.step()
+    bench.ask("b", "another ten", "xy")
+    bench.ask("c", "z", "pq")
+    bench.finish()
+    assert [bench.text(name) for name in "abc"] == ["abcdefghij", "xy", "pq"]
+    assert [(p.sequence_ids, p.num_tokens, p.decode) for p in bench.runner.plans[5:]] == [
+        ([2], 4, False),  # a chunk of the next prompt, and in between a token for who runs already
+        ([1], 1, True),
+        ([2], 4, False),
+        ([1], 1, True),
+        ([2], 2, False),
+        ([1, 2], 2, True),
+        ([3], 1, True),  # a prompt of one token needs no prefill, but a cache
+        ([1, 2, 3], 3, True),
+        ([1, 2, 3], 3, True),
+        *[([1], 1, True)] * 4,
+    ]
+    assert sorted(i for p in bench.runner.plans for i in p.released) == [2, 3]
+
+
+def test_more_streams_than_are_served_at_once_wait() -> None:
+    bench = Bench(max_streams=2, max_waiting=1)
+    for name in "abcd":
+        bench.ask(name, f"prompt {name}", name * 3)
+    bench.finish()
+    assert [bench.text(name) for name in "abc"] == ["aaa", "bbb", "ccc"]
+    (refused,) = bench.of("d")
+    assert isinstance(refused, Rejected) and refused.busy and refused.message.startswith("3 requests are")
+    assert max(len(p.sequence_ids) for p in bench.runner.plans) == 2
+    bench.ask("e", "prompt e", "e")
+    bench.finish()
+    assert bench.text("e") == "e"
+
+
+def test_a_stream_depends_on_nobody_beside_it() -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 9, "ignore_end": True, "seed": 5}
+    alone, crowded = Bench(), Bench(prefill_chunk=3)
+    alone.ask("r", "prompt", **options)
+    alone.finish()
+    for i in range(4):
+        crowded.ask(f"noise {i}", f"noise {i}", temperature=1.0, max_tokens=2 + 3 * i, ignore_end=True)
+        crowded.engine.step()
+    crowded.ask("r", "prompt", **options)
+    crowded.finish()
+    assert crowded.ids("r") == alone.ids("r")
+
+
+def test_next_epoch_goes_on_with_all_streams() -> None:
+    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4)
+    for name in "abc":
+        bench.ask(name, f"the prompt {name}", name * 12)
+    break_off(bench, 14)
+    assert all(0 < len(bench.ids(name)) < 12 for name in "ab")
+    bench.begin()
+    bench.finish()
+    for name in "abc":
+        assert bench.ids(name) == [*(name * 12).encode(), END]
+        assert [type(e) for e in bench.of(name)].count(Started) == 1
