@@ -60,7 +60,10 @@ def cases_of(shapes: Iterable[Shape], is_quick: bool = False) -> list[Case]:
     found: dict[tuple[Any, ...], tuple[Matrix, list[str]]] = {}
     for shape in shapes:
         for matrix in shape.matrices():
-            experts = (shape.num_experts, shape.top_k) if matrix.kind == "experts" else (0, 1)
+            is_dense = (
+                matrix.kind != "experts"
+            )  # of experts' two products, one has a row of x for several pairs
+            experts = (0, 1, "") if is_dense else (shape.num_experts, shape.top_k, matrix.name)
             key = (matrix.kind, matrix.num_out, matrix.width, *experts)
             found.setdefault(key, (matrix, []))[1].append(shape.name)
     return [

@@ -47,9 +47,8 @@ def test_every_point_has_figures_beside_the_roof(report: dict[str, Any]) -> None
         assert set(row["ways"]) | set(row["skipped"]) >= {"mlx"}
         for way in row["ways"].values():
             assert 0 < way["min_us"] <= way["p50_us"] <= way["max_us"] and way["samples"] >= 1
-            assert way["of_roof"] > 0 and way["gb_per_s"] == pytest.approx(
-                row["bytes"] / way["p50_us"] / 1e3, abs=0.001
-            )
+            wanted = pytest.approx(row["bytes"] / way["p50_us"] / 1e3, rel=0.01, abs=0.001)
+            assert way["of_roof"] > 0 and way["gb_per_s"] == wanted
         for name in set(row["ways"]) - {"mlx"}:
             assert row["ways"][name]["error"] < kernels_side.MAX_ERROR
     ours = "expertd.native._kernels" in report["missing"].get("native", "expertd.native._kernels")
@@ -83,9 +82,7 @@ def test_wrong_results_have_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cases_are_distinct_and_shared_ones_name_all_models() -> None:
     cases = cases_of(SHAPES.values())
-    keys = [
-        (c.matrix.kind, c.matrix.num_out, c.matrix.width, c.num_experts, c.top_k, c.format) for c in cases
-    ]
+    keys = [(c.matrix, c.num_experts, c.top_k, c.format) for c in cases]
     assert len(set(keys)) == len(keys) > 80
     shared = next(c for c in cases if (c.matrix.num_out, c.matrix.width) == (8192, 4096))
     assert shared.models == ("qwen3-235b-a22b", "deepseek-v4-flash")
