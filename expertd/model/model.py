@@ -15,6 +15,7 @@ from expertd.model.adapter import StepState, Taps, divide, fast_attention, load,
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
 from expertd.model.swap import native_functions, replaced
+from expertd.model.tiles import one_thread_a_product
 from expertd.model.together import Padded, Together, ragged_attention
 from expertd.split.cut import StepSplit
 
@@ -133,7 +134,7 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        with fast_attention(), replaced(self._functions):
+        with fast_attention(), replaced(self._functions), one_thread_a_product():
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":

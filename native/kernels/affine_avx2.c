@@ -332,24 +332,25 @@ XD_INLINE __m256i add_products(__m256i sum, int bits, __m256i codes, __m256i wor
 /* Sums of one group for 16 output rows and `num` streams of digits. */
 XD_INLINE void group_tile(int bits, int num_words, const char *panel, const int8_t *const *q, int num,
                           __m256i sums[][2]) {
-  const int planes = bits == 8 ? 2 : 8 / bits; /* a group is whole blocks, or lies in one */
-  /* 16-bit sums of 4-bit codes hold 8 steps (30720), of 2-bit codes a whole group (24576). */
-  const int words_at_once = bits == 4 && num_words > 4 ? 4 : num_words;
-  for (int first = 0; first < num_words; first += words_at_once) {
+  const int planes = bits == 8 ? 2 : 8 / bits; /* a group is whole blocks of 8 words, or lies in one */
+  /* 16-bit sums of 4-bit codes hold 8 steps (30720), of 2-bit codes 32, a whole group (24576). */
+  const int most = bits == 4 ? 4 : 8, at_once = num_words < most ? num_words : most;
+  for (int r = 0; r < num; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+  for (int first = 0; first < num_words; first += at_once) {
+    const int64_t block = first / 8 * 32 * planes + first % 8 * 4;
     __m256i part[XD_TILE_ROWS][2];
     for (int r = 0; r < num; r++) part[r][0] = part[r][1] = _mm256_setzero_si256();
-#pragma GCC unroll 16
-    for (int i = first; i < first + words_at_once; i++)
+#pragma GCC unroll 2
+    for (int i = 0; i < at_once; i++)
 #pragma GCC unroll 4
       for (int p = 0; p < planes; p++) {
-        const char *codes = panel + (i * planes + p) * 64;
+        const char *codes = panel + ((first + i) * planes + p) * 64;
         const __m256i left = _mm256_load_si256((const __m256i *)codes);
         const __m256i right = _mm256_load_si256((const __m256i *)(codes + 32));
-        const int at = i / 8 * 32 * planes + p * 32 + i % 8 * 4;
 #pragma GCC unroll 4
         for (int r = 0; r < num; r++) {
           int32_t digits;
-          memcpy(&digits, q[r] + at, 4);
+          memcpy(&digits, q[r] + block + p * 32 + i * 4, 4);
           const __m256i word = _mm256_set1_epi32(digits);
           part[r][0] = add_products(part[r][0], bits, left, word);
           part[r][1] = add_products(part[r][1], bits, right, word);
@@ -358,7 +359,7 @@ XD_INLINE void group_tile(int bits, int num_words, const char *panel, const int8
     for (int r = 0; r < num; r++)
       for (int h = 0; h < 2; h++) {
         __m256i sum = bits == 8 ? part[r][h] : _mm256_madd_epi16(part[r][h], _mm256_set1_epi16(1));
-        sums[r][h] = first ? _mm256_add_epi32(sums[r][h], sum) : sum;
+        sums[r][h] = _mm256_add_epi32(sums[r][h], sum);
       }
   }
 }
@@ -401,20 +402,23 @@ XD_INLINE void tile_sixteen(const xd_affine *a, int bits, int group_size, int tw
     }
 }
 
-/* Four streams of digits are what the registers hold: four rows of one digit, or two rows of two. */
+/* Four streams of digits are what the registers hold: four rows of one digit, or two rows of two. Where rows are
+   missing, the last one is computed again: nobody reads that. */
 XD_INLINE void tile(const xd_affine *a, int bits, int group_size, int two_digits, const void *panel,
-                    const xd_row *rows, int num, float *y) {
+                    const xd_row *given, int num, float *y) {
   const float *s = panel_scales(a, panel), *b = s + (int64_t)a->groups * XD_TILE_OUT;
   const int64_t sixteen = ((const char *)s - (const char *)panel) / 2;
-  const int at_once = two_digits ? 2 : 4;
-  for (int first = 0; first < num; first += at_once, rows += at_once, y += at_once * XD_TILE_OUT)
+  xd_row rows[XD_TILE_ROWS];
+  for (int r = 0; r < XD_TILE_ROWS; r++) rows[r] = given[r < num ? r : num - 1];
+  const int at_once = two_digits || num <= 2 ? 2 : 4;
+  for (int first = 0; first < num; first += at_once)
     for (int n = 0; n < XD_TILE_OUT; n += 16) {
       const char *codes = (const char *)panel + n / 16 * sixteen;
-      const int left = num - first < at_once ? num - first : at_once;
-      if (left == 4 && !two_digits) tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows, 4, y + n);
-      if (left == 3 && !two_digits) tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows, 3, y + n);
-      if (left == 2) tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 2, y + n);
-      if (left == 1) tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 1, y + n);
+      float *to = y + first * XD_TILE_OUT + n;
+      if (at_once == 4 && !two_digits)
+        tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows + first, 4, to);
+      else
+        tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows + first, 2, to);
     }
 }
 

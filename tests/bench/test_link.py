@@ -9,7 +9,7 @@ import pytest
 from expertd.bench import link, link_side, verbs
 from expertd.bench.compiling import compile_library
 from expertd.errors import ClusterError, ConfigError
-from tests.link.provider_fixture import Fabric, build_provider
+from tests.link.provider_fixture import Fabric
 
 
 def test_every_link_is_measured_beside_its_floor() -> None:
@@ -66,10 +66,9 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 def test_verbs_stand_beside_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fabric: Fabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Over the provider of the link's tests; the usual tool does not know it, and that is said."""
-    fabric = Fabric(tmp_path, build_provider(tmp_path))
     for name, value in fabric.environment("127.0.0.1").items():
         monkeypatch.setenv(name, value)
     json_file = tmp_path / "report.json"

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,12 +26,11 @@ def test_version() -> None:
     assert result.output == f"expertd {expertd.__version__}\n"
 
 
-def test_the_command_line_starts_quickly_and_imports_nothing_heavy() -> None:
+def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = ("mlx", "numpy", "uvicorn", "pydantic", "asyncio", "tqdm")
     code = f"import sys, expertd.cli; print([m for m in {heavy} if m in sys.modules])"
-    began = time.monotonic()
-    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
-    assert got.stdout == "[]\n" and time.monotonic() - began < 2
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert got.stdout == "[]\n"
 
 
 def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:

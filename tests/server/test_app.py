@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from stub_group import group_of, received, until
+from stub_group import LIMIT_S, group_of, received, until
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
@@ -28,7 +28,7 @@ def with_app(
 ) -> None:
     async def main() -> None:
         group = group_of(folder, num_ranks)
-        async with asyncio.timeout(20), Cluster.open(group) as cluster:
+        async with asyncio.timeout(LIMIT_S), Cluster.open(group) as cluster:
             service = Service(ServerConfig(model_id="demo", group=group), cluster)
             transport = httpx.ASGITransport(app=make_app(service))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
