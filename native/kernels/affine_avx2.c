@@ -183,13 +183,14 @@ XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, i
   return by_group(v, group_bytes);
 }
 
-/* Eight scales or biases, of which `count` are the row's own. */
+/* Eight scales or biases, of which `count` are the row's own. The others are -0: it alone changes no sum, not even -0. */
 XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
+  static const float signs[16] = {0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
   if (count == 8) return vf_load_any(from, dtype, at);
   const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
   _Alignas(32) char some[32] = {0};
   memcpy(some, (const char *)from + at * size, (size_t)(count * size));
-  return vf_load_any(some, dtype, 0);
+  return _mm256_or_ps(vf_load_any(some, dtype, 0), vf_load(signs + 8 - count));
 }
 
 XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
@@ -466,6 +467,8 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
                                                 NAMES(tile, 4, 1), NAMES(tile, 8, 0)};
   functions[format_of(a)][size_of(a)](a, panel, rows, num_rows, &y[0][0]);
 }
+
+#include "target_end.h"
 
 const xd_isa *xd_isa_avx2(void) {
   static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2,
