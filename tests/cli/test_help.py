@@ -107,7 +107,7 @@ def test_bench_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     flags += ["--activation-bits", "8"]
     result = CliRunner().invoke(cli, ["bench", "decode", "demo", *flags])
     assert result.exit_code == 0, result.output
-    kernels = {"kernels": "mlx", "activation_bits": 8}
+    kernels = {"kernels": ["mlx"], "activation_bits": 8, "name": ""}
     assert calls == [("decode", Path("demo"), [1, 2], ["experts"], 9, 5, None, kernels)]
     for wrong in (["--ranks", "x"], ["--ranks", "9"], ["--split", "nope"], ["--json", "/no/such/f"]):
         result = CliRunner().invoke(cli, ["bench", "decode", "demo", *wrong])
