@@ -19,7 +19,7 @@ from expertd.link.messages import LinkPeer, LinkReport
 from expertd.wire import Codec
 
 # Raised whenever a message changes its meaning; hosts with different numbers refuse each other.
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME_BYTES = 64 << 20
 
 
