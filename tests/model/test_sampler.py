@@ -16,6 +16,7 @@ ORDER = [3, 0, 4, 1, 2]  # token ORDER[i] has probability PROBS[i]
 LOGITS: Row = np.array([math.log(PROBS[ORDER.index(token)]) + 2 for token in range(5)], dtype=np.float32)
 VOCAB = 600  # a running sum of three blocks, the last one short
 REAL_VOCAB = 152_064
+NUM_TOKENS = 80
 
 
 def random_row(seed: int, vocab: int = VOCAB) -> Row:
@@ -70,18 +71,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_k": {"temperature": 1.2, "top_k": 7},
     "min_p": {"temperature": 1.5, "min_p": 0.08},
     "top_p": {"temperature": 1.3, "top_p": 0.85},
-    "truncated thrice": {"temperature": 1.8, "top_k": 30, "min_p": 0.03, "top_p": 0.9},
+    "truncated thrice": {"temperature": 1.8, "top_k": 30, "min_p": 0.1, "top_p": 0.9},
     "logit_bias": {"temperature": 1.0, "logit_bias": ((3, 9.5), (599, 11), (4, -100.0))},
     "repetition": {"temperature": 1.0, "repetition_penalty": 1.7},
     "repetition wanted": {"temperature": 1.0, "repetition_penalty": 0.5, "top_k": 50},
     "presence": {"temperature": 1.0, "presence_penalty": 2.0},
     "frequency": {"temperature": 0.8, "frequency_penalty": -1.5},
-    "greedy with penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 1.1},
+    "greedy, repetition": {"repetition_penalty": 1.5},
+    "greedy, frequency": {"frequency_penalty": 1.5},
+    "greedy, presence": {"presence_penalty": 2.0},
     "all": {
         "temperature": 0.9,
-        "top_k": 40,
-        "min_p": 0.02,
-        "top_p": 0.97,
+        "top_k": 6,
+        "min_p": 0.2,
+        "top_p": 0.9,
         "logit_bias": ((7, 6.0), (8, -3.5)),
         "repetition_penalty": 1.2,
         "presence_penalty": -0.5,
@@ -92,11 +95,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_value_against_the_slow_twin(name: str) -> None:
-    """A text of 60 tokens, the first 20 of which may not be one of three."""
+    """A text, the first 20 of which may not be one of three."""
     sampling, prompt, banned = Sampling(seed=17, **SETTINGS[name]), [5, 9, 9, 301, 7], {2, 300, 599}
     sampler = Sampler(sampling, 17, prompt, banned)
     answer: list[int] = []
-    for position in range(60):
+    for position in range(NUM_TOKENS):
         row = random_row(position % 25)  # the same logits come again, and their tokens' penalties grow
         found = sampler.choose(row, position, may_end=position >= 20)
         assert found == twin_choice(row, sampling, prompt, answer, banned if position < 20 else set())
@@ -107,7 +110,7 @@ def test_every_value_against_the_slow_twin(name: str) -> None:
 
 def text_of(sampling: Sampling) -> list[int]:
     sampler, answer = Sampler(sampling, 17, [5, 9, 9, 301, 7]), []
-    for position in range(60):
+    for position in range(NUM_TOKENS):
         answer.append(sampler.choose(random_row(position % 25), position))
         sampler.add(answer[-1])
     return answer
