@@ -100,11 +100,11 @@ class Model:
         wanted, reasons = self._try_decoding(None), []
         for kind in (Together, Padded):
             try:
-                error = mx.abs(self._try_decoding(kind) - wanted).max().item()
+                error = float(mx.abs(self._try_decoding(kind) - wanted).max())
             except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as e:
                 reasons.append(f"{type(e).__name__}: {str(e).splitlines()[0]}")
                 continue
-            if error <= TOGETHER_TOLERANCE * mx.abs(wanted).max().item():
+            if error <= TOGETHER_TOLERANCE * float(mx.abs(wanted).max()):
                 return kind
             reasons.append(f"logits differ by {error:.3g}")
         _log.warning("this model decodes one sequence after the other (%s)", "; ".join(reasons))
