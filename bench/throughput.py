@@ -167,7 +167,7 @@ async def measure_speed(kind: str, cluster: Cluster, request: dict[str, Any]) ->
 
 
 async def _ask(cluster: Cluster, request: dict[str, Any]) -> Done:
-    submit = Submit(next(_request_ids), temperature=0.0, ignore_end=True, **request)
+    submit = Submit(next(_request_ids), ignore_end=True, **request)
     try:
         async with asyncio.timeout(REQUEST_TIMEOUT_S), aclosing(cluster.generate(submit)) as events:
             async for event in events:
