@@ -49,9 +49,10 @@ check: $(READY) ## Run ruff and mypy
 	ln -s $(wildcard $(CURDIR)/expertd/*) $(addprefix $(CURDIR)/,native quant topology bench) build/types/expertd
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p expertd
 
-bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's ring, decode and prefill beside one rank
+bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's ring, kernels beside the roof, decode and prefill beside one rank
 	$(BIN)/expertd bench link --json build/bench-link.json
 	$(BIN)/python -m expertd.bench.exchange --json build/bench-exchange.json
+	$(BIN)/expertd bench kernels --quick --json build/bench-kernels.json
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
 	$(BIN)/python -m expertd.bench.convert --json build/bench-convert.json

@@ -105,13 +105,14 @@ class Model:
         Tried, not looked up: two short sequences, of unlike lengths, apart and together.
         """
         wanted, reasons = self._try_decoding(None), []
+        largest: Any = mx.abs(wanted).max().item()
         for kind in (Together, Padded):
             try:
-                error = mx.abs(self._try_decoding(kind) - wanted).max().item()
+                error: Any = mx.abs(self._try_decoding(kind) - wanted).max().item()
             except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as e:
                 reasons.append(f"{type(e).__name__}: {str(e).splitlines()[0]}")
                 continue
-            if error <= TOGETHER_TOLERANCE * mx.abs(wanted).max().item():
+            if error <= TOGETHER_TOLERANCE * largest:
                 return kind
             reasons.append(f"logits differ by {error:.3g}")
         _log.warning("this model decodes one sequence after the other (%s)", "; ".join(reasons))

@@ -183,14 +183,31 @@ XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, i
   return by_group(v, group_bytes);
 }
 
+/* `count` < 8 numbers of 16 bits; in registers alone, as a load right after smaller stores waits for them. */
+XD_INLINE __m128i load_halves(const uint16_t *p, int count) {
+  uint64_t four = 0, rest = 0;
+  uint32_t two = 0;
+  const int has_four = count & 4;
+  if (has_four) memcpy(&four, p, 8), p += 4;
+  if (count & 2) memcpy(&two, p, 4), p += 2;
+  rest = count & 1 ? two | (uint64_t)*p << (count & 2 ? 32 : 0) : two;
+  return has_four ? _mm_set_epi64x((int64_t)rest, (int64_t)four) : _mm_set_epi64x(0, (int64_t)rest);
+}
+
 /* Eight scales or biases, of which `count` are the row's own. The others are -0: it alone changes no sum, not even -0. */
 XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
   static const float signs[16] = {0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
+  static const int32_t own[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
   if (count == 8) return vf_load_any(from, dtype, at);
-  const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
-  _Alignas(32) char some[32] = {0};
-  memcpy(some, (const char *)from + at * size, (size_t)(count * size));
-  return _mm256_or_ps(vf_load_any(some, dtype, 0), vf_load(signs + 8 - count));
+  vf some;
+  if (dtype == XD_FLOAT32) {
+    some = _mm256_maskload_ps((const float *)from + at, load(own + 8 - count));
+  } else {
+    const __m128i halves = load_halves((const uint16_t *)from + at, count);
+    some = dtype == XD_BFLOAT16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
+                                : _mm256_cvtph_ps(halves);
+  }
+  return _mm256_or_ps(some, vf_load(signs + 8 - count));
 }
 
 XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
@@ -215,22 +232,36 @@ XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_d
   return accumulate(acc, sums, s, b, row->d + g, row->da + g);
 }
 
+/* The lanes of one weight row. */
+XD_INLINE vf row_lanes(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                       const void *scales, const void *biases, int64_t at, const xd_row *row) {
+  const int code_step = group_size * bits, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
+  const int8_t *q = row->q;
+  vf acc = vf_set(0);
+  int g = 0;
+  for (; g + 8 <= a->groups; g += 8, codes += code_step, q += q_step) {
+    __m256i sums = eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
+    const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
+    acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
+  }
+  return g < a->groups ? last_groups(a, bits, group_size, two_digits, codes, scales, biases, at, g, row, acc) : acc;
+}
+
+/* The lanes of 8 weight rows are added up at once. */
 XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                     const void *scales, const void *biases, int num_out, const xd_row *row, float *y) {
-  const int code_step = group_size * bits, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
-  for (int n = 0; n < num_out; n++) {
-    const uint8_t *c = codes + n * a->code_bytes;
-    const int8_t *q = row->q;
-    const int64_t at = (int64_t)n * a->groups;
-    vf acc = vf_set(0);
-    int g = 0;
-    for (; g + 8 <= a->groups; g += 8, c += code_step, q += q_step) {
-      __m256i sums = eight_groups(c, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
-      const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
-      acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
+  for (int first = 0; first < num_out; first += 8) {
+    const int num = num_out - first < 8 ? num_out - first : 8;
+    vf lanes[8], sums;
+    float all[8];
+    for (int i = 0; i < 8; i++) lanes[i] = vf_set(0);
+    for (int i = 0; i < num; i++) {
+      const int64_t n = first + i;
+      lanes[i] = row_lanes(a, bits, group_size, two_digits, codes + n * a->code_bytes, scales, biases, n * a->groups, row);
     }
-    if (g < a->groups) acc = last_groups(a, bits, group_size, two_digits, c, scales, biases, at, g, row, acc);
-    y[n] = vf_sum(acc);
+    sums = vf_sum8(lanes);
+    vf_store(num == 8 ? y + first : all, sums);
+    for (int i = 0; i < num && num < 8; i++) y[first + i] = all[i];
   }
 }
 

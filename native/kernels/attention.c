@@ -7,7 +7,7 @@
 
 #include "floats.h"
 
-enum { ALIGN = 64, BLOCK_BYTES = 20480, MAX_BLOCK_KEYS = 64, MIN_KEYS = 512, MIN_DIMS = 32 };
+enum { ALIGN = 64, BLOCK_BYTES = 24576, BLOCK_KEYS = 24, MIN_KEYS = 512, MIN_DIMS = 32 };
 
 typedef struct {
   xd_attend shape;
@@ -30,8 +30,8 @@ static void choose_shape(xd_attend *s, const xd_attention *a) {
   s->num_units = (int64_t)a->batch * a->kv_heads * s->num_blocks;
   s->dim8 = (int)xd_round_up(a->dim, 8), s->value8 = (int)xd_round_up(a->value_dim, 8);
   int widest = s->dim8 > s->value8 ? s->dim8 : s->value8;
-  int64_t keys = BLOCK_BYTES / 4 / (widest > 0 ? widest : 8) / 8 * 8;
-  s->block_keys = (int)(keys < 8 ? 8 : smaller(keys, MAX_BLOCK_KEYS));
+  int64_t keys = BLOCK_BYTES / 4 / (widest > 0 ? widest : 8) / BLOCK_KEYS * BLOCK_KEYS;
+  s->block_keys = (int)(keys < BLOCK_KEYS ? BLOCK_KEYS : smaller(keys, 4 * BLOCK_KEYS));
   s->score_stride = xd_round_up(a->keys, 8);
 }
 
@@ -47,7 +47,7 @@ static void choose_parts(job *j) {
   j->num_dim_tasks = (dims + j->dims_per_task - 1) / j->dims_per_task;
 }
 
-/* Memory of a unit, and of a thread: rows, queries, a block of keys or values, sums over values. */
+/* Memory of a unit, and of a thread: rows, queries, sums over values, widened keys or values. */
 
 static int64_t rows_bytes(void) {
   return xd_round_up(ATTEND_ROWS * (int64_t)sizeof(xd_attend_row), ALIGN);
@@ -62,7 +62,7 @@ static void choose_memory(job *j) {
   int64_t widest = s->dim8 > s->value8 ? s->dim8 : s->value8;
   j->unit_bytes = floats_bytes(ATTEND_ROWS) + floats_bytes(s->unit_rows * s->score_stride);
   j->thread_bytes = rows_bytes() + floats_bytes((int64_t)s->unit_rows * s->dim8) +
-                    floats_bytes(s->block_keys * widest) + floats_bytes((int64_t)s->unit_rows * s->value8);
+                    floats_bytes((int64_t)s->unit_rows * s->value8) + floats_bytes(s->block_keys * widest);
 }
 
 static void plan(job *j, const xd_cpu *cpu, const xd_attention *a) {

@@ -65,8 +65,8 @@ struct xd_floats {
   void (*rope_frequencies)(const xd_rope *r, double *frequencies);
   void (*rope_angles)(const xd_rope *r, const double *frequencies, int64_t b, int64_t first, int64_t last, float *table);
   void (*rope_rotate)(const xd_rope *r, const float *table, int64_t b, int64_t first, int64_t last);
-  /* Set up unit `index`: rows and what they see. Then scores of keys from .. to - 1 (`from` a multiple of 8), the softmax
-     of one row, and the values' dimensions from .. to - 1 (`from` a multiple of 8). */
+  /* Set up unit `index`: rows and what they see. Then scores of keys from .. to - 1, the softmax of one row, and the
+     values' dimensions from .. to - 1. */
   void (*attend_open)(const xd_attend *j, xd_attend_unit *u, int64_t index);
   void (*attend_scores)(const xd_attend *j, xd_attend_unit *u, int64_t from, int64_t to);
   void (*attend_softmax)(const xd_attend *j, xd_attend_unit *u, int row);

@@ -6,6 +6,13 @@
 #include "floats.h"
 #include "simd.h"
 
+/* A tile is compiled for each of its sizes and number formats. The slow twin is spared that: it would take a minute. */
+#if defined(XD_SIMD_PORTABLE)
+#define XD_TILE static
+#else
+#define XD_TILE XD_INLINE
+#endif
+
 #include "floats_rows.inc.h"
 
 #include "floats_dot.inc.h"

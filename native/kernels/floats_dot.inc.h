@@ -19,7 +19,7 @@ typedef struct {
   int num_out, is_first, is_last;
 } dot_part;
 
-XD_INLINE void dot_steps(const dot_part *p, int dtype, int num_x, vf *sums) {
+XD_TILE void dot_steps(const dot_part *p, int dtype, int num_x, vf *sums) {
   int64_t k = 0;
   for (; k + 8 <= p->length; k += 8) {
     vf x[TILE_X];
@@ -36,7 +36,7 @@ XD_INLINE void dot_steps(const dot_part *p, int dtype, int num_x, vf *sums) {
   }
 }
 
-XD_INLINE void dot_finish(const dot_part *p, int num_x, const vf *sums) {
+XD_TILE void dot_finish(const dot_part *p, int num_x, const vf *sums) {
   float y[16] = {0};
   vf all[16];
   for (int i = 0; i < 16; i++) all[i] = i < TILE_W * num_x ? sums[i] : sums[0];
@@ -46,7 +46,7 @@ XD_INLINE void dot_finish(const dot_part *p, int num_x, const vf *sums) {
     for (int r = 0; r < num_x; r++) p->y[r][i] = y[i * num_x + r];
 }
 
-XD_INLINE void dot_tile(const dot_part *p, int dtype, int num_x) {
+XD_TILE void dot_tile(const dot_part *p, int dtype, int num_x) {
   vf sums[TILE_W * TILE_X];
   if (p->is_first)
     for (int i = 0; i < TILE_W * num_x; i++) sums[i] = vf_set(0);

@@ -99,30 +99,37 @@ XD_INLINE vf activate(int activation, vf g, vf up, vf alpha, vf limit) {
   return vf_mul(sigmoid_times(g, vf_mul(vf_sub(vf_set(0), alpha), g)), vf_add(up, vf_set(1)));
 }
 
-XD_INLINE void glu_rows(const xd_glu *g, int64_t first, int64_t last, int activation) {
+XD_TILE void glu_rows(const xd_glu *g, int64_t first, int64_t last, int activation, int dtype) {
   const vf alpha = vf_set(g->alpha), limit = vf_set(g->limit > 0 ? g->limit : INFINITY), one = vf_set(1);
-  size_t size = xd_itemsize(g->dtype);
+  size_t size = xd_itemsize(dtype);
   for (int64_t row = first; row < last; row++) {
     const char *gate = (const char *)g->gate + (size_t)(row * g->gate_stride) * size;
     const char *up = g->up ? (const char *)g->up + (size_t)(row * g->up_stride) * size : NULL;
     char *y = (char *)g->y + (size_t)(row * g->y_stride) * size;
     int64_t k = 0, rest = g->width % 8;
     for (; k + 8 <= g->width; k += 8) {
-      vf u = up ? vf_load_any(up, g->dtype, k) : one;
-      vf_store_any(y, g->dtype, k, activate(activation, vf_load_any(gate, g->dtype, k), u, alpha, limit));
+      vf u = up ? vf_load_any(up, dtype, k) : one;
+      vf_store_any(y, dtype, k, activate(activation, vf_load_any(gate, dtype, k), u, alpha, limit));
     }
     if (!rest) continue;
-    vf u = up ? vf_load_some(up, g->dtype, k, rest) : one;
-    vf_store_some(y, g->dtype, k, activate(activation, vf_load_some(gate, g->dtype, k, rest), u, alpha, limit), rest);
+    vf u = up ? vf_load_some(up, dtype, k, rest) : one;
+    vf_store_some(y, dtype, k, activate(activation, vf_load_some(gate, dtype, k, rest), u, alpha, limit), rest);
   }
 }
 
 static void glu(const xd_glu *g, int64_t first, int64_t last) {
+#define GLU_CASE(activation)                                                                            \
+  case activation:                                                                                      \
+    if (g->dtype == XD_FLOAT32) glu_rows(g, first, last, activation, XD_FLOAT32);                       \
+    if (g->dtype == XD_FLOAT16) glu_rows(g, first, last, activation, XD_FLOAT16);                       \
+    if (g->dtype == XD_BFLOAT16) glu_rows(g, first, last, activation, XD_BFLOAT16);                     \
+    break;
   switch (g->activation) {
-    case XD_SILU: glu_rows(g, first, last, XD_SILU); break;
-    case XD_SWIGLU_OAI: glu_rows(g, first, last, XD_SWIGLU_OAI); break;
-    case XD_CLIPPED_SILU: glu_rows(g, first, last, XD_CLIPPED_SILU); break;
-    case XD_GELU_TANH: glu_rows(g, first, last, XD_GELU_TANH); break;
-    default: glu_rows(g, first, last, XD_RELU2);
+    GLU_CASE(XD_SILU)
+    GLU_CASE(XD_SWIGLU_OAI)
+    GLU_CASE(XD_CLIPPED_SILU)
+    GLU_CASE(XD_GELU_TANH)
+    GLU_CASE(XD_RELU2)
   }
+#undef GLU_CASE
 }

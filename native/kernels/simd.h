@@ -31,13 +31,12 @@ XD_INLINE vf vf_load_bf16(const uint16_t *p) {
 }
 XD_INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 XD_INLINE void vf_store_bf16(uint16_t *p, vf a) {
+  const __m256i upper_halves = _mm256_broadcastsi128_si256(_mm_set_epi64x(-1, 0x0f0e0b0a07060302));
   __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
-  up = _mm256_blendv_epi8(up, _mm256_or_si256(bits, _mm256_set1_epi32(0x400000)), nan);
-  up = _mm256_srli_epi32(up, 16);
-  up = _mm256_permute4x64_epi64(_mm256_packus_epi32(up, up), 8);
-  _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(up));
+  __m256i nan = _mm256_castps_si256(_mm256_and_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q), _mm256_set1_ps(NAN)));
+  __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  up = _mm256_shuffle_epi8(_mm256_or_si256(up, nan), upper_halves);
+  _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(up, 8)));
 }
 XD_INLINE void vf_store_f16(uint16_t *p, vf a) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a, 0)); }
 XD_INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from expertd.bench import link, link_side, verbs
+from expertd.bench.compiling import compile_library
 from expertd.errors import ClusterError, ConfigError
 from tests.link.provider_fixture import Fabric
 
@@ -61,7 +62,7 @@ def test_ratios_take_the_better_floor_and_give_the_checksum_apart() -> None:
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no C compiler 'no-such-compiler'.* Install one, or set CC"):
-        link._compile(tmp_path)
+        compile_library(link.HERE / "floor.c", tmp_path)
 
 
 def test_verbs_stand_beside_the_others(

@@ -50,13 +50,24 @@ def test_run_json_is_one_object(expertd: Expertd, tmp_path: Path) -> None:
     }
 
 
+def test_run_json_has_logprobs_if_asked(expertd: Expertd, tmp_path: Path) -> None:
+    got = expertd("run", tmp_path, "é", "--json", "--logprobs", 1)
+    other = {"token_id": 999, "token": "other", "logprob": -0.125, "bytes": list(b"other")}
+    chosen = {"token_id": 1, "token": "é ", "logprob": -0.5, "bytes": list("é ".encode())}
+    assert json.loads(got.out)["logprobs"] == [{**chosen, "top_logprobs": [other]}]
+
+
 def test_run_options_reach_the_rank(expertd: Expertd, tmp_path: Path) -> None:
     flags = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--stop", "x", "--stop", "y", "--chat"]
+    flags += ["--top-k", 40, "--min-p", 0.05, "--repetition-penalty", 1.1]
     assert (
         expertd("run", tmp_path, "-", *flags, "--logits", tmp_path / "l", stdin=subprocess.DEVNULL).code == 0
     )
     submit = received(tmp_path)[0]
-    assert (submit["temperature"], submit["top_p"], submit["seed"]) == (0.5, 0.9, 7)
+    sampling = submit["sampling"]
+    assert (sampling["temperature"], sampling["top_p"], sampling["seed"]) == (0.5, 0.9, 7)
+    assert (sampling["top_k"], sampling["min_p"], sampling["repetition_penalty"]) == (40, 0.05, 1.1)
+    assert submit["logprobs"] is None
     assert submit["stop"] == ["x", "y"] and submit["logits_file"] == str(tmp_path / "l")
     assert submit["prompt"] is None and submit["messages"] == [{"role": "user", "content": ""}]
 

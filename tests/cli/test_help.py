@@ -55,6 +55,11 @@ def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
         (["--kernels", "cuda"], "'cuda' is not one of"),
         (["--activation-bits", "4"], "'4' is not one of"),
         (["--temperature", "9"], "9.0 is not in the range"),
+        (["--top-k", "-1"], "-1 is not in the range"),
+        (["--min-p", "2"], "2.0 is not in the range"),
+        (["--repetition-penalty", "0"], "0.0 is not in the range"),
+        (["--json", "--logprobs", "21"], "21 is not in the range"),
+        (["--logprobs", "3"], "--logprobs: needs --json"),
         (["--nope"], "No such option"),
         (["--stop"], "requires an argument"),
     ],
@@ -107,7 +112,7 @@ def test_bench_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     flags += ["--activation-bits", "8"]
     result = CliRunner().invoke(cli, ["bench", "decode", "demo", *flags])
     assert result.exit_code == 0, result.output
-    kernels = {"kernels": "mlx", "activation_bits": 8}
+    kernels = {"kernels": ["mlx"], "activation_bits": 8, "name": ""}
     assert calls == [("decode", Path("demo"), [1, 2], ["experts"], 9, 5, None, kernels)]
     for wrong in (["--ranks", "x"], ["--ranks", "9"], ["--split", "nope"], ["--json", "/no/such/f"]):
         result = CliRunner().invoke(cli, ["bench", "decode", "demo", *wrong])

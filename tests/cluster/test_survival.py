@@ -15,12 +15,15 @@ from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Done, Started, Submit, Token
 from expertd.errors import ClusterError
+from expertd.sampling import Sampling
 
 pytestmark = pytest.mark.fault
 
 PROMPT = "Once upon a time there was a little fox who"
 LONG_PROMPT = "The fox met a bear. " * 12
 NUM_TOKENS = 16
+GREEDY = Sampling()
+SAMPLED = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, seed=11)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +42,14 @@ async def open_group(num_ranks: int) -> AsyncIterator[Cluster]:
 class Listener:
     """Asks, and counts what comes: token_ids, the Done, the longest time between two events."""
 
-    def __init__(self, cluster: Cluster, request_id: str, prompt: str = PROMPT) -> None:
+    def __init__(
+        self, cluster: Cluster, request_id: str, prompt: str = PROMPT, sampling: Sampling = GREEDY
+    ) -> None:
         self.token_ids: list[int] = []
         self.started = False
         self.done: Done | None = None
         self.longest_gap_s = 0.0
-        submit = Submit(request_id, prompt=prompt, max_tokens=NUM_TOKENS, ignore_end=True)
+        submit = Submit(request_id, prompt=prompt, max_tokens=NUM_TOKENS, ignore_end=True, sampling=sampling)
         self.task = asyncio.create_task(self._listen(cluster, submit))
 
     async def _listen(self, cluster: Cluster, submit: Submit) -> None:
@@ -69,19 +74,19 @@ def test_followers_killed_and_stopped_in_mid_stream() -> None:
 
     async def main() -> None:
         async with open_group(3) as cluster:
-            first = Listener(cluster, "first")
+            first = Listener(cluster, "first", sampling=SAMPLED)
             await until(lambda: len(first.token_ids) == 8)
             signal_rank(cluster, 1, signal.SIGKILL)
             await first.task
             assert cluster.epoch == 2 and first.done and first.done.ranks == 2
-            second = Listener(cluster, "second")
+            second = Listener(cluster, "second", sampling=SAMPLED)
             await until(lambda: len(second.token_ids) == 8)
             signal_rank(cluster, 2, signal.SIGSTOP)
             await second.task
             assert cluster.describe()["reason"] == "rank 1 stopped answering: no pulse for 0.8 s"
             assert second.done and second.done.ranks == 1
             assert second.longest_gap_s < 5  # about 1 s, and patience with a busy machine
-            alone = Listener(cluster, "alone")
+            alone = Listener(cluster, "alone", sampling=SAMPLED)
             await alone.task
             assert first.token_ids == second.token_ids == alone.token_ids
             assert len(alone.token_ids) == NUM_TOKENS

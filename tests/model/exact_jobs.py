@@ -66,19 +66,16 @@ def _all_splits(
     digests = {}
     for name in model.splits if link else ["solo"]:
         shares = SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]
-        for fractions, label, chunks in _cases(shares, cases, "demo" in folder.name):
+        for fractions, label, chunks in _cases(shares, cases):
             digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)
             digests[f"{name} {fractions} {label}"] = digest
     return digests
 
 
 def _cases(
-    shares: list[tuple[float, ...]], cases: dict[str, list[int]], is_demo: bool
+    shares: list[tuple[float, ...]], cases: dict[str, list[int]]
 ) -> Iterator[tuple[tuple[float, ...], str, list[int]]]:
-    """Every share with chunks that differ, and the first also with those that do not; of the demo, unequal shares."""
-    if is_demo:
-        yield (shares[1:] or shares)[0], *next(iter(DEMO_CHUNKS.items()))
-        return
+    """Every share with chunks that differ, and the first also with those that do not."""
     for label, chunks in cases.items():
         for fractions in shares if label == "several" else shares[:1]:
             yield fractions, label, chunks
