@@ -215,32 +215,44 @@ static void pack(const xd_affine *a, const uint8_t *codes, const void *scales, c
   }
 }
 
+/* GCC would copy the sums to other registers and back for each word: it cannot look through this. */
+#if defined(XD_SIMDE)
+#define IN_PLACE(v) (void)(v)
+#else
+#define IN_PLACE(v) __asm__("" : "+v"(v))
+#endif
+
+/* Add what `num` streams of digits from `at` on give with one group's codes, for 32 output rows. */
+XD_INLINE void add_group(int bits, int num_words, const char *panel, const xd_row *rows, int64_t at, int num,
+                         __m512i sums[XD_TILE_ROWS][2]) {
+  const int planes = bits == 8 ? 2 : 8 / bits;
+  for (int i = 0; i < num_words; i++)
+    for (int p = 0; p < planes; p++, panel += 128) {
+      const __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);
+      for (int r = 0; r < num; r++) {
+        int32_t word;
+        memcpy(&word, rows[r].q + at + i / 8 * 32 * planes + p * 32 + i % 8 * 4, 4);
+        const __m512i digits = _mm512_set1_epi32(word);
+        sums[r][0] = bits == 8 ? _mm512_dpwssd_epi32(sums[r][0], left, digits)
+                               : _mm512_dpbusd_epi32(sums[r][0], left, digits);
+        sums[r][1] = bits == 8 ? _mm512_dpwssd_epi32(sums[r][1], right, digits)
+                               : _mm512_dpbusd_epi32(sums[r][1], right, digits);
+        IN_PLACE(sums[r][0]);
+        IN_PLACE(sums[r][1]);
+      }
+    }
+}
+
 /* Sums of one group, whose first digits are `at` in q, for 32 output rows and `num` rows of x. */
 XD_INLINE void group_tile(const xd_affine *a, int bits, const char *panel, int64_t at, const xd_row *rows, int num,
                           __m512i sums[XD_TILE_ROWS][2]) {
-  const int planes = bits == 8 ? 2 : 8 / bits, num_words = a->group_size * bits / 32;
-  const int num_digits = bits == 8 ? 1 : 1 + a->two_digits;
+  const int num_words = a->group_size * bits / 32;
   for (int r = 0; r < num; r++) sums[r][0] = sums[r][1] = _mm512_setzero_si512();
-  for (int digit = 0; digit < num_digits; digit++) {
-    const char *codes = panel;
-    if (digit) /* what the high one gave, times 256 */
-      for (int r = 0; r < num; r++)
-        for (int h = 0; h < 2; h++) sums[r][h] = _mm512_slli_epi32(sums[r][h], 8);
-    const int64_t first = at + digit * (a->q_bytes / 2);
-    for (int i = 0; i < num_words; i++)
-      for (int p = 0; p < planes; p++, codes += 128) {
-        const __m512i left = _mm512_load_si512(codes), right = _mm512_load_si512(codes + 64);
-        for (int r = 0; r < num; r++) {
-          int32_t word;
-          memcpy(&word, rows[r].q + first + i / 8 * 32 * planes + p * 32 + i % 8 * 4, 4);
-          const __m512i digits = _mm512_set1_epi32(word);
-          sums[r][0] = bits == 8 ? _mm512_dpwssd_epi32(sums[r][0], left, digits)
-                                 : _mm512_dpbusd_epi32(sums[r][0], left, digits);
-          sums[r][1] = bits == 8 ? _mm512_dpwssd_epi32(sums[r][1], right, digits)
-                                 : _mm512_dpbusd_epi32(sums[r][1], right, digits);
-        }
-      }
-  }
+  add_group(bits, num_words, panel, rows, at, num, sums);
+  if (bits == 8 || !a->two_digits) return;
+  for (int r = 0; r < num; r++) /* what the high digit gave, times 256 */
+    for (int h = 0; h < 2; h++) sums[r][h] = _mm512_slli_epi32(sums[r][h], 8);
+  add_group(bits, num_words, panel, rows, at + a->q_bytes / 2, num, sums);
 }
 
 /* `num` rows of x against a panel: y[num][XD_TILE_OUT]. */
