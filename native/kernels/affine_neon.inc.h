@@ -164,42 +164,58 @@ XD_INLINE void four_groups(int bits, int group_bytes, int two_digits, const uint
                            : vpaddq_s32(vpaddq_s32(v[0][r], v[1][r]), vpaddq_s32(v[2][r], v[3][r]));
 }
 
-/* Eight scales or biases, of which `count` are the row's own. The others are -0: it alone changes no sum, not even -0. */
+/* Fewer than 8 items; copies of known sizes need no call. */
+XD_INLINE void copy_few(char *to, const char *from, int count, const int size) {
+  for (int n = 4; n; n /= 2)
+    if (count & n) memcpy(to, from, (size_t)(n * size)), to += n * size, from += n * size;
+}
+
+/* Eight scales or biases, of which `count` exist. The others are -0: it alone changes no sum, not even -0. */
 XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
   static const uint32_t signs[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1u << 31, 1u << 31, 1u << 31, 1u << 31,
                                      1u << 31, 1u << 31, 1u << 31, 1u << 31};
   if (count >= 8) return vf_load_any(from, dtype, at);
-  const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
   _Alignas(16) char some[32] = {0};
-  memcpy(some, (const char *)from + at * size, (size_t)(count * size));
+  if (dtype == XD_FLOAT32)
+    copy_few(some, (const char *)from + at * 4, count, 4);
+  else
+    copy_few(some, (const char *)from + at * 2, count, 2);
   const vf v = vf_load_any(some, dtype, 0);
   const uint32x4_t lo = vorrq_u32(vreinterpretq_u32_f32(v.lo), vld1q_u32(signs + 8 - count));
   const uint32x4_t hi = vorrq_u32(vreinterpretq_u32_f32(v.hi), vld1q_u32(signs + 12 - count));
   return (vf){vreinterpretq_f32_u32(lo), vreinterpretq_f32_u32(hi)};
 }
 
+/* Add the groups g .. g + count - 1 of two weight rows to their sums. */
+XD_INLINE void add_groups(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *const *codes,
+                          const void *scales, const void *biases, const int64_t *number, int g, int count,
+                          const xd_row *row, vf *acc) {
+  const int group_bytes = group_size * bits / 8;
+  int32x4_t half[2][AT_ONCE];
+  for (int i = 0; i < 2; i++)
+    four_groups(bits, group_bytes, two_digits, codes, AT_ONCE, (int64_t)(g + 4 * i) * group_bytes, count - 4 * i, row->q,
+                a->q_bytes / 2, half[i]);
+  for (int r = 0; r < AT_ONCE; r++) {
+    const int64_t at = number[r] * a->groups + g;
+    const vf sums = {vcvtq_f32_s32(half[0][r]), vcvtq_f32_s32(half[1][r])};
+    const vf s = numbers_at(scales, a->dtype, at, count), b = numbers_at(biases, a->dtype, at, count);
+    acc[r] = vf_fma(vf_mul(s, vf_load(row->d + g)), sums, acc[r]);
+    acc[r] = vf_fma(b, vf_load(row->da + g), acc[r]);
+  }
+}
+
 XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                     const void *scales, const void *biases, int num_out, const xd_row *row, float *y) {
-  const int group_bytes = group_size * bits / 8;
   for (int n = 0; n < num_out; n += AT_ONCE) {
     const int last = n + 1 < num_out ? n + 1 : n; /* of an odd number the last comes twice */
     const int64_t number[AT_ONCE] = {n, last};
     const uint8_t *c[AT_ONCE] = {codes + n * a->code_bytes, codes + last * a->code_bytes};
     vf acc[AT_ONCE] = {vf_set(0), vf_set(0)};
-    for (int g = 0; g < a->groups; g += 8) {
-      const int left = a->groups - g, count = left < 8 ? left : 8;
-      int32x4_t half[2][AT_ONCE];
-      for (int i = 0; i < 2; i++)
-        four_groups(bits, group_bytes, two_digits, c, AT_ONCE, (int64_t)(g + 4 * i) * group_bytes, count - 4 * i, row->q,
-                    a->q_bytes / 2, half[i]);
-      for (int r = 0; r < AT_ONCE; r++) {
-        const int64_t at = number[r] * a->groups + g;
-        const vf sums = {vcvtq_f32_s32(half[0][r]), vcvtq_f32_s32(half[1][r])};
-        const vf s = numbers_at(scales, a->dtype, at, count), b = numbers_at(biases, a->dtype, at, count);
-        acc[r] = vf_fma(vf_mul(s, vf_load(row->d + g)), sums, acc[r]);
-        acc[r] = vf_fma(b, vf_load(row->da + g), acc[r]);
-      }
-    }
+    int g = 0;
+    for (; g + 8 <= a->groups; g += 8)
+      add_groups(a, bits, group_size, two_digits, c, scales, biases, number, g, 8, row, acc);
+    if (g < a->groups)
+      add_groups(a, bits, group_size, two_digits, c, scales, biases, number, g, a->groups - g, row, acc);
     for (int r = 0; r < AT_ONCE; r++) y[number[r]] = vf_sum(acc[r]);
   }
 }

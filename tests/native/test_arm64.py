@@ -6,12 +6,22 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from tests.native.compiling import HERE, NATIVE, QUANTIZED, QUANTIZER, STRICT, TRANSPORT, UNCONTRACTED
+from tests.native.compiling import (
+    HERE,
+    KERNELS,
+    NATIVE,
+    PRODUCTS,
+    QUANTIZED,
+    QUANTIZER,
+    STRICT,
+    TRANSPORT,
+    UNCONTRACTED,
+)
 
 SOURCES = (*TRANSPORT, "mailbox.c", "pump.c", *QUANTIZER)
 RUN_S = 120
@@ -36,7 +46,7 @@ def build(emulator: list[str], tmp_path_factory: pytest.TempPathFactory) -> Buil
         pytest.skip("no cross compiler: `pip install ziglang` (100 MB), or make cross")
     folder = tmp_path_factory.mktemp("arm64")
 
-    def compiled(driver: str, *flags: str) -> Path:
+    def compiled(driver: str, *flags: str, sources: Iterable[str] = SOURCES) -> Path:
         out = folder / driver.removesuffix(".c")
         command = [
             sys.executable,
@@ -49,7 +59,7 @@ def build(emulator: list[str], tmp_path_factory: pytest.TempPathFactory) -> Buil
             "-O2",
             *flags,
         ]
-        command += [str(HERE / driver), *(str(NATIVE / s) for s in SOURCES), "-o", str(out), "-lpthread"]
+        command += [str(HERE / driver), *(str(NATIVE / s) for s in sources), "-o", str(out), "-lpthread"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return out
@@ -70,6 +80,25 @@ def test_runs(emulator: list[str], build: Build, driver: str) -> None:
 
 def test_quantizer_chooses_as_everywhere(emulator: list[str], build: Build) -> None:
     assert run([*emulator, str(build("drive_quantize.c", UNCONTRACTED))]) == QUANTIZED
+
+
+@pytest.fixture(scope="module")
+def kernels(build: Build) -> str:
+    return str(build("drive_kernels.c", UNCONTRACTED, f"-I{NATIVE / 'kernels'}", sources=KERNELS))
+
+
+def test_kernels_give_the_bits_of_x86(emulator: list[str], kernels: str) -> None:
+    found = run([*emulator, kernels])
+    assert found.endswith(PRODUCTS)
+    if emulator:
+        assert found == f"neon-i8mm neon portable\n{PRODUCTS}"
+
+
+@pytest.mark.parametrize(("cpu", "isas"), [("neoverse-n1", "neon portable\n"), ("cortex-a72", "portable\n")])
+def test_kernels_of_older_processors(emulator: list[str], kernels: str, cpu: str, isas: str) -> None:
+    if not emulator:
+        pytest.skip("no QEMU to be another processor")
+    assert run([*emulator, "-cpu", cpu, kernels, "names"]) == isas
 
 
 def test_mutated_frames(emulator: list[str], build: Build) -> None:

@@ -10,7 +10,9 @@ import pytest
 
 from tests.native.compiling import NATIVE, STRICT
 
-SOURCES = sorted(p for p in NATIVE.glob("*.c") if not p.name.startswith("_"))
+SOURCES = sorted(
+    p for folder in (NATIVE, NATIVE / "kernels") for p in folder.glob("*.c") if not p.name.startswith("_")
+)
 
 
 @pytest.fixture(scope="module")

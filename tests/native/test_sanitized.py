@@ -1,9 +1,26 @@
 """The C code under AddressSanitizer and UndefinedBehaviorSanitizer, driven by C: no Python between."""
 
+import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
-from tests.native.compiling import QUANTIZED, QUANTIZER, TRANSPORT, UNCONTRACTED, build, run
+import pytest
+
+from tests.native.compiling import (
+    CALLS,
+    HERE,
+    KERNELS,
+    PRODUCTS,
+    QUANTIZED,
+    QUANTIZER,
+    THREADS,
+    TRANSPORT,
+    UNCONTRACTED,
+    build,
+    run,
+)
 
 FUZZ_S = 2
 
@@ -22,6 +39,33 @@ def test_pump(tmp_path: Path) -> None:
 
 def test_quantizer(tmp_path: Path) -> None:
     assert run(build(tmp_path / "drive", "drive_quantize.c", QUANTIZER, UNCONTRACTED)) == QUANTIZED
+
+
+def test_kernels(tmp_path: Path) -> None:
+    assert run(build(tmp_path / "drive", "drive_kernels.c", KERNELS, *CALLS)).endswith(PRODUCTS)
+
+
+def test_kernels_for_avx512_emulated(tmp_path: Path) -> None:
+    """Everywhere: few of the machines that run these tests have AVX-512, and those that have run it natively, too."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulation is for x86-64")
+    probe = ["cc", "-E", "-include", "simde/x86/avx512.h", "-x", "c", "/dev/null"]
+    if not shutil.which("cc") or subprocess.run(probe, capture_output=True).returncode:
+        pytest.skip("no SIMDe: on Debian, `apt-get install libsimde-dev`")
+    flags = (*CALLS, f"-I{HERE}", "-DXD_SIMDE", "-mavx2", "-mfma", "-mf16c")
+    found = run(build(tmp_path / "drive", "drive_kernels.c", KERNELS, *flags))
+    assert found == f"avx512 avx2 portable\n{PRODUCTS}"
+
+
+def test_threads_of_the_kernels(tmp_path: Path) -> None:
+    sources = ["kernels/pool.c"]
+    include = CALLS[1]
+    assert run(build(tmp_path / "drive", "drive_pool.c", sources, include)) == "ok\n"
+    program = build(tmp_path / "threads", "drive_pool.c", sources, include, sanitize=THREADS)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer cannot run with this kernel's random addresses")
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[-3000:]
 
 
 def test_mutated_frames(tmp_path: Path) -> None:
