@@ -31,8 +31,12 @@ demo: $(DEMO) ## Quantize the embedded model and serve it from two ranks, until 
 smoke: $(DEMO) ## The same, with one question over HTTP and the speed of one rank and of two
 	$(BIN)/python -m expertd.bench.smoke $(DEMO)
 
-test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest
+test: $(READY) ## Run the tests: the calm ones on two cores, then those that kill processes or look at a clock, one by one
+	mkdir -p build
+	$(BIN)/python -m pytest -q -m "calm and not soak" tests/quant >build/test-quant.log 2>&1 & quant=$$!; \
+	$(BIN)/python -m pytest -m "calm and not soak" --ignore tests/quant; rest=$$?; \
+	wait $$quant; quant=$$?; cat build/test-quant.log; exit $$((quant | rest))
+	$(BIN)/python -m pytest -m "not calm and not soak"
 
 rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
 	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v -m "not slow" tests/rxe/suite --durations=12 \
@@ -45,9 +49,10 @@ check: $(READY) ## Run ruff and mypy
 	ln -s $(wildcard $(CURDIR)/expertd/*) $(addprefix $(CURDIR)/,native quant topology bench) build/types/expertd
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p expertd
 
-bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's ring, decode and prefill beside one rank
+bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's ring, kernels beside the roof, decode and prefill beside one rank
 	$(BIN)/expertd bench link --json build/bench-link.json
 	$(BIN)/python -m expertd.bench.exchange --json build/bench-exchange.json
+	$(BIN)/expertd bench kernels --quick --json build/bench-kernels.json
 	$(BIN)/expertd bench decode $(DEMO) --ranks 2 --split auto --tokens 32 --json build/bench-decode.json
 	$(BIN)/expertd bench prefill $(DEMO) --ranks 2 --split auto --tokens 96 --json build/bench-prefill.json
 	$(BIN)/python -m expertd.bench.convert --json build/bench-convert.json
@@ -71,6 +76,7 @@ fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FU
 	$(BIN)/python -m tests.fuzz_answers -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/answers
 
 soak: $(READY) ## The long forms: a million swaps over TCP and the mailbox; 20 GB converted and killed; the bits over real verbs
+	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m expertd.bench.soak tcp
 	$(BIN)/python -m expertd.bench.soak mailbox
 	$(BIN)/python -m expertd.bench.convert --soak

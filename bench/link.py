@@ -18,7 +18,6 @@ hops cost is its difference to `tcp`. `verbs` is the same way over RDMA, where a
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -29,17 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from expertd.bench import verbs
+from expertd.bench.compiling import compile_library
 from expertd.bench.hosts import Way, two_hosts
 from expertd.bench.link_side import SLOT_BYTES, Job
 from expertd.bench.processes import free_ports, wait_for_all
-from expertd.errors import ClusterError, ConfigError
+from expertd.errors import ClusterError
 from expertd.topology.machine import describe_machine, own_cores, summarize
 
 SIZES = (64, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 QUICK_SIZES, QUICK_REPEATS = (4 << 10, 16 << 10), 2
 NUM_TOOL_MESSAGES = 1000
 DEADLINE_S = 300.0
-COMPILE_TIMEOUT_S = 60.0
 HERE = Path(__file__).parent
 # Ours, its floors (the best of them counts), and the most that the ratio may be, at the sizes of a decode step.
 GOALS = {"mailbox": (("memory",), 1.3), "tcp": (("spinning", "blocking"), 1.3)}
@@ -65,7 +64,7 @@ def measure(sizes: tuple[int, ...], repeats: int, verbs_library: str = "") -> di
     cores = own_cores(4) or own_cores(2)
     with tempfile.TemporaryDirectory(prefix="expertd-bench-") as name:
         folder = Path(name)
-        library = _compile(folder)
+        library = compile_library(HERE / "floor.c", folder)
         with ExitStack() as stack:
             fds = _fds(stack, cores, usable, verbs_library, missing)
             rows = _run_sides(stack, folder, library, cores, fds, sizes, repeats)
@@ -95,21 +94,6 @@ def _add_tool(rows: list[dict[str, Any]], usable: verbs.Usable | None, missing: 
         return
     for row, figures in zip(rows, found, strict=True):
         row[verbs.TOOL] = {"one_way": figures}
-
-
-def _compile(folder: Path) -> Path:
-    """Compile the loops with the system's compiler, as optimised as the library itself (-O2)."""
-    compiler = os.environ.get("CC", "cc")
-    if not shutil.which(compiler):
-        raise ConfigError(
-            f"no C compiler {compiler!r} for the loops of this benchmark. Install one, or set CC."
-        )
-    library = folder / "floor.so"
-    command = [compiler, "-std=c11", "-O2", "-shared", "-fPIC", str(HERE / "floor.c"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-    if done.returncode:
-        raise ClusterError(f"{compiler} could not compile floor.c: {done.stderr.strip()[:300]}")
-    return library
 
 
 # The two sides.

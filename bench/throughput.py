@@ -6,6 +6,9 @@ drift hit both; an idle group sleeps. Each rank is pinned to a core of its own, 
 group would be, solo to the first of them. Speeds are those that rank 0 reports for real requests,
 greedy, with the end token ignored; each group serves one request unmeasured before. `ratio_to_solo` compares
 medians of the same rounds; the row of solo pools all rounds.
+
+Several kernels ("native", "mlx") are measured alike: each has a solo of its own, beside which its splits are
+measured, and the solos take turns with each other, too. `ratio_to_first` compares with the first one's solo.
 """
 
 import asyncio
@@ -13,7 +16,8 @@ import itertools
 import json
 import statistics
 import sys
-from contextlib import aclosing
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,7 @@ from typing import Any
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.cli.signals import run_until_signal
 from expertd.cluster.supervisor import Cluster
-from expertd.config import GroupConfig
+from expertd.config import ACTIVATION_BITS, GroupConfig
 from expertd.engine.messages import Done, Submit
 from expertd.engine.text import Tokenizer
 from expertd.errors import ClusterError, ConfigError
@@ -43,26 +47,27 @@ def run(
     tokens: int,
     repeats: int,
     json_file: Path | None,
-    **kernels: Any,
+    kernels: Sequence[str] = ("auto",),
+    activation_bits: int = ACTIVATION_BITS,
+    name: str = "",
 ) -> None:
     """Measure tokens per second of `kind` ("decode" or "prefill"), print a table, write JSON if asked.
 
-    `kernels` are GroupConfig's `kernels` and `activation_bits`.
-
-    `tokens` are new tokens per request for decode, prompt tokens for prefill. Raises ConfigError for what
-    this checkpoint cannot do, ClusterError when a group fails; every process has then ended.
+    `tokens` are new tokens per request for decode, prompt tokens for prefill. `kernels` and `activation_bits` are as
+    GroupConfig has them, one row for each of the first; `name` is what the report calls the checkpoint, if not its
+    folder. Raises ConfigError for what this checkpoint cannot do, ClusterError when a group fails; every process has
+    then ended.
     """
     _check(kind, ranks, tokens, repeats)
     wanted = [(n, split) for n in ranks if n > 1 for split in splits if split != "solo"]
-    request, tokens = _request(kind, checkpoint, tokens)
-    group = GroupConfig(str(checkpoint), **kernels)
-    rows, used = run_until_signal(_measure(kind, group, wanted, request, repeats))
+    request, tokens = make_request(kind, checkpoint, tokens)
+    groups = [GroupConfig(str(checkpoint), kernels=k, activation_bits=activation_bits) for k in kernels]
+    rows = run_until_signal(_measure(kind, groups, wanted, request, repeats))
     report = {
         "machine": describe_machine(),
-        "model": str(checkpoint),
+        "model": name or str(checkpoint),
         "kind": kind,
         "tokens": tokens,
-        "kernels": used,
         "rows": rows,
     }
     if json_file:
@@ -81,25 +86,50 @@ def _check(kind: str, ranks: list[int], tokens: int, repeats: int) -> None:
 
 
 async def _measure(
-    kind: str, group: GroupConfig, wanted: list[tuple[int, str]], request: dict[str, Any], repeats: int
-) -> tuple[list[dict[str, Any]], str]:
-    """The rows of the report, and the kernels that were used."""
-    async with Cluster.open(_with_ranks(group, 1, "auto")) as solo:
+    kind: str,
+    groups: list[GroupConfig],
+    wanted: list[tuple[int, str]],
+    request: dict[str, Any],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """The rows: each group's solo, then its splits. The groups differ in their kernels."""
+    async with AsyncExitStack() as stack:
+        solos = [await stack.enter_async_context(Cluster.open(with_ranks(g, 1, "auto"))) for g in groups]
         for _, split in wanted:
-            _check_split(split, solo.ready.splits)
-        beside: list[float] = []
+            _check_split(split, solos[0].ready.splits)
+        by_themselves: list[list[float]] = [[]]
+        if len(groups) > 1 or not wanted:
+            by_themselves = await _alternate(kind, solos, request, repeats)
         rows = []
-        for num_ranks, split in wanted:
-            async with Cluster.open(_with_ranks(group, num_ranks, split)) as cluster:
-                alone, together = await _alternate(kind, [solo, cluster], request, repeats)
-            beside += alone
-            rows.append(_row(kind, split, num_ranks, together, alone))
-        if not wanted:
-            (beside,) = await _alternate(kind, [solo], request, repeats)
-        return [_row(kind, "solo", 1, beside, beside), *rows], solo.ready.kernels
+        for group, solo, speeds in zip(groups, solos, by_themselves, strict=True):
+            beside, splits = await _measure_splits(kind, group, wanted, solo, request, repeats)
+            rows += [_row(kind, "solo", 1, solo, speeds + beside, speeds + beside), *splits]
+            if len(groups) > 1:
+                rows[-len(splits) - 1]["ratio_to_first"] = _ratio(speeds, by_themselves[0])
+        return rows
 
 
-def _with_ranks(group: GroupConfig, num_ranks: int, split: str) -> GroupConfig:
+async def _measure_splits(
+    kind: str,
+    group: GroupConfig,
+    wanted: list[tuple[int, str]],
+    solo: Cluster,
+    request: dict[str, Any],
+    repeats: int,
+) -> tuple[list[float], list[dict[str, Any]]]:
+    """The solo's speeds beside all splits, and the row of each split."""
+    beside: list[float] = []
+    rows = []
+    for num_ranks, split in wanted:
+        async with Cluster.open(with_ranks(group, num_ranks, split)) as cluster:
+            alone, together = await _alternate(kind, [solo, cluster], request, repeats)
+        beside += alone
+        rows.append(_row(kind, split, num_ranks, cluster, together, alone))
+    return beside, rows
+
+
+def with_ranks(group: GroupConfig, num_ranks: int, split: str) -> GroupConfig:
+    """The same group with so many ranks, each pinned to a core of its own."""
     cpus = tuple((core,) for core in own_cores(num_ranks))
     return replace(group, num_ranks=num_ranks, split=split, cpus=cpus)
 
@@ -122,11 +152,11 @@ async def _alternate(
     for repeat in range(repeats):
         turn = list(zip(clusters, speeds, strict=True))
         for cluster, taken in turn if repeat % 2 == 0 else reversed(turn):
-            taken.append(await _speed(kind, cluster, request))
+            taken.append(await measure_speed(kind, cluster, request))
     return speeds
 
 
-async def _speed(kind: str, cluster: Cluster, request: dict[str, Any]) -> float:
+async def measure_speed(kind: str, cluster: Cluster, request: dict[str, Any]) -> float:
     done = await _ask(cluster, request)
     if done.completion_tokens != request["max_tokens"]:
         raise ClusterError(
@@ -137,7 +167,7 @@ async def _speed(kind: str, cluster: Cluster, request: dict[str, Any]) -> float:
 
 
 async def _ask(cluster: Cluster, request: dict[str, Any]) -> Done:
-    submit = Submit(next(_request_ids), temperature=0.0, ignore_end=True, **request)
+    submit = Submit(next(_request_ids), ignore_end=True, **request)
     try:
         async with asyncio.timeout(REQUEST_TIMEOUT_S), aclosing(cluster.generate(submit)) as events:
             async for event in events:
@@ -151,7 +181,7 @@ async def _ask(cluster: Cluster, request: dict[str, Any]) -> Done:
 # The request: the same for every group.
 
 
-def _request(kind: str, checkpoint: Path, tokens: int) -> tuple[dict[str, Any], int]:
+def make_request(kind: str, checkpoint: Path, tokens: int) -> tuple[dict[str, Any], int]:
     """Build a request of `tokens` tokens, and give how many it really has.
 
     Raises ConfigError when the context does not hold them.
@@ -186,29 +216,46 @@ def _fit_prompt(tokenizer: Tokenizer, tokens: int) -> str:
 # The report.
 
 
-def _row(kind: str, split: str, num_ranks: int, speeds: list[float], alone: list[float]) -> dict[str, Any]:
+def _row(
+    kind: str, split: str, num_ranks: int, cluster: Cluster, speeds: list[float], alone: list[float]
+) -> dict[str, Any]:
     return {
         "split": split,
         "ranks": num_ranks,
+        "kernels": cluster.ready.kernels,
+        "activation_bits": cluster.ready.activation_bits,
+        "isa": cluster.ready.isa,
         f"{kind}_tokens_per_s": round(statistics.median(speeds), 2),
         "min": round(min(speeds), 2),
         "max": round(max(speeds), 2),
         "repeats": len(speeds),
-        "ratio_to_solo": round(statistics.median(speeds) / statistics.median(alone), 4),
+        "ratio_to_solo": _ratio(speeds, alone),
         "pinned": bool(own_cores(num_ranks)),
     }
+
+
+def _ratio(speeds: list[float], others: list[float]) -> float:
+    return round(statistics.median(speeds) / statistics.median(others), 4)
 
 
 def _print(report: dict[str, Any]) -> None:
     kind, rows = report["kind"], report["rows"]
     say = sys.stdout.write
-    say(f"{summarize(report['machine'])}\n{report['model']}, {report['kernels']} kernels, ")
-    say(f"{report['tokens']} tokens per request\n")
-    say(f"{'split':<10} {'ranks':>5}  {kind + ' tokens/s':>17}  {'min..max':>17}  {'of solo':>7}\n")
+    say(f"{summarize(report['machine'])}\n{report['model']}, {report['tokens']} tokens per request\n")
+    say(f"{'split':<10} {'ranks':>5}  {'kernels':<9}  {kind + ' tokens/s':>17}  ")
+    say(f"{'min..max':>17}  {'of solo':>7}\n")
     for row in rows:
         spread = f"{row['min']:.1f}..{row['max']:.1f}"
-        say(f"{row['split']:<10} {row['ranks']:>5}  {row[f'{kind}_tokens_per_s']:>17.1f}  {spread:>17}")
-        say(f"  {row['ratio_to_solo']:>6.2f}x\n")
+        say(f"{row['split']:<10} {row['ranks']:>5}  {_kernels_of(row):<9}  ")
+        say(f"{row[f'{kind}_tokens_per_s']:>17.1f}  {spread:>17}  {row['ratio_to_solo']:>6.2f}x")
+        if row is not rows[0] and "ratio_to_first" in row:
+            say(f"  {row['ratio_to_first']:.3g}x of solo by {_kernels_of(rows[0])}")
+        say("\n")
     loose = sorted({row["ranks"] for row in rows if not row["pinned"]})
     if loose:
         say(f"Not pinned to cores (fewer cores than ranks, or a system without pinning): ranks {loose}.\n")
+
+
+def _kernels_of(row: dict[str, Any]) -> str:
+    """Such as "native/8": by kernels that round activations to 8 bits."""
+    return f"{row['kernels']}/{row['activation_bits']}" if row["activation_bits"] else str(row["kernels"])

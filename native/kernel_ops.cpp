@@ -202,9 +202,11 @@ int match_ids(mx::array& x, mx::array& ids, mx::Shape& shape) {
   shape = mx::broadcast_shapes(batch, ids.shape());
   const int64_t num_ids = size_of(shape), num_rows = size_of(batch), k = shape.back();
   shape.insert(shape.end(), {m, width});
-  if (m == 1 && static_cast<int64_t>(ids.size()) == num_ids) {
-    if (num_rows == num_ids) return 1;
-    if ((batch.empty() || batch.back() == 1) && num_rows * k == num_ids) return k;
+  const bool shared = num_rows < num_ids && (batch.empty() || batch.back() == 1) && num_rows * k == num_ids;
+  if (m == 1 && (shared || num_rows == num_ids)) {
+    if (static_cast<int64_t>(ids.size()) != num_ids)
+      ids = mx::broadcast_to(ids, mx::Shape(shape.begin(), shape.end() - 2));
+    return shared ? k : 1;
   }
   x = mx::broadcast_to(x, shape);
   ids = mx::broadcast_to(mx::expand_dims(ids, -1), mx::Shape(shape.begin(), shape.end() - 1));

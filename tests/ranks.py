@@ -15,6 +15,8 @@ from typing import Any
 from expertd.link import mailbox
 
 ROOT = Path(__file__).parents[1]
+# A living rank must not be taken for dead because the machine that runs the tests is busy.
+PATIENT_S = 20.0
 
 
 def run_ranks(
@@ -23,7 +25,8 @@ def run_ranks(
     """Start the job on every rank and wait for all; a rank that fails fails the test, with its stderr."""
     fd = mailbox.create(num_ranks, args.pop("slot_bytes", 1 << 16))
     try:
-        ranks = [start_rank(file, job, fd, rank, num_ranks, args) for rank in range(num_ranks)]
+        patient = {"pulse_timeout_s": PATIENT_S}
+        ranks = [start_rank(file, job, fd, rank, num_ranks, args, patient) for rank in range(num_ranks)]
     finally:
         os.close(fd)
     return results_of(ranks, timeout_s)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ("expertd", "native", "topology", "quant", "bench")
 
 # Who may import whom, beside itself; a name is a folder, or a package or module of expertd/.
-_CHECKPOINT = {"errors", "config", "wire"}
+_CHECKPOINT = {"errors", "config", "wire", "sampling"}
 _LINK = _CHECKPOINT | {"native", "topology"}
 _SPLIT = _CHECKPOINT | {"checkpoint", "link"}
 _MODEL = _SPLIT | {"split", "native"}
@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "wire": {"errors"},
+    "sampling": set(),
     "checkpoint": _CHECKPOINT,
     "link": _LINK,
     "split": _SPLIT,
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
 MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model", "swap")}
-WITHOUT_MLX = ("errors", "config", "wire", "checkpoint", "link", "server", "cli")
+WITHOUT_MLX = ("errors", "config", "wire", "sampling", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
     f"expertd/cluster/{path.name}"
     for path in (ROOT / "expertd/cluster").glob("*.py")

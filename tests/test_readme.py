@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from tests.cluster.computers import END_S, free_port
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```sh\n(.*?)```", README.read_text(), re.DOTALL)
@@ -61,15 +62,11 @@ def test_plain_commands(tmp_path: Path) -> None:
 
 @pytest.fixture
 def port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        number: int = listener.getsockname()[1]
-        return number
+    return free_port()
 
 
 def test_serve_and_curl(tmp_path: Path, port: int) -> None:
-    """The server streams an answer to the README's curl line and ends within two seconds of Ctrl-C."""
+    """The server streams an answer to the README's curl line and ends by Ctrl-C."""
     (serve,), (curl,) = SERVE, CURL
     server = start(serve.replace("8080", str(port)), tmp_path)
     try:
@@ -82,7 +79,7 @@ def test_serve_and_curl(tmp_path: Path, port: int) -> None:
         assert answer.stdout.count("data: ") > 3
         assert answer.stdout.rstrip().endswith("data: [DONE]")
         server.send_signal(signal.SIGINT)
-        assert server.wait(2) in (0, 130, -signal.SIGINT)
+        assert server.wait(END_S) in (0, 130, -signal.SIGINT)
     finally:
         server.kill()
         server.communicate()
@@ -91,10 +88,7 @@ def test_serve_and_curl(tmp_path: Path, port: int) -> None:
 def test_two_machines(tmp_path: Path, port: int) -> None:
     """The four lines, as two machines of one address: paired, served, joined, and asked at the second."""
     pair, pair_with, serve, join = TWO_MACHINES
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        control = f"--control-port {other.getsockname()[1]}"
-        pairing = f"--port {port}"
+    control, pairing = f"--control-port {free_port()}", f"--port {port}"
     offer = start(f"{pair} {pairing}", tmp_path, "first")
     try:
         assert offer.stdout
@@ -119,7 +113,7 @@ def test_two_machines(tmp_path: Path, port: int) -> None:
             assert json.load(response)["choices"][0]["text"]
         for process in reversed(processes):
             process.send_signal(signal.SIGINT)
-            assert process.wait(5) in (0, 130, -signal.SIGINT)
+            assert process.wait(END_S) in (0, 130, -signal.SIGINT)
     finally:
         for process in processes:
             process.kill()

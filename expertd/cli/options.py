@@ -46,15 +46,18 @@ def group_options(command: F) -> F:
 
 def kernel_options(command: F) -> F:
     """Add the options that choose what computes on a CPU: --kernels, --activation-bits."""
-    bits = click.option(
+    return kernels_option("Who computes on a CPU; auto: native.")(activation_bits_option(command))
+
+
+def activation_bits_option(command: F) -> F:
+    return click.option(
         "--activation-bits",
         type=click.Choice(["8", "16"]),
         default=str(ACTIVATION_BITS),
         show_default=True,
         callback=lambda context, parameter, value: int(value),
         help="How finely native kernels round activations.",
-    )
-    return kernels_option("Who computes on a CPU; auto: native.")(bits(command))
+    )(command)
 
 
 def kernels_option(text: str) -> Callable[[F], F]:

@@ -12,12 +12,15 @@ import click
 from expertd.cli.options import find_model, group_options, make_group, warn_of_link
 from expertd.config import GroupConfig
 from expertd.errors import ClusterError, ConfigError, ExpertdError
+from expertd.sampling import MAX_LOGPROBS, Sampling
 
 if TYPE_CHECKING:
-    from expertd.engine.messages import Done, Submit
+    from expertd.engine.messages import Candidate, Done, Logprobs, Submit, Token
 
 # What a shell reports for a program that a broken pipe ended.
 BROKEN_PIPE = 141
+
+SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 @click.command("run", epilog="Example: expertd run demo 'Once upon a time' --ranks 2 --split experts")
@@ -29,21 +32,41 @@ BROKEN_PIPE = 141
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, help="Nucleus."
 )
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0: all.")
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Cut below this share of the likeliest.",
+)
+@click.option(
+    "--repetition-penalty", type=click.FloatRange(0.1, 10), default=1.0, show_default=True, help="1: none."
+)
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens per step.")
 @click.option("--logits", type=click.Path(dir_okay=False, path_type=Path), help="Write the logits there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
+@click.option(
+    "--logprobs",
+    type=click.IntRange(0, MAX_LOGPROBS),
+    metavar="N",
+    help="With --json: of each token, and of the N likeliest.",
+)
 def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     """Let MODEL continue PROMPT and print its text as it comes.
 
     MODEL is `demo`, a folder, a hub id or a URL of a folder. PROMPT is raw text (- reads standard input). The
     figures of the run go to standard error.
     """
-    submit_options = {k: options.pop(k) for k in ("max_tokens", "temperature", "top_p", "seed", "stop")}
+    if options["logprobs"] is not None and not as_json:
+        raise ConfigError("--logprobs: needs --json. Add it, or leave --logprobs out.")
+    sampling = Sampling(**{k: options.pop(k) for k in SAMPLING_OPTIONS})
+    submit_options = {k: options.pop(k) for k in ("max_tokens", "stop", "logprobs")}
     chat, logits = options.pop("chat"), options.pop("logits")
-    submit = _make_submit(_read_prompt(prompt), chat, logits, submit_options)
+    submit = _make_submit(_read_prompt(prompt), chat, logits, sampling=sampling, **submit_options)
     # Flags first: they are wrong in no time, while a hub id may take an hour to download.
     make_group(Path(), **options)
     group = make_group(find_model(model).folder, **options)
@@ -61,15 +84,16 @@ def _read_prompt(prompt: str) -> str:
     return text
 
 
-def _make_submit(text: str, chat: bool, logits: Path | None, options: dict[str, Any]) -> "Submit":
+def _make_submit(
+    text: str, chat: bool, logits: Path | None, *, stop: tuple[str, ...], **options: Any
+) -> "Submit":
     from expertd.engine.messages import Submit
 
     if logits and not logits.absolute().parent.is_dir():
         raise ConfigError(f"--logits {logits}: no folder {logits.absolute().parent}. Create it first.")
     source: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     logits_file = str(logits.absolute()) if logits else None
-    stop = list(options.pop("stop"))
-    return Submit("run", stop=stop, logits_file=logits_file, **source, **options)
+    return Submit("run", stop=list(stop), logits_file=logits_file, **source, **options)
 
 
 def _answer(group: GroupConfig, submit: "Submit", as_json: bool) -> int:
@@ -90,8 +114,7 @@ async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None
     from expertd.cluster.supervisor import Cluster
     from expertd.engine.messages import Done, Token
 
-    token_ids: list[int] = []
-    pieces: list[str] = []
+    tokens: list[Token] = []
     done: Done | None = None
     async with AsyncExitStack() as stack:
         with progress(f"loading {group.num_ranks} rank(s)"):
@@ -100,28 +123,27 @@ async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None
         try:
             async for event in events:
                 if isinstance(event, Token):
-                    token_ids += event.token_ids
-                    pieces.append(event.text)
+                    tokens.append(event)
                     await write_out("" if as_json else event.text)
                 elif isinstance(event, Done):
                     done = event
         except ExpertdError:
             # The reason must not be glued to the text so far.
-            await write_out("\n" if pieces and not as_json else "")
+            await write_out("\n" if tokens and not as_json else "")
             raise
         if done is None:
             raise ClusterError("the answer has no end. This is a bug of expertd.")
-        text = "".join(pieces)
+        text = "".join(token.text for token in tokens)
         kernels = cluster.ready.kernels
         await write_out(
-            _as_json(token_ids, text, done, kernels) if as_json else "" if text.endswith("\n") else "\n"
+            _as_json(tokens, text, done, kernels) if as_json else "" if text.endswith("\n") else "\n"
         )
     print(_figures(done), file=sys.stderr)
 
 
-def _as_json(token_ids: list[int], text: str, done: "Done", kernels: str) -> str:
+def _as_json(tokens: "list[Token]", text: str, done: "Done", kernels: str) -> str:
     values = {
-        "token_ids": token_ids,
+        "token_ids": [token_id for token in tokens for token_id in token.token_ids],
         "text": text,
         "prompt_tokens": done.prompt_tokens,
         "prefill_tokens_per_s": done.prefill_tokens_per_s,
@@ -131,7 +153,20 @@ def _as_json(token_ids: list[int], text: str, done: "Done", kernels: str) -> str
         "kernels": kernels,
         "finish_reason": done.finish_reason,
     }
+    if found := [_logprobs(logprobs) for token in tokens for logprobs in token.logprobs]:
+        values["logprobs"] = found
     return json.dumps(values) + "\n"
+
+
+def _logprobs(found: "Logprobs") -> dict[str, Any]:
+    """As in chat answers, and the ids."""
+    return {**_candidate(found.chosen), "top_logprobs": [_candidate(c) for c in found.top]}
+
+
+def _candidate(candidate: "Candidate") -> dict[str, Any]:
+    from expertd.server.wire import shape_of
+
+    return {"token_id": candidate.token_id, **shape_of(candidate)}
 
 
 def _figures(done: "Done") -> str:

@@ -240,10 +240,24 @@ def _load(setup: Setup, control: Control) -> Rank:
     model.require(group.split)
     # Every rank may come to lead, and has no time to spare then.
     tokenizer = Tokenizer(info.folder, info.config)
-    engine = Engine(tokenizer, info.context_length, model.splits, group.prefill_chunk, control.send)
+    engine = Engine(
+        tokenizer,
+        info.context_length,
+        model.splits,
+        group.prefill_chunk,
+        control.send,
+        _vocab_size(info) or tokenizer.size,
+    )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     control.send(_ready(setup.rank, info, model, kernels))
     return Rank(setup, group, control, model, engine)
+
+
+def _vocab_size(info: "CheckpointInfo") -> int:
+    """The number of logits, 0 where the config does not say."""
+    from expertd.checkpoint.config import text_config
+
+    return int(text_config(info.config).get("vocab_size") or 0)
 
 
 def _ready(rank: int, info: "CheckpointInfo", model: "Model", kernels: "Kernels | None") -> Ready:
@@ -255,7 +269,7 @@ def _ready(rank: int, info: "CheckpointInfo", model: "Model", kernels: "Kernels 
         rank=rank,
         family=info.family,
         context_length=info.context_length,
-        vocab_size=int(info.config.get("vocab_size", 0)),
+        vocab_size=_vocab_size(info),
         num_experts=info.num_experts,
         top_k=info.top_k,
         splits=model.splits,

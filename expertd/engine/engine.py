@@ -10,7 +10,7 @@ chunks, and between two of them comes a decode step, so that a running stream ne
 The engine outlives epochs. `begin` puts it on the new epoch's runner, whose caches are empty: every sequence is
 prefilled again from its transcript (the prompt and what was generated) and goes on with the next token. None is
 repeated and none is missing, because a token counts only once its whole step has succeeded, and what is sampled
-depends on the logits, the seed and the position alone.
+depends on the logits, the seed, the position and the sequence's own tokens alone.
 """
 
 import secrets
@@ -21,11 +21,14 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from expertd.engine.messages import (
     Cancel,
+    Candidate,
     Done,
     Failed,
+    Logprobs,
     Message,
     Observe,
     Rejected,
@@ -35,10 +38,10 @@ from expertd.engine.messages import (
 )
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.runner import Runner
-from expertd.engine.sequence import Sequence, prompt_ids
+from expertd.engine.sequence import Sequence, check_ids, prompt_ids
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
-from expertd.model.sampler import sample
+from expertd.model.sampler import Row, Sampler, logprobs
 from expertd.split.cut import choose
 
 
@@ -51,6 +54,7 @@ class Engine:
     splits: list[str]
     prefill_chunk: int
     send: Callable[[Message], None]
+    vocab_size: int
     max_streams: int = 16
     max_waiting: int = 256
     _runner: Runner | None = None
@@ -133,6 +137,7 @@ class Engine:
 
     def _admit(self, submit: Submit) -> None:
         try:
+            check_ids(submit, self.vocab_size)
             prompt = prompt_ids(submit, self.tokenizer, self.context_length)
         except ConfigError as e:
             self.send(Rejected(submit.request_id, str(e)))
@@ -141,21 +146,24 @@ class Engine:
             message = f"{len(self._open)} requests are being served or wait already. Ask again later."
             self.send(Rejected(submit.request_id, message, busy=True))
             return
-        room = self.context_length - len(prompt)
         self._num_sequences += 1
-        self._open.append(
-            Sequence(
-                sequence_id=self._num_sequences,
-                submit=submit,
-                prompt=prompt,
-                end_ids=self.tokenizer.end_ids,
-                max_tokens=min(room, submit.max_tokens or room),
-                seed=submit.seed if submit.seed is not None else secrets.randbits(32),
-                detokenizer=Detokenizer(self.tokenizer),
-                stops=StopStrings(submit.stop),
-            )
-        )
+        self._open.append(self._new_sequence(submit, prompt))
         self.send(Started(submit.request_id, len(prompt)))
+
+    def _new_sequence(self, submit: Submit, prompt: list[int]) -> Sequence:
+        room = self.context_length - len(prompt)
+        seed = submit.sampling.seed
+        end_ids = frozenset(submit.stop_ids) | (set() if submit.ignore_end else self.tokenizer.end_ids)
+        return Sequence(
+            sequence_id=self._num_sequences,
+            submit=submit,
+            prompt=prompt,
+            end_ids=end_ids,
+            max_tokens=min(room, submit.max_tokens or room),
+            sampler=Sampler(submit.sampling, secrets.randbits(32) if seed is None else seed, prompt, end_ids),
+            detokenizer=Detokenizer(self.tokenizer),
+            stops=StopStrings(submit.stop),
+        )
 
     # Beat 2: plan.
 
@@ -181,16 +189,26 @@ class Engine:
     # Beat 3 is Runner.lead. Beat 4: deliver.
 
     def _deliver(self, sequences: Several[Sequence], logits: mx.array, split: str) -> None:
-        for sequence, row in zip(sequences, logits, strict=True):
-            submit = sequence.submit
+        rows = np.asarray(logits)  # no copy
+        for i, sequence in enumerate(sequences):
+            submit, row = sequence.submit, rows[i]
             if submit.logits_file:
-                sequence.logits.append(row)
-            position = len(sequence.generated)
-            token_id = sample(row, submit.temperature, submit.top_p, sequence.seed, position)
-            text = sequence.append(token_id)
-            self.send(Token(submit.request_id, [token_id], text))
+                sequence.logits.append(logits[i])
+            token_id = sequence.choose(row)
+            text, offset = sequence.append(token_id)
+            found = (
+                [] if submit.logprobs is None else [self._logprobs(row, token_id, submit.logprobs, offset)]
+            )
+            self.send(Token(submit.request_id, [token_id], text, found))
             if sequence.finish_reason:
                 self._finish(sequence, split)
+
+    def _logprobs(self, row: Row, token_id: int, num_top: int, offset: int) -> Logprobs:
+        logprob, top = logprobs(row, token_id, num_top)
+        data = self.tokenizer.token_bytes
+        return Logprobs(
+            Candidate(token_id, data(token_id), logprob), [Candidate(i, data(i), p) for i, p in top], offset
+        )
 
     def _finish(self, sequence: Sequence, split: str) -> None:
         self._open.remove(sequence)

@@ -8,6 +8,7 @@ one of Done, Rejected (the request is wrong) and Failed (we are).
 from dataclasses import dataclass, field
 from typing import Any
 
+from expertd.sampling import Sampling
 from expertd.wire import Codec
 
 # A request carries a prompt; 64 MiB is far above any context length and far below any memory.
@@ -53,19 +54,23 @@ class Begin:
 class Submit:
     """One request; exactly one of `prompt` (raw text) and `messages` (for the chat template) is given.
 
-    `seed` None means an arbitrary one. `logits_file` asks rank 0 to write the float32 logits of every
-    generated position there, as safetensors: "logits" [num_tokens, vocab].
+    The answer ends with one of the checkpoint's end tokens (not if `ignore_end`) or of `stop_ids`, neither of which is
+    in the text, before one of the strings of `stop`, or with `max_tokens`. Before `min_tokens` are there, end and stop
+    tokens are never chosen and stop strings are not looked for. `logprobs` 0 to 20 asks for the log-probability of each
+    token and as many of the likeliest. `logits_file` asks rank 0 to write the float32 logits of every generated
+    position there, as safetensors: "logits" [num_tokens, vocab].
     """
 
     request_id: str
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
+    sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
+    min_tokens: int = 0
     stop: list[str] = field(default_factory=list)
+    stop_ids: list[int] = field(default_factory=list)
     ignore_end: bool = False
+    logprobs: int | None = None
     logits_file: str | None = None
 
 
@@ -148,12 +153,42 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A token that may come next. `data` is what it adds to the text, in UTF-8, maybe a part of a character."""
+
+    token_id: int
+    data: bytes
+    logprob: float
+
+    @property
+    def text(self) -> str:
+        """Bytes that are no UTF-8 by themselves appear as \\xe4, as in OpenAI's answers."""
+        return self.data.decode(errors="backslashreplace")
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The token that was chosen and the likeliest ones, likeliest first; model/sampler.py says of which distribution.
+
+    `text_offset` is the number of the answer's characters before the token, stop strings included.
+    """
+
+    chosen: Candidate
+    top: list[Candidate]
+    text_offset: int
+
+
+@dataclass(frozen=True)
 class Token:
-    """Newly generated token ids, and the text that became final with them (often empty, never torn)."""
+    """Newly generated token ids, and the text that became final with them (often empty, never torn).
+
+    `logprobs` has as many elements as `token_ids` if the request asks for them.
+    """
 
     request_id: str
     token_ids: list[int]
     text: str
+    logprobs: list[Logprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One request on its way through the engine; it owns all values derived from it."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ import mlx.core as mx
 from expertd.engine.messages import Done, Submit
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
+from expertd.model.sampler import Row, Sampler
 
 
 def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> list[int]:
@@ -26,18 +28,33 @@ def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> lis
     return ids
 
 
+def check_ids(submit: Submit, vocab_size: int) -> None:
+    """Raise ConfigError when the request names a token that the model does not have."""
+    biased = [token_id for token_id, _ in submit.sampling.logit_bias]
+    for name, ids in (("logit_bias", biased), ("stop_token_ids", submit.stop_ids)):
+        if wrong := _outside(ids, vocab_size):
+            raise ConfigError(
+                f"{name}: token {wrong[0]}, but this model's tokens are 0 to {vocab_size - 1}. Leave it out."
+            )
+
+
+def _outside(ids: Iterable[int], vocab_size: int) -> list[int]:
+    return [token_id for token_id in ids if not 0 <= token_id < vocab_size]
+
+
 @dataclass(eq=False)  # one is itself alone
 class Sequence:
     sequence_id: int
     submit: Submit
     prompt: list[int]
-    end_ids: set[int]
+    end_ids: frozenset[int]  # those that end this answer
     max_tokens: int
-    seed: int
+    sampler: Sampler
     detokenizer: Detokenizer
     stops: StopStrings
     num_computed: int = 0  # tokens in the cache, the same on every rank
     generated: list[int] = field(default_factory=list)
+    num_chars: int = 0  # of the text of `generated`, but for the bytes of an unfinished character
     logits: list[mx.array] = field(default_factory=list)  # for Submit.logits_file
     cancelled: bool = False
     finish_reason: str | None = None
@@ -53,25 +70,39 @@ class Sequence:
         """Tokens known but not yet in the cache; the last of them is the next decode step's."""
         return len(self.prompt) + len(self.generated) - self.num_computed
 
-    def append(self, token_id: int) -> str:
-        """Take a sampled token; gives the text that became final and sets `finish_reason` at the end."""
+    def choose(self, row: Row) -> int:
+        """The next token, from its logits [vocab]."""
+        position = len(self.generated)
+        return self.sampler.choose(row, position, may_end=position + 1 > self.submit.min_tokens)
+
+    def append(self, token_id: int) -> tuple[str, int]:
+        """Take a chosen token; sets `finish_reason` at the end.
+
+        Gives the text that became final, and how many characters there are before the token's own.
+        """
         if not self.generated:
             self.first_token_at = time.monotonic()
         self.generated.append(token_id)
-        if token_id in self.end_ids and not self.submit.ignore_end:
+        self.sampler.add(token_id)
+        if token_id in self.end_ids:
             self.finish_reason = "stop"
-            return self._flush("")
-        text = self.stops.add(self.detokenizer.add(token_id))
+            return self._flush(""), self.num_chars
+        offset = self.num_chars
+        text = self._find_stops(self.detokenizer.add(token_id))
         if self.stops.found:
             self.finish_reason = "stop"
         elif len(self.generated) >= self.max_tokens:
             self.finish_reason = "length"
             text = self._flush(text)
-        return text
+        return text, offset
 
     def _flush(self, text: str) -> str:
-        text += self.stops.add(self.detokenizer.finish())
+        text += self._find_stops(self.detokenizer.finish())
         return text if self.stops.found else text + self.stops.finish()
+
+    def _find_stops(self, text: str) -> str:
+        self.num_chars += len(text)
+        return self.stops.add(text) if len(self.generated) >= self.submit.min_tokens else text
 
     def done(self, split: str, num_ranks: int) -> Done:
         """The closing message, with the speeds of this request."""

@@ -1,11 +1,26 @@
 """Between text and token ids: the checkpoint's tokenizer, streaming detokenization, stop strings."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 from expertd.errors import CheckpointError, ConfigError
 
 REPLACEMENT = "\ufffd"
+# SentencePiece writes a space so, and a byte without a piece of its own (byte fallback) so.
+SPACE = "\u2581"
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters in which byte-level vocabularies write bytes (openai/gpt-2, encoder.py, bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(0x100) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+BYTE_LETTERS = _byte_letters()
 
 
 class Tokenizer:
@@ -25,6 +40,12 @@ class Tokenizer:
         ends = config.get("eos_token_id")
         ids = ends if isinstance(ends, list) else [ends]
         self.end_ids = {i for i in [*ids, self._inner.eos_token_id] if isinstance(i, int)}
+        self._added = {i: str(token) for i, token in self._inner.added_tokens_decoder.items()}
+        self._byte_level = "ByteLevel" in _decoder_steps(self._inner)
+
+    @property
+    def size(self) -> int:
+        return len(self._inner)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._inner.encode(text)
@@ -48,6 +69,31 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         text: str = self._inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8: often a part of a character; b"" for an id without a token.
+
+        A special token is written as it is in the vocabulary, though `decode` leaves it out.
+        """
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        piece: str | None = self._inner.convert_ids_to_tokens(token_id) if token_id < self.size else None
+        if piece is None:
+            return b""
+        if self._byte_level:
+            return bytes(BYTE_LETTERS[letter] for letter in piece if letter in BYTE_LETTERS)
+        if byte := BYTE_PIECE.fullmatch(piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace(SPACE, " ").encode()
+
+
+def _decoder_steps(inner: Any) -> set[str]:
+    """The steps in which a tokenizer turns pieces into text, by the names that tokenizer.json gives them."""
+    backend = getattr(inner, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return set()
+    decoder = json.loads(backend.decoder.__getstate__())
+    return {step["type"] for step in decoder.get("decoders", [decoder])}
 
 
 class Detokenizer:

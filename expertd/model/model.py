@@ -15,6 +15,7 @@ from expertd.model.adapter import StepState, Taps, divide, fast_attention, load,
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
 from expertd.model.swap import native_functions, replaced
+from expertd.model.tiles import one_thread_a_product
 from expertd.model.together import Padded, Together, ragged_attention
 from expertd.split.cut import StepSplit
 
@@ -104,13 +105,14 @@ class Model:
         Tried, not looked up: two short sequences, of unlike lengths, apart and together.
         """
         wanted, reasons = self._try_decoding(None), []
+        largest: Any = mx.abs(wanted).max().item()
         for kind in (Together, Padded):
             try:
-                error = mx.abs(self._try_decoding(kind) - wanted).max().item()
+                error: Any = mx.abs(self._try_decoding(kind) - wanted).max().item()
             except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as e:
                 reasons.append(f"{type(e).__name__}: {str(e).splitlines()[0]}")
                 continue
-            if error <= TOGETHER_TOLERANCE * mx.abs(wanted).max().item():
+            if error <= TOGETHER_TOLERANCE * largest:
                 return kind
             reasons.append(f"logits differ by {error:.3g}")
         _log.warning("this model decodes one sequence after the other (%s)", "; ".join(reasons))
@@ -133,7 +135,7 @@ class Model:
         if self._taps is None:
             self._taps = tap(self._model)
         self._state.begin(split)
-        with fast_attention(), replaced(self._functions):
+        with fast_attention(), replaced(self._functions), one_thread_a_product():
             logits = self._model(tokens).astype(mx.float32)
         mx.eval(logits, self._taps.hidden, self._taps.experts)
         if split.name == "tokens":

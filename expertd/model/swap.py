@@ -1,5 +1,6 @@
 """mlx-lm by the CPU kernels (expertd/model/kernels.py): modules for good, functions while a model builds its graph."""
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,13 +71,33 @@ class _NativeExperts:
 
 
 class _NativeHeads:
-    """One weight per head: x [..., num_heads or 1, num_tokens, width]."""
+    """One weight per head: x [batch, num_heads or 1, num_tokens, width]."""
 
     def __call__(self, x: mx.array, transpose: bool = True) -> mx.array:
         m: Any = self
-        if not transpose:
-            return super().__call__(x, transpose)  # type: ignore[misc, no-any-return]
-        return _product(m, x, mx.arange(m["weight"].shape[0], dtype=mx.uint32))
+        heads = mx.arange(m["weight"].shape[0], dtype=mx.uint32)
+        if transpose:
+            product = functools.partial(_product, m)
+        else:
+            product = functools.partial(m._kernels.plain_product, weight=_other_side(m))
+        if x.ndim != 4 or x.shape[1] != 1:
+            return product(x, ids=heads)
+        # One x for all heads: a row is rounded once, not for each of them.
+        rows = mx.expand_dims(x.swapaxes(1, 2), -2)
+        return product(rows, ids=heads).squeeze(-2).swapaxes(1, 2)
+
+
+def _other_side(module: Any) -> mx.array:
+    """The weights [num_heads, in, out] for products from the other side; kept, unpacked, from the first call on."""
+    if "_other" not in module:
+        weight = module["weight"]
+        if "scales" in module:
+            weight = mx.dequantize(
+                weight, module["scales"], module["biases"], group_size=module.group_size, bits=module.bits
+            )
+        module._other = mx.contiguous(weight.swapaxes(-1, -2))
+        mx.eval(module._other)
+    return module["_other"]  # type: ignore[no-any-return]
 
 
 class _NativeGLU:

@@ -17,6 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from expertd.model.swap import replaced
+
 
 class Ragged:
     """One array [1, ...] per sequence, where a model's attention expects one [num_sequences, ...]."""
@@ -101,8 +103,5 @@ def ragged_attention() -> Iterator[None]:
             ]
         )
 
-    mx.fast.scaled_dot_product_attention = attend
-    try:
+    with replaced([(mx.fast, "scaled_dot_product_attention", attend)]):
         yield
-    finally:
-        mx.fast.scaled_dot_product_attention = stock

@@ -125,22 +125,22 @@ async def _respond(
         # Awaited here, the first event decides on the status; a later failure is an event of the stream.
         first = await while_connected(request.receive, _next(pieces))
         return EventStream(first, pieces)
-    text, done = await while_connected(request.receive, _collect(events))
-    return JSONResponse(shape.answer(text, done))
+    tokens, done = await while_connected(request.receive, _collect(events))
+    return JSONResponse(shape.answer(tokens, done))
 
 
 async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces)
 
 
-async def _collect(events: Events) -> tuple[str, Done]:
-    pieces: list[str] = []
+async def _collect(events: Events) -> tuple[list[Token], Done]:
+    tokens: list[Token] = []
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Token):
-                pieces.append(event.text)
+                tokens.append(event)
             if isinstance(event, Done):
-                return "".join(pieces), _check_done(event)
+                return tokens, _check_done(event)
     raise ClusterError("the answer has no end. This is a bug of expertd.")
 
 
@@ -150,8 +150,9 @@ async def _stream(events: Events, shape: Format) -> AsyncGenerator[bytes, None]:
         yield shape.opening()
         try:
             async for event in events:
-                if isinstance(event, Token) and event.text:
-                    yield shape.text(event.text)
+                if isinstance(event, Token):
+                    if piece := shape.text(event):
+                        yield piece
                 elif isinstance(event, Done):
                     yield shape.closing(_check_done(event))
         except ExpertdError as e:

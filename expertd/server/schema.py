@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from expertd.engine.messages import Submit
+from expertd.sampling import MAX_LOGPROBS, Sampling
 from expertd.server.errors import ApiError
 
 # OpenAI's own default for /v1/completions; chat answers run to the end of the context.
@@ -30,21 +31,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
     "modalities": (["text"],),
     "n": (1,),
-    "presence_penalty": (0, 0.0),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
+    "skip_special_tokens": (True,),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "use_beam_search": (False,),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -91,9 +92,23 @@ def _as_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _token_ids(bias: object) -> object:
+    """JSON's keys are strings; here they must be token ids."""
+    if not isinstance(bias, dict):
+        return bias
+    for name in bias:
+        if not (name.isascii() and name.isdigit() and len(name) <= 10):
+            raise ValueError(f"{_short(name)} is no token id; wanted whole numbers as names")
+    return {int(name): value for name, value in bias.items()}
+
+
 Text = Annotated[str, AfterValidator(_check_text)]
 Stop = Annotated[Text, Field(min_length=1)]
 Stops = Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=4)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[int, Bias], BeforeValidator(_token_ids)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class _Strict(BaseModel):
@@ -129,7 +144,10 @@ class StreamOptions(_Strict):
 
 
 class Request(_Strict):
-    """What chat and completion requests share."""
+    """What chat and completion requests share.
+
+    OpenAI's names first, then those of vLLM's server; expertd.sampling says what each does. `top_k` is 0 or -1 for all.
+    """
 
     model: str
     stream: bool = False
@@ -139,6 +157,15 @@ class Request(_Strict):
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops = []
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Biases = {}
+    top_k: int = Field(0, ge=-1, lt=2**31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    stop_token_ids: list[TokenId] = []
+    min_tokens: int = Field(0, ge=0, le=2**31)
+    ignore_eos: bool = False
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
@@ -150,17 +177,37 @@ class Request(_Strict):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _submit(self, request_id: str, max_tokens: int | None, **source: Any) -> Submit:
-        # top_p 0 keeps only the likeliest token, which is what temperature 0 says.
-        greedy = self.top_p == 0
+    def _submit(self, request_id: str, max_tokens: int | None, logprobs: int | None, **source: Any) -> Submit:
+        if max_tokens is not None and self.min_tokens > max_tokens:
+            message = (
+                f"min_tokens: {self.min_tokens} is more than the {max_tokens} tokens that are asked for."
+            )
+            raise ApiError(400, message, "min_tokens")
         return Submit(
             request_id,
+            sampling=self._sampling(),
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
+            stop_ids=self.stop_token_ids,
+            ignore_end=self.ignore_eos,
+            logprobs=logprobs,
+            **source,
+        )
+
+    def _sampling(self) -> Sampling:
+        # top_p 0 keeps only the likeliest token, which is what temperature 0 says.
+        greedy = self.top_p == 0
+        return Sampling(
             temperature=0.0 if greedy else self.temperature,
             top_p=1.0 if greedy else self.top_p,
+            top_k=max(0, self.top_k),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
             seed=None if self.seed is None else self.seed % 2**63,
-            stop=self.stop,
-            **source,
         )
 
 
@@ -169,21 +216,34 @@ class ChatRequest(Request):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs 'logprobs': true")
+        return self
 
     def to_submit(self, request_id: str) -> Submit:
         """The same request in the words of the engine."""
         messages = [m.for_template() for m in self.messages]
-        return self._submit(request_id, self.max_completion_tokens or self.max_tokens, messages=messages)
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        logprobs = self.top_logprobs if self.logprobs else None
+        return self._submit(request_id, max_tokens, logprobs, messages=messages)
 
 
 class CompletionRequest(Request):
     """POST /v1/completions."""
 
     prompt: Annotated[Text, BeforeValidator(_one_prompt)]
+    logprobs: TopLogprobs | None = None
 
     def to_submit(self, request_id: str) -> Submit:
         """The same request in the words of the engine."""
-        return self._submit(request_id, self.max_tokens or COMPLETION_TOKENS, prompt=self.prompt)
+        return self._submit(
+            request_id, self.max_tokens or COMPLETION_TOKENS, self.logprobs, prompt=self.prompt
+        )
 
 
 R = TypeVar("R", bound=Request)

@@ -183,13 +183,31 @@ XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, i
   return by_group(v, group_bytes);
 }
 
-/* Eight scales or biases, of which `count` are the row's own. */
+/* `count` < 8 numbers of 16 bits; in registers alone, as a load right after smaller stores waits for them. */
+XD_INLINE __m128i load_halves(const uint16_t *p, int count) {
+  uint64_t four = 0, rest = 0;
+  uint32_t two = 0;
+  const int has_four = count & 4;
+  if (has_four) memcpy(&four, p, 8), p += 4;
+  if (count & 2) memcpy(&two, p, 4), p += 2;
+  rest = count & 1 ? two | (uint64_t)*p << (count & 2 ? 32 : 0) : two;
+  return has_four ? _mm_set_epi64x((int64_t)rest, (int64_t)four) : _mm_set_epi64x(0, (int64_t)rest);
+}
+
+/* Eight scales or biases, of which `count` are the row's own. The others are -0: it alone changes no sum, not even -0. */
 XD_INLINE vf numbers_at(const void *from, int dtype, int64_t at, int count) {
+  static const float signs[16] = {0, 0, 0, 0, 0, 0, 0, 0, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f, -0.0f};
+  static const int32_t own[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
   if (count == 8) return vf_load_any(from, dtype, at);
-  const int64_t size = dtype == XD_FLOAT32 ? 4 : 2;
-  _Alignas(32) char some[32] = {0};
-  memcpy(some, (const char *)from + at * size, (size_t)(count * size));
-  return vf_load_any(some, dtype, 0);
+  vf some;
+  if (dtype == XD_FLOAT32) {
+    some = _mm256_maskload_ps((const float *)from + at, load(own + 8 - count));
+  } else {
+    const __m128i halves = load_halves((const uint16_t *)from + at, count);
+    some = dtype == XD_BFLOAT16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
+                                : _mm256_cvtph_ps(halves);
+  }
+  return _mm256_or_ps(some, vf_load(signs + 8 - count));
 }
 
 XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
@@ -214,22 +232,36 @@ XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_d
   return accumulate(acc, sums, s, b, row->d + g, row->da + g);
 }
 
+/* The lanes of one weight row. */
+XD_INLINE vf row_lanes(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                       const void *scales, const void *biases, int64_t at, const xd_row *row) {
+  const int code_step = group_size * bits, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
+  const int8_t *q = row->q;
+  vf acc = vf_set(0);
+  int g = 0;
+  for (; g + 8 <= a->groups; g += 8, codes += code_step, q += q_step) {
+    __m256i sums = eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
+    const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
+    acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
+  }
+  return g < a->groups ? last_groups(a, bits, group_size, two_digits, codes, scales, biases, at, g, row, acc) : acc;
+}
+
+/* The lanes of 8 weight rows are added up at once. */
 XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                     const void *scales, const void *biases, int num_out, const xd_row *row, float *y) {
-  const int code_step = group_size * bits, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
-  for (int n = 0; n < num_out; n++) {
-    const uint8_t *c = codes + n * a->code_bytes;
-    const int8_t *q = row->q;
-    const int64_t at = (int64_t)n * a->groups;
-    vf acc = vf_set(0);
-    int g = 0;
-    for (; g + 8 <= a->groups; g += 8, c += code_step, q += q_step) {
-      __m256i sums = eight_groups(c, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
-      const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
-      acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
+  for (int first = 0; first < num_out; first += 8) {
+    const int num = num_out - first < 8 ? num_out - first : 8;
+    vf lanes[8], sums;
+    float all[8];
+    for (int i = 0; i < 8; i++) lanes[i] = vf_set(0);
+    for (int i = 0; i < num; i++) {
+      const int64_t n = first + i;
+      lanes[i] = row_lanes(a, bits, group_size, two_digits, codes + n * a->code_bytes, scales, biases, n * a->groups, row);
     }
-    if (g < a->groups) acc = last_groups(a, bits, group_size, two_digits, c, scales, biases, at, g, row, acc);
-    y[n] = vf_sum(acc);
+    sums = vf_sum8(lanes);
+    vf_store(num == 8 ? y + first : all, sums);
+    for (int i = 0; i < num && num < 8; i++) y[first + i] = all[i];
   }
 }
 
@@ -332,24 +364,25 @@ XD_INLINE __m256i add_products(__m256i sum, int bits, __m256i codes, __m256i wor
 /* Sums of one group for 16 output rows and `num` streams of digits. */
 XD_INLINE void group_tile(int bits, int num_words, const char *panel, const int8_t *const *q, int num,
                           __m256i sums[][2]) {
-  const int planes = bits == 8 ? 2 : 8 / bits; /* a group is whole blocks, or lies in one */
-  /* 16-bit sums of 4-bit codes hold 8 steps (30720), of 2-bit codes a whole group (24576). */
-  const int words_at_once = bits == 4 && num_words > 4 ? 4 : num_words;
-  for (int first = 0; first < num_words; first += words_at_once) {
+  const int planes = bits == 8 ? 2 : 8 / bits; /* a group is whole blocks of 8 words, or lies in one */
+  /* 16-bit sums of 4-bit codes hold 8 steps (30720), of 2-bit codes 32, a whole group (24576). */
+  const int most = bits == 4 ? 4 : 8, at_once = num_words < most ? num_words : most;
+  for (int r = 0; r < num; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+  for (int first = 0; first < num_words; first += at_once) {
+    const int64_t block = first / 8 * 32 * planes + first % 8 * 4;
     __m256i part[XD_TILE_ROWS][2];
     for (int r = 0; r < num; r++) part[r][0] = part[r][1] = _mm256_setzero_si256();
-#pragma GCC unroll 16
-    for (int i = first; i < first + words_at_once; i++)
+#pragma GCC unroll 2
+    for (int i = 0; i < at_once; i++)
 #pragma GCC unroll 4
       for (int p = 0; p < planes; p++) {
-        const char *codes = panel + (i * planes + p) * 64;
+        const char *codes = panel + ((first + i) * planes + p) * 64;
         const __m256i left = _mm256_load_si256((const __m256i *)codes);
         const __m256i right = _mm256_load_si256((const __m256i *)(codes + 32));
-        const int at = i / 8 * 32 * planes + p * 32 + i % 8 * 4;
 #pragma GCC unroll 4
         for (int r = 0; r < num; r++) {
           int32_t digits;
-          memcpy(&digits, q[r] + at, 4);
+          memcpy(&digits, q[r] + block + p * 32 + i * 4, 4);
           const __m256i word = _mm256_set1_epi32(digits);
           part[r][0] = add_products(part[r][0], bits, left, word);
           part[r][1] = add_products(part[r][1], bits, right, word);
@@ -358,7 +391,7 @@ XD_INLINE void group_tile(int bits, int num_words, const char *panel, const int8
     for (int r = 0; r < num; r++)
       for (int h = 0; h < 2; h++) {
         __m256i sum = bits == 8 ? part[r][h] : _mm256_madd_epi16(part[r][h], _mm256_set1_epi16(1));
-        sums[r][h] = first ? _mm256_add_epi32(sums[r][h], sum) : sum;
+        sums[r][h] = _mm256_add_epi32(sums[r][h], sum);
       }
   }
 }
@@ -401,20 +434,23 @@ XD_INLINE void tile_sixteen(const xd_affine *a, int bits, int group_size, int tw
     }
 }
 
-/* Four streams of digits are what the registers hold: four rows of one digit, or two rows of two. */
+/* Four streams of digits are what the registers hold: four rows of one digit, or two rows of two. Where rows are
+   missing, the last one is computed again: nobody reads that. */
 XD_INLINE void tile(const xd_affine *a, int bits, int group_size, int two_digits, const void *panel,
-                    const xd_row *rows, int num, float *y) {
+                    const xd_row *given, int num, float *y) {
   const float *s = panel_scales(a, panel), *b = s + (int64_t)a->groups * XD_TILE_OUT;
   const int64_t sixteen = ((const char *)s - (const char *)panel) / 2;
-  const int at_once = two_digits ? 2 : 4;
-  for (int first = 0; first < num; first += at_once, rows += at_once, y += at_once * XD_TILE_OUT)
+  xd_row rows[XD_TILE_ROWS];
+  for (int r = 0; r < XD_TILE_ROWS; r++) rows[r] = given[r < num ? r : num - 1];
+  const int at_once = two_digits || num <= 2 ? 2 : 4;
+  for (int first = 0; first < num; first += at_once)
     for (int n = 0; n < XD_TILE_OUT; n += 16) {
       const char *codes = (const char *)panel + n / 16 * sixteen;
-      const int left = num - first < at_once ? num - first : at_once;
-      if (left == 4 && !two_digits) tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows, 4, y + n);
-      if (left == 3 && !two_digits) tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows, 3, y + n);
-      if (left == 2) tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 2, y + n);
-      if (left == 1) tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows, 1, y + n);
+      float *to = y + first * XD_TILE_OUT + n;
+      if (at_once == 4 && !two_digits)
+        tile_sixteen(a, bits, group_size, 0, codes, s + n, b + n, rows + first, 4, to);
+      else
+        tile_sixteen(a, bits, group_size, two_digits, codes, s + n, b + n, rows + first, 2, to);
     }
 }
 
@@ -462,6 +498,8 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
                                                 NAMES(tile, 4, 1), NAMES(tile, 8, 0)};
   functions[format_of(a)][size_of(a)](a, panel, rows, num_rows, &y[0][0]);
 }
+
+#include "target_end.h"
 
 const xd_isa *xd_isa_avx2(void) {
   static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2,

@@ -6,7 +6,8 @@
 #include "private.h"
 
 /* Best first. */
-static const xd_isa *(*const ISAS[])(void) = {xd_isa_avx512, xd_isa_avx2, xd_isa_neon, xd_isa_portable};
+static const xd_isa *(*const ISAS[])(void) = {xd_isa_avx512, xd_isa_avx2, xd_isa_neon_i8mm, xd_isa_neon,
+                                                xd_isa_portable};
 enum { NUM_ISAS = sizeof ISAS / sizeof *ISAS };
 
 static const xd_isa *find(const char *name) {

@@ -4,6 +4,8 @@
 
 #include "floats.inc.h"
 
+#include "target_end.h"
+
 const xd_floats xd_floats_avx2 = XD_FLOATS;
 #else
 typedef int xd_nothing_here;

@@ -128,5 +128,6 @@ const xd_isa *xd_isa_portable(void);
 const xd_isa *xd_isa_avx2(void);
 const xd_isa *xd_isa_avx512(void);
 const xd_isa *xd_isa_neon(void);
+const xd_isa *xd_isa_neon_i8mm(void);
 
 #endif

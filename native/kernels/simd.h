@@ -11,8 +11,10 @@
 
 #include "private.h"
 
-/* Always inlined, for an operation that is one instruction; plain C is left to the compiler, or it would take minutes. */
-#if defined(XD_SIMD_AVX2) || (defined(__aarch64__) && !defined(XD_SIMD_PORTABLE))
+/* Always inlined, for most are one instruction; plain C is left to the compiler, or it would take minutes. So do the tests with
+   all of it, under the sanitizers: they define XD_INLINE. */
+#if defined(XD_INLINE)
+#elif defined(XD_SIMD_AVX2) || (defined(__aarch64__) && !defined(XD_SIMD_PORTABLE))
 #define XD_INLINE static inline __attribute__((always_inline, unused))
 #else
 #define XD_INLINE static __attribute__((unused))

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from expertd.bench import link, link_side, verbs
+from expertd.bench.compiling import compile_library
 from expertd.errors import ClusterError, ConfigError
-from tests.link.provider_fixture import Fabric, build_provider
+from tests.link.provider_fixture import Fabric
 
 
 def test_every_link_is_measured_beside_its_floor() -> None:
@@ -61,14 +62,13 @@ def test_ratios_take_the_better_floor_and_give_the_checksum_apart() -> None:
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"no C compiler 'no-such-compiler'.* Install one, or set CC"):
-        link._compile(tmp_path)
+        compile_library(link.HERE / "floor.c", tmp_path)
 
 
 def test_verbs_stand_beside_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fabric: Fabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Over the provider of the link's tests; the usual tool does not know it, and that is said."""
-    fabric = Fabric(tmp_path, build_provider(tmp_path))
     for name, value in fabric.environment("127.0.0.1").items():
         monkeypatch.setenv(name, value)
     json_file = tmp_path / "report.json"

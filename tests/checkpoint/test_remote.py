@@ -28,7 +28,7 @@ from expertd.checkpoint.remote import Site as Place
 from expertd.errors import CheckpointError
 from tests.checkpoint.range_server import Site, serve
 
-QUICK = Limits(connect_s=2, silence_s=0.25, try_s=1.5, num_tries=3, pause_s=0.01)
+QUICK = Limits(connect_s=5, silence_s=1.0, try_s=5, num_tries=3, pause_s=0.01)
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 NUM_TENSORS = 10
 

@@ -32,7 +32,7 @@ from tests.checkpoint.fake_hub import COMMIT, Hub, fake_hub
 from tests.checkpoint.range_server import Site, serve
 from tests.tiny import make_tiny
 
-QUICK = Limits(connect_s=2, silence_s=0.5, try_s=2, num_tries=2, pause_s=0.01)
+QUICK = Limits(connect_s=5, silence_s=1.0, try_s=5, num_tries=2, pause_s=0.01)
 SHARD = "model.safetensors"
 
 

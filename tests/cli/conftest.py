@@ -57,7 +57,7 @@ def expertd(start: Start) -> Callable[..., SimpleNamespace]:
 
     def go(*args: object, **options: Any) -> SimpleNamespace:
         process = start(*args, **options)
-        out, err = process.communicate(timeout=15)
+        out, err = process.communicate(timeout=stub_group.LIMIT_S)
         return SimpleNamespace(code=process.returncode, out=out, err=err)
 
     return go

@@ -15,10 +15,15 @@ from types import SimpleNamespace
 import httpx
 import psutil
 import pytest
-from stub_group import children, gone, group_of, received, until_now
+from stub_group import LIMIT_S, SOON_S, children, gone, group_of, received, until_now
 
 Expertd = Callable[..., SimpleNamespace]
 Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def await_first_word(process: "subprocess.Popen[str]") -> None:
+    """Two bytes and no more: what a reader of text buffers beyond them, communicate() would not see."""
+    assert process.stdout and os.read(process.stdout.fileno(), 2) == b"x "
 
 
 def test_run_streams_text_and_gives_figures_on_stderr(expertd: Expertd, tmp_path: Path) -> None:
@@ -45,13 +50,24 @@ def test_run_json_is_one_object(expertd: Expertd, tmp_path: Path) -> None:
     }
 
 
+def test_run_json_has_logprobs_if_asked(expertd: Expertd, tmp_path: Path) -> None:
+    got = expertd("run", tmp_path, "é", "--json", "--logprobs", 1)
+    other = {"token_id": 999, "token": "other", "logprob": -0.125, "bytes": list(b"other")}
+    chosen = {"token_id": 1, "token": "é ", "logprob": -0.5, "bytes": list("é ".encode())}
+    assert json.loads(got.out)["logprobs"] == [{**chosen, "top_logprobs": [other]}]
+
+
 def test_run_options_reach_the_rank(expertd: Expertd, tmp_path: Path) -> None:
     flags = ["--temperature", 0.5, "--top-p", 0.9, "--seed", 7, "--stop", "x", "--stop", "y", "--chat"]
+    flags += ["--top-k", 40, "--min-p", 0.05, "--repetition-penalty", 1.1]
     assert (
         expertd("run", tmp_path, "-", *flags, "--logits", tmp_path / "l", stdin=subprocess.DEVNULL).code == 0
     )
     submit = received(tmp_path)[0]
-    assert (submit["temperature"], submit["top_p"], submit["seed"]) == (0.5, 0.9, 7)
+    sampling = submit["sampling"]
+    assert (sampling["temperature"], sampling["top_p"], sampling["seed"]) == (0.5, 0.9, 7)
+    assert (sampling["top_k"], sampling["min_p"], sampling["repetition_penalty"]) == (40, 0.05, 1.1)
+    assert submit["logprobs"] is None
     assert submit["stop"] == ["x", "y"] and submit["logits_file"] == str(tmp_path / "l")
     assert submit["prompt"] is None and submit["messages"] == [{"role": "user", "content": ""}]
 
@@ -86,7 +102,7 @@ def test_a_bug_is_one_line_unless_asked() -> None:
     for debug, lines in (("0", 1), ("1", 5)):
         command = [sys.executable, "-c", code, "run", "x", "y"]
         env = {**os.environ, "EXPERTD_DEBUG": debug}
-        got = subprocess.run(command, capture_output=True, text=True, timeout=10, env=env)
+        got = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=env)
         assert got.returncode == 1 and got.stderr.count("\n") >= lines
         last = got.stderr.splitlines()[-1]
         assert last.startswith("expertd: ZeroDivisionError: division by zero; this is a bug of expertd; ")
@@ -96,39 +112,39 @@ def test_a_bug_is_one_line_unless_asked() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_ends_run(start: Start, tmp_path: Path, number: signal.Signals, code: int) -> None:
     process = start("run", tmp_path, "@slow:0.01 @repeat:4000 x", "--max-tokens", 4000, "--ranks", 2)
-    assert process.stdout and process.stdout.read(2) == "x "
+    await_first_word(process)
     began = time.monotonic()
     process.send_signal(number)
-    _, err = process.communicate(timeout=5)
-    assert process.returncode == code and time.monotonic() - began < 2
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == code and time.monotonic() - began < SOON_S  # the answer takes 40 s
     assert "Traceback" not in err and not children()
 
 
 def test_signal_ends_run_though_nobody_reads_its_output(start: Start, tmp_path: Path) -> None:
     process = start("run", tmp_path, "@repeat:4000 " + "x" * 200, "--max-tokens", 4000)
-    until_now(lambda: received(tmp_path), 5)
+    until_now(lambda: received(tmp_path))
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=2) == 130
+    assert process.wait(timeout=SOON_S) == 130
 
 
 def test_broken_pipe_is_quiet(start: Start, tmp_path: Path) -> None:
     process = start("run", tmp_path, "@slow:0.01 @repeat:500 x", "--max-tokens", 500)
-    assert process.stdout and process.stderr and process.stdout.read(2) == "x "
+    assert process.stdout and process.stderr
+    await_first_word(process)
     process.stdout.close()
-    assert process.wait(timeout=5) == 141 and process.stderr.read() == ""
+    assert process.wait(timeout=LIMIT_S) == 141 and process.stderr.read() == ""
 
 
 def test_terminal_ctrl_c_twice_forces(start: Start, tmp_path: Path) -> None:
     group_of(tmp_path, r0="deaf")
-    process = start("run", tmp_path, "@slow:0.01 @repeat:500 x")
-    assert process.stdout and process.stdout.read(2) == "x "
-    began = time.monotonic()
+    env = {**os.environ, "STUB_KILL_AFTER_S": "60"}
+    process = start("run", tmp_path, "@slow:0.01 @repeat:500 x", env=env)
+    await_first_word(process)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    time.sleep(0.5)  # or the two are one
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=5) == 130
-    assert time.monotonic() - began < 1 and not children()
+    assert process.wait(timeout=LIMIT_S) == 130 and not children()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -142,7 +158,7 @@ def test_serve_says_where_answers_and_stops(
     assert name == tmp_path.name and url.startswith("http://127.0.0.1:") and url.endswith("/v1")
     assert curl.startswith(f"try: curl -N {url}/chat/completions ")
     answer = subprocess.run(
-        curl.removeprefix("try: "), shell=True, capture_output=True, text=True, timeout=10
+        curl.removeprefix("try: "), shell=True, capture_output=True, text=True, timeout=LIMIT_S
     )
     assert '"content":"time "' in answer.stdout and answer.stdout.endswith("data: [DONE]\n\n")
     asked = {"model": name, "prompt": "@slow:0.01 @repeat:4000 x", "max_tokens": 4000, "stream": True}
@@ -150,25 +166,25 @@ def test_serve_says_where_answers_and_stops(
         next(stream.iter_lines())
         began = time.monotonic()
         process.send_signal(number)
-        _, err = process.communicate(timeout=5)
-        assert time.monotonic() - began < 2
+        _, err = process.communicate(timeout=LIMIT_S)
+        assert time.monotonic() - began < SOON_S
     assert process.returncode == code and err.strip() == "" and not children()
 
 
 def test_ctrl_c_while_the_ranks_load(start: Start, tmp_path: Path) -> None:
     group_of(tmp_path, r1="mute")
     process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
-    until_now(lambda: len(psutil.Process(process.pid).children()) == 2, 10)
+    until_now(lambda: len(psutil.Process(process.pid).children()) == 2)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=2)[0] == "" and process.returncode == 130 and not children()
+    assert process.communicate(timeout=SOON_S)[0] == "" and process.returncode == 130 and not children()
 
 
 @pytest.mark.fault
 def test_run_goes_on_without_a_follower(start: Start, tmp_path: Path) -> None:
     process = start("run", tmp_path, "@slow:0.01 @repeat:50 x", "--ranks", 2)
-    assert process.stdout and process.stdout.read(2) == "x "
+    await_first_word(process)
     psutil.Process(process.pid).children()[1].kill()
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=LIMIT_S)
     assert (process.returncode, out) == (0, "x " * 49 + "\n")
     warning, figures = err.splitlines()
     assert warning == "expertd: rank 1 died: killed by SIGKILL; going on with 1 rank"
@@ -178,9 +194,9 @@ def test_run_goes_on_without_a_follower(start: Start, tmp_path: Path) -> None:
 @pytest.mark.fault
 def test_run_ends_with_one_line_when_its_leader_dies(start: Start, tmp_path: Path) -> None:
     process = start("run", tmp_path, "@slow:0.01 @repeat:500 x", "--ranks", 2, "--max-tokens", 500)
-    assert process.stdout and process.stdout.read(2) == "x "
+    await_first_word(process)
     psutil.Process(process.pid).children()[0].kill()
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     assert err.startswith("expertd: rank 0 died: killed by SIGKILL; look above") and err.count("\n") == 1
 
@@ -194,7 +210,7 @@ def test_serve_goes_on_until_no_rank_is_left(start: Start, tmp_path: Path) -> No
     second.kill()
     assert process.stderr.readline() == "expertd: rank 1 died: killed by SIGKILL; going on with 1 rank\n"
     first.kill()
-    _, err = process.communicate(timeout=5)
+    _, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1 and err.startswith("expertd: rank 0 died: killed by SIGKILL; look above")
     assert err.count("\n") == 1 and not children()
 
@@ -205,7 +221,7 @@ def test_killed_server_leaves_no_rank(start: Start, tmp_path: Path) -> None:
     process.stdout.readline()
     ranks = psutil.Process(process.pid).children()
     process.kill()
-    process.wait(timeout=2)
+    process.wait(timeout=LIMIT_S)
     assert len(ranks) == 2
     until_now(lambda: all(gone(rank) for rank in ranks))
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,12 +26,11 @@ def test_version() -> None:
     assert result.output == f"expertd {expertd.__version__}\n"
 
 
-def test_the_command_line_starts_quickly_and_imports_nothing_heavy() -> None:
+def test_the_command_line_imports_nothing_heavy() -> None:
     heavy = ("mlx", "numpy", "uvicorn", "pydantic", "asyncio", "tqdm")
     code = f"import sys, expertd.cli; print([m for m in {heavy} if m in sys.modules])"
-    began = time.monotonic()
-    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=10)
-    assert got.stdout == "[]\n" and time.monotonic() - began < 2
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert got.stdout == "[]\n"
 
 
 def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
@@ -57,6 +55,11 @@ def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
         (["--kernels", "cuda"], "'cuda' is not one of"),
         (["--activation-bits", "4"], "'4' is not one of"),
         (["--temperature", "9"], "9.0 is not in the range"),
+        (["--top-k", "-1"], "-1 is not in the range"),
+        (["--min-p", "2"], "2.0 is not in the range"),
+        (["--repetition-penalty", "0"], "0.0 is not in the range"),
+        (["--json", "--logprobs", "21"], "21 is not in the range"),
+        (["--logprobs", "3"], "--logprobs: needs --json"),
         (["--nope"], "No such option"),
         (["--stop"], "requires an argument"),
     ],
@@ -109,7 +112,7 @@ def test_bench_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     flags += ["--activation-bits", "8"]
     result = CliRunner().invoke(cli, ["bench", "decode", "demo", *flags])
     assert result.exit_code == 0, result.output
-    kernels = {"kernels": "mlx", "activation_bits": 8}
+    kernels = {"kernels": ["mlx"], "activation_bits": 8, "name": ""}
     assert calls == [("decode", Path("demo"), [1, 2], ["experts"], 9, 5, None, kernels)]
     for wrong in (["--ranks", "x"], ["--ranks", "9"], ["--split", "nope"], ["--json", "/no/such/f"]):
         result = CliRunner().invoke(cli, ["bench", "decode", "demo", *wrong])

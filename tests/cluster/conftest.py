@@ -9,13 +9,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import stub_group
 
-from expertd.cluster import supervisor
-
 
 @pytest.fixture(autouse=True)
 def mailbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[stub_group.StubMailbox]:
-    stub = stub_group.StubMailbox()
-    monkeypatch.setattr(supervisor, "RANK_MODULE", "stub_rank")
-    monkeypatch.setattr(supervisor, "load_mailbox", lambda: stub)
-    yield stub
+    yield stub_group.use_stub(monkeypatch.setattr)
     assert stub_group.children() == [], "a test left processes behind"

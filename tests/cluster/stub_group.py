@@ -12,8 +12,13 @@ from typing import Any
 
 import psutil
 
-from expertd.cluster import supervisor
+from expertd.cluster import local, supervisor
 from expertd.config import GroupConfig
+
+# For what takes milliseconds, on a machine that others keep busy: reaching it means that something never comes.
+LIMIT_S = 30.0
+# For what ends by itself only after minutes, or never.
+SOON_S = 10.0
 
 
 class StubMailbox:
@@ -39,11 +44,19 @@ class StubMailbox:
         return struct.unpack(f"{len(data) // 8}Q", data), 0
 
 
-def use_stub(mailbox: StubMailbox | None = None) -> None:
-    """Make this process start stub ranks; for scripts, where no fixture undoes it."""
-    supervisor.RANK_MODULE = "stub_rank"
-    stub = mailbox or StubMailbox()
-    supervisor.load_mailbox = lambda: stub
+def use_stub(change: Callable[[Any, str, Any], None] = setattr) -> StubMailbox:
+    """Make this process start stub ranks. `change` is a fixture's monkeypatch.setattr; in scripts nothing undoes it.
+
+    STUB_KILL_AFTER_S in the environment is another KILL_AFTER_S.
+    """
+    stub = StubMailbox()
+    change(supervisor, "RANK_MODULE", "stub_rank")
+    change(supervisor, "load_mailbox", lambda: stub)
+    # A stub beats in Python, which a busy machine may keep waiting for longer than a rank's C thread.
+    change(local, "PULSE_SILENCE_S", LIMIT_S)
+    if grace := os.environ.get("STUB_KILL_AFTER_S"):
+        change(supervisor, "KILL_AFTER_S", float(grace))
+    return stub
 
 
 def group_of(folder: Path, num_ranks: int = 1, exchange_timeout_s: float = 60, **moods: str) -> GroupConfig:
@@ -79,14 +92,14 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-async def until(condition: Callable[[], Any], timeout_s: float = 2.0) -> None:
+async def until(condition: Callable[[], Any], timeout_s: float = LIMIT_S) -> None:
     """Wait for a condition that the test expects to come true."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.01)
 
 
-def until_now(condition: Callable[[], Any], timeout_s: float = 2.0) -> None:
+def until_now(condition: Callable[[], Any], timeout_s: float = LIMIT_S) -> None:
     """The same, for tests without an event loop."""
     deadline = time.monotonic() + timeout_s
     while not condition():

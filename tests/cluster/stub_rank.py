@@ -1,11 +1,11 @@
 """A rank without MLX: it speaks the wire protocol and answers with the words of the prompt.
 
-Words that start with @ are switches: `@slow:0.05` (seconds per token), `@repeat:1000`, `@reject:why`,
-`@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@ended:why`, `@hang`. A file `stub.json` in
-the checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit", "fatal", "mute", "deaf"; or how it takes
-epochs: "unsteady" (each with another rank in it fails), "hopeless" (each fails), "absent" (joins none). Each rank
-writes what it receives to `rank<r>.log`, one JSON object per line. In its epoch it counts beats into the stub mailbox;
-an epoch that ends interrupts no answer.
+Words that start with @ are switches: `@slow:0.05` (seconds per token), `@repeat:1000`, `@torn` (each byte is a token),
+`@reject:why`, `@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@ended:why`, `@hang`. A file
+`stub.json` in the checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit", "fatal", "mute", "deaf"; or how
+it takes epochs: "unsteady" (each with another rank in it fails), "hopeless" (each fails), "absent" (joins none). Each
+rank writes what it receives to `rank<r>.log`, one JSON object per line. In its epoch it counts beats into the stub
+mailbox; an epoch that ends interrupts no answer.
 """
 
 import itertools
@@ -23,10 +23,12 @@ from typing import Any
 from expertd.engine.messages import (
     Begin,
     Cancel,
+    Candidate,
     Done,
     Ended,
     Failed,
     Fatal,
+    Logprobs,
     Message,
     Ready,
     Rejected,
@@ -122,7 +124,10 @@ class Rank:
         else:
             self.say(Started(submit.request_id, len(words)))
             self.misbehave(submit, switches)
-            self.generate(submit, words * int(switches.get("repeat", 1)), float(switches.get("slow", 0)))
+            if "torn" in switches:
+                self.tear(submit, words)
+            else:
+                self.generate(submit, words * int(switches.get("repeat", 1)), float(switches.get("slow", 0)))
 
     def misbehave(self, submit: Submit, switches: dict[str, Any]) -> None:
         if "exit" in switches:
@@ -141,7 +146,7 @@ class Rank:
             time.sleep(0.01)
 
     def generate(self, submit: Submit, words: list[str], pause_s: float) -> None:
-        count, reason = 0, "stop"
+        count, reason, num_chars = 0, "stop", 0
         for word in words:
             if submit.request_id in self.cancelled or "fail" in word:
                 break
@@ -150,7 +155,9 @@ class Rank:
                 break
             time.sleep(pause_s)
             count += 1
-            self.say(Token(submit.request_id, [count], word + " "))
+            found = self.logprobs(submit, count, (word + " ").encode(), num_chars)
+            self.say(Token(submit.request_id, [count], word + " ", found))
+            num_chars += len(word) + 1
         if submit.request_id in self.cancelled:
             reason = "cancelled"
         if "fail" in words:
@@ -159,6 +166,27 @@ class Rank:
         split, ranks = self.begun.split, self.begun.num_ranks
         self.say(Done(submit.request_id, reason, len(words), count, 100.0, 10.0, split, ranks))
         self.answering.discard(submit.request_id)
+
+    def tear(self, submit: Submit, words: list[str]) -> None:
+        """The characters of all words, and an end token."""
+        count = 0
+        for at, letter in enumerate("".join(words)):
+            data = letter.encode()
+            for i in range(len(data)):
+                count += 1
+                text = letter if i == len(data) - 1 else ""
+                found = self.logprobs(submit, count, data[i : i + 1], at)
+                self.say(Token(submit.request_id, [count], text, found))
+        found = self.logprobs(submit, 0, b"<end>", len("".join(words)))
+        self.say(Token(submit.request_id, [0], "", found))
+        self.say(Done(submit.request_id, "stop", len(words), count + 1, 100.0, 10.0, "auto", 1))
+
+    def logprobs(self, submit: Submit, token_id: int, data: bytes, offset: int) -> list[Logprobs]:
+        """Token 999, "other", is as likely as the chosen one is unlikely; 1000 and so on have no text."""
+        if submit.logprobs is None:
+            return []
+        others = [Candidate(999 + i, b"" if i else b"other", -0.125 - i) for i in range(submit.logprobs)]
+        return [Logprobs(Candidate(token_id, data, -0.5 * token_id), others, offset)]
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from hosts import (
     Host,
     Proxy,
     call,
+    finish,
     logged,
     make_host,
     pair,
     sockets,
     unchecked_context,
     until,
-    within,
 )
 
 from expertd.cluster import channel as channels
@@ -110,7 +110,7 @@ def test_messages_both_ways_and_who_is_there(a: Host, b: Host, caplog: pytest.Lo
         assert str(at.ended[0]) == "host mini: closed the connection"
         assert "PRIVATE" not in logged(caplog.records)
 
-    within(10, work())
+    finish(work())
 
 
 def test_idle_channel_lives_by_heartbeats_alone(a: Host, b: Host) -> None:
@@ -120,7 +120,7 @@ def test_idle_channel_lives_by_heartbeats_alone(a: Host, b: Host) -> None:
             await ask(channel, 1)
             assert at.got == [Ping(1)] and not at.ended
 
-    within(10, work())
+    finish(work())
 
 
 def test_unpaired_is_refused_and_told_while_a_paired_one_goes_on(
@@ -139,7 +139,7 @@ def test_unpaired_is_refused_and_told_while_a_paired_one_goes_on(
                 await ask(channel, number)
             assert len(at.opened) == 1 and not at.ended
 
-    within(10, work())
+    finish(work())
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert warnings == [f"control channel: {LOOPBACK} {channels._STRANGER}"]  # three refusals, one line
 
@@ -157,7 +157,7 @@ def test_caller_without_a_certificate_or_with_an_old_tls_is_refused(a: Host, b: 
                 await call(at.server.port, old)
             assert not at.opened
 
-    within(10, work())
+    finish(work())
 
 
 def test_certificate_that_tls_took_is_looked_up_once_more(
@@ -174,7 +174,7 @@ def test_certificate_that_tls_took_is_looked_up_once_more(
             assert await reader.read(1) == b"" and not at.opened
             await tls.close(writer)
 
-    within(10, work())
+    finish(work())
 
 
 def test_host_paired_while_serving_may_join_and_a_removed_one_is_cut_off(
@@ -195,7 +195,7 @@ def test_host_paired_while_serving_may_join_and_a_removed_one_is_cut_off(
                 await join(late, at)
             await ask(stays, 2)
 
-    within(10, work())
+    finish(work())
 
 
 def test_disconnect_ends_the_channels_of_one_host(a: Host, b: Host) -> None:
@@ -210,7 +210,7 @@ def test_disconnect_ends_the_channels_of_one_host(a: Host, b: Host) -> None:
             await until(lambda: at.ended)
             assert str(at.ended[0]) == "host mini: was told to go"
 
-    within(10, work())
+    finish(work())
 
 
 def test_damaged_list_of_hosts_leaves_open_channels_alone(
@@ -226,7 +226,7 @@ def test_damaged_list_of_hosts_leaves_open_channels_alone(
             with pytest.raises(LinkDown):
                 await join(b, at)
 
-    within(10, work())
+    finish(work())
     text = logged(caplog.records)
     assert text.count("not a list of paired hosts") == 2 and "Traceback" not in text
 
@@ -245,7 +245,7 @@ def test_another_machine_at_the_address_is_named(a: Host, b: Host, tmp_path: Pat
             with pytest.raises(ClusterError, match="another identity"):
                 await connect(LOOPBACK, port, b.identity, b.store.find("studio"), codec)
 
-    within(10, work())
+    finish(work())
 
 
 @asynccontextmanager
@@ -276,8 +276,8 @@ def test_silent_peer_is_noticed_whether_or_not_somebody_receives(a: Host, b: Hos
             with pytest.raises(LinkDown, match=r"nothing heard for 0\.3 s"):
                 await opened[0].send(Ping(1))
 
-    within(10, work())
-    within(10, unread())
+    finish(work())
+    finish(unread())
 
 
 def test_own_loop_that_stood_still_is_not_the_peers_silence(a: Host, b: Host) -> None:
@@ -290,7 +290,7 @@ def test_own_loop_that_stood_still_is_not_the_peers_silence(a: Host, b: Host) ->
             await ask(channel, 2)
             assert not at.ended
 
-    within(15, work())
+    finish(work())
 
 
 def test_slow_sender_is_understood(a: Host, b: Host) -> None:
@@ -301,7 +301,7 @@ def test_slow_sender_is_understood(a: Host, b: Host) -> None:
                 await asyncio.sleep(0.005)
             await until(lambda: at.got == [Ping(7)])
 
-    within(10, work())
+    finish(work())
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x03abc", b"\x00\x00\x00\x00"])
@@ -314,7 +314,7 @@ def test_bytes_that_are_no_message_end_the_channel(a: Host, b: Host, data: bytes
                 "host mini: sent what"
             )
 
-    within(10, work())
+    finish(work())
 
 
 def test_message_too_long_for_the_peer_is_our_mistake(a: Host, b: Host) -> None:
@@ -328,7 +328,7 @@ def test_message_too_long_for_the_peer_is_our_mistake(a: Host, b: Host) -> None:
                 await channel.send("text")
             await ask(channel, 2)
 
-    within(10, work())
+    finish(work())
 
 
 def test_peer_that_takes_nothing_is_given_up(a: Host, b: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_peer_that_takes_nothing_is_given_up(a: Host, b: Host, monkeypatch: pyte
                 for number in range(200):
                     await channel.send(Ping(number, bytes(1 << 19)))
 
-    within(15, work())
+    finish(work())
 
 
 def test_owner_that_does_not_read_is_not_the_peers_silence(a: Host, b: Host) -> None:
@@ -363,7 +363,7 @@ def test_owner_that_does_not_read_is_not_the_peers_silence(a: Host, b: Host) -> 
                 await channel.send(Ping(number, bytes(1 << 19)))
             await until(lambda: got == [0, 1, 2, 3])
 
-    within(10, work())
+    finish(work())
 
 
 def test_receive_may_be_cancelled_and_loses_nothing(a: Host, b: Host) -> None:
@@ -380,7 +380,7 @@ def test_receive_may_be_cancelled_and_loses_nothing(a: Host, b: Host) -> None:
                     pass
             assert got == [Pong(n) for n in range(30)]
 
-    within(10, work())
+    finish(work())
 
 
 def test_two_hundred_strangers_leave_a_channel_and_a_new_one_alone(
@@ -398,7 +398,7 @@ def test_two_hundred_strangers_leave_a_channel_and_a_new_one_alone(
                 assert len(silent) == 100 and not at.ended[1:]
             await ask(channel, 100)
 
-    within(15, work())
+    finish(work())
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
 
 
@@ -414,7 +414,7 @@ def test_silent_stranger_is_given_up(a: Host, b: Host, monkeypatch: pytest.Monke
             await until(lambda: sum("Door._run" in repr(t) for t in asyncio.all_tasks()) == 3)
             await until(lambda: not any("Door._run" in repr(t) for t in asyncio.all_tasks()))
 
-    within(10, work())
+    finish(work())
 
 
 def test_warnings_are_bounded(a: Host, caplog: pytest.LogCaptureFixture) -> None:
@@ -437,7 +437,7 @@ def test_owner_that_fails_takes_nothing_else_down(a: Host, b: Host, caplog: pyte
                     with pytest.raises(LinkDown, match="closed the connection"):
                         await channel.receive()
 
-    within(10, work())
+    finish(work())
     assert [r.getMessage() for r in caplog.records] == ["control channel: the owner's reason"] * 2
 
 
@@ -455,7 +455,7 @@ def test_server_that_ends_closes_its_channels(a: Host, b: Host) -> None:
         with pytest.raises(LinkDown, match=r"connection refused: nothing listens there\. Is `expertd serve`"):
             await join(b, at)
 
-    within(10, work())
+    finish(work())
 
 
 def test_listener_that_never_lets_us_in(b: Host) -> None:
@@ -465,4 +465,4 @@ def test_listener_that_never_lets_us_in(b: Host) -> None:
             with pytest.raises(LinkDown, match=r"no answer in time\. Is `expertd serve` running on studio"):
                 await connect(LOOPBACK, port, b.identity, peer, codec, timeout_s=0.2)
 
-    within(10, work())
+    finish(work())

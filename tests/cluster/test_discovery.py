@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hosts import LOOPBACK, make_host, pair, within
+from hosts import LOOPBACK, finish, make_host, pair
 
 import expertd
 from expertd.cluster import discovery
@@ -24,7 +24,9 @@ def test_announced_hosts_are_found_until_they_end(tmp_path: Path) -> None:
             announce(stranger.identity, 7421, "x" * 300, [LOOPBACK]),
             announce(me.identity, 7422, "mine", [LOOPBACK]),
         ):
-            found = await find(2.5, me.store, me.identity.host_id, [LOOPBACK])
+            found: list[Found] = []
+            while len(found) < 2:
+                found = await find(1.5, me.store, me.identity.host_id, [LOOPBACK])
         version = expertd.__version__
         assert found == [
             Found("friend", friend.identity.host_id, [LOOPBACK], 7420, version, "org/model", True),
@@ -33,7 +35,7 @@ def test_announced_hosts_are_found_until_they_end(tmp_path: Path) -> None:
         assert await find(0.3, me.store, "", [LOOPBACK]) == []
 
     probe_multicast()
-    within(20, work())
+    finish(work())
 
 
 def probe_multicast() -> None:
@@ -66,7 +68,7 @@ def test_no_multicast_is_a_warning(
         async with announce(me.identity, 7420, "demo"):
             assert await find(0.1, me.store) == []
 
-    within(5, work())
+    finish(work())
     assert [r.levelno for r in caplog.records] == [logging.WARNING] * 2
     assert "name hosts by their address" in caplog.text
 
@@ -84,7 +86,7 @@ def test_registration_that_fails_is_a_warning(
         async with announce(me.identity, 7420, "demo", [LOOPBACK]):
             await asyncio.sleep(0.05)
 
-    within(5, work())
+    finish(work())
     assert "this host cannot be announced" in caplog.text
 
 

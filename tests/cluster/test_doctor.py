@@ -12,7 +12,7 @@ from expertd.cluster import doctor
 from expertd.cluster.doctor import LADDER, JobError, Report, Rung, Tools, climb, report_json, run_job
 from expertd.cluster.redact import redact
 from expertd.topology.collect import CommandError
-from tests.link.provider_fixture import Fabric, build_provider
+from tests.link.provider_fixture import Fabric
 
 SAMPLES = Path(__file__).parents[1] / "topology/samples"
 TEXTS = {
@@ -256,11 +256,6 @@ def test_job_that_crashes_hangs_or_fails() -> None:
         run_job("parts", {}, 0.01)
     with pytest.raises(JobError, match="nowhere"):
         run_job("library", {"candidates": ["/nowhere.so"]}, 30)
-
-
-@pytest.fixture(scope="session")
-def provider(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_provider(tmp_path_factory.mktemp("provider"))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
-from stub_group import StubMailbox, begun, children, group_of, received, until
+from stub_group import LIMIT_S, SOON_S, StubMailbox, begun, children, group_of, received, until
 
-from expertd.cluster import supervisor
+from expertd.cluster import local, supervisor
 from expertd.cluster.epoch import Event, Layout, LocalCoordinator, RankDied
 from expertd.cluster.local import LATE_S, LOOK_S, PULSE_SILENCE_S, Pulse
 from expertd.cluster.supervisor import Cluster
@@ -26,7 +26,7 @@ async def open_group(
     folder: Path, num_ranks: int = 2, coordinator: Callable[[Cluster], Any] = LocalCoordinator, **options: Any
 ) -> AsyncIterator[Cluster]:
     group = group_of(folder, num_ranks, **options)
-    async with asyncio.timeout(20), Cluster.open(group, coordinator=coordinator) as cluster:
+    async with asyncio.timeout(2 * LIMIT_S), Cluster.open(group, coordinator=coordinator) as cluster:
         yield cluster
 
 
@@ -143,15 +143,19 @@ def test_all_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.fault
 @pytest.mark.parametrize("victim", [0, 1])
-def test_stopped_rank_is_killed_within_a_second(tmp_path: Path, victim: int) -> None:
+def test_stopped_rank_is_found_by_its_pulse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: int
+) -> None:
+    monkeypatch.setattr(local, "PULSE_SILENCE_S", PULSE_SILENCE_S)
+
     async def main() -> None:
         async with open_group(tmp_path) as cluster:
             await until(lambda: states(cluster) == ["running"] * 2)
             process = psutil.Process(cluster._ranks[victim].pid)
             kill(cluster, victim, signal.SIGSTOP)
             began = time.monotonic()
-            await until(lambda: cluster.epoch == 2, 5)
-            assert time.monotonic() - began < 2  # 0.9 s, and patience with a busy machine
+            await until(lambda: cluster.epoch == 2)
+            assert time.monotonic() - began < SOON_S  # about 0.9 s
             assert cluster.describe()["reason"] == f"rank {victim} stopped answering: no pulse for 0.8 s"
             await until(lambda: not process.is_running())
             assert await text_of(cluster, "on") == "on "
@@ -159,8 +163,9 @@ def test_stopped_rank_is_killed_within_a_second(tmp_path: Path, victim: int) -> 
     asyncio.run(main())
 
 
-def test_pulse_guards() -> None:
+def test_pulse_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not before the first beat, not after a look of ours that was late, but after PULSE_SILENCE_S."""
+    monkeypatch.setattr(local, "PULSE_SILENCE_S", PULSE_SILENCE_S)
     pulse, start = Pulse(), time.monotonic()
     times = [start + LOOK_S * i for i in range(30)]
     assert not any(pulse.is_silent(0, t) for t in times)
@@ -176,7 +181,7 @@ def test_pulse_guards() -> None:
 def test_rank_that_does_not_join_is_given_up(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_group(tmp_path, exchange_timeout_s=0.3, r1="absent") as cluster:
-            await until(lambda: cluster.epoch == 2, 5)
+            await until(lambda: cluster.epoch == 2)
             assert cluster.describe()["reason"] == "rank 1 did not join epoch 1 within 0.3 s"
             await until(lambda: len(children()) == 1)
 
@@ -199,6 +204,7 @@ def test_late_report_of_an_old_epoch_changes_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_group(tmp_path) as cluster:
             await text_of(cluster, "@ended:torn a")
+            await until(lambda: cluster.epoch == 2)
             cluster._epoch_failed(cluster._ranks[0], Ended(1, "LinkDown", "old news"))
             cluster._epoch_failed(cluster._ranks[0], Ended(3, "LinkDown", "prophecy"))
             assert cluster.running and cluster._events.empty()
@@ -211,7 +217,7 @@ def test_link_that_fails_again_and_again_is_given_up(
 ) -> None:
     async def main() -> None:
         async with open_group(tmp_path, r1="unsteady") as cluster:
-            await until(lambda: states(cluster) == ["running", "waiting"], 5)
+            await until(lambda: states(cluster) == ["running", "waiting"])
             assert (cluster.epoch, cluster.describe()["split"]) == (4, "solo")
             assert await text_of(cluster, "a b") == "a b "
 
@@ -223,7 +229,7 @@ def test_link_that_fails_again_and_again_is_given_up(
 def test_idle_rank_leads_when_the_only_one_in_the_epoch_dies(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_group(tmp_path, 3, r1="unsteady") as cluster:
-            await until(lambda: states(cluster) == ["running", "waiting", "waiting"], 5)
+            await until(lambda: states(cluster) == ["running", "waiting", "waiting"])
             epoch = cluster.epoch
             kill(cluster, 2)
             await until(lambda: states(cluster)[2] == "dead")

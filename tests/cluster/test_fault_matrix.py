@@ -1,25 +1,34 @@
 """Two hosts, and every process of theirs killed or stopped in mid-stream: who survives says so, and goes on.
 
-The time from the fault to the survivor's word in /health is printed (pytest -s). It is about a second at most; the
-assertion allows for a busy machine.
+The time from the fault to the survivor's word in /health is printed (pytest -s): about a second at most where nothing
+else runs. What is asserted is that it comes.
 """
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.computers import Answer, Computer, Health, Stream, answers, computers, follows, in_group
+from tests.cluster.computers import (
+    END_S,
+    Answer,
+    Computer,
+    Health,
+    Stream,
+    answers,
+    computers,
+    follows,
+    in_group,
+)
 
 pytestmark = pytest.mark.fault
 
 PROMPT = "Once upon a time there was a little fox who"
 NUM_TOKENS = 48
-# Twice what is promised.
-REPORT_S = 2.0
-RECOVERY_S = 40.0
+REPORT_S = 10.0
+RECOVERY_S = 60.0
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +68,12 @@ def group(hosts: list[Computer]) -> Iterator[list[Computer]]:
             host.running.process.send_signal(signal.SIGCONT)
 
 
-def seconds_until(host: Computer, changed: Callable[[Health], bool], since: float, what: str) -> float:
-    while not ((health := host.health(timeout_s=1)) and changed(health)):
-        assert time.monotonic() - since < 10, f"{host.name} does not report {what}: {health}"
+def require_report(host: Computer, since: float, what: str) -> None:
+    """The host says that it is alone."""
+    while not ((health := host.health(timeout_s=1)) and alone(health)):
+        assert time.monotonic() - since < REPORT_S, f"{host.name} does not report {what}: {health}"
         time.sleep(0.01)
-    took_s = time.monotonic() - since
-    print(f"{what}: reported by {host.name} after {took_s:.2f} s")
-    return took_s
+    print(f"{what}: reported by {host.name} after {time.monotonic() - since:.2f} s")
 
 
 def alone(health: Health) -> bool:
@@ -100,14 +108,14 @@ def test_the_stream_survives(
     stream.wait_pieces(4)
     since = disturb(group[index], part, number)
     what = f"{number.name} of {group[index].name}'s {part}"
-    assert seconds_until(leader, alone, since, what) < REPORT_S
+    require_report(leader, since, what)
     assert stream.result() == undisturbed
     print(f"{what}: longest gap of the stream {stream.longest_gap_s:.2f} s")
     require_answer(leader, undisturbed)
     if (part, number) == ("supervisor", signal.SIGSTOP):
         os.kill(follower.part("supervisor").pid, signal.SIGCONT)
     elif part == "supervisor":
-        assert follower.running.process.wait(5) == -signal.SIGKILL
+        assert follower.running.process.wait(END_S) == -signal.SIGKILL
         follower.require_no_orphan()
         return
     leader.wait(in_group(1), RECOVERY_S)
@@ -126,7 +134,7 @@ def test_the_follower_answers_without_its_leader(
     leader.children()
     since = disturb(leader, part, number)
     what = f"{number.name} of host-a's {part}"
-    assert seconds_until(follower, alone, since, what) < REPORT_S
+    require_report(follower, since, what)
     ended = stream.result()
     assert ended.error and undisturbed.text.startswith(ended.text)
     require_answer(follower, undisturbed)
@@ -135,7 +143,7 @@ def test_the_follower_answers_without_its_leader(
         leader.wait(in_group(1), RECOVERY_S)
         follower.wait(follows, RECOVERY_S)
     elif part == "rank":  # nothing leads without it, so `serve` says why and ends
-        assert leader.running.process.wait(10) == 1
+        assert leader.running.process.wait(END_S) == 1
         assert (
             f"rank 0 {'died: killed by SIGKILL' if number == signal.SIGKILL else 'stopped'}"
             in leader.running.said()

@@ -26,7 +26,7 @@ from expertd.cluster.host_messages import (
 from expertd.cluster.joiner import Joiner
 from expertd.cluster.site import LinkSettings
 from expertd.errors import CheckpointError, ClusterError, ConfigError, LinkDown
-from tests.cluster.hosts import until, within
+from tests.cluster.hosts import finish, until
 from tests.cluster.stub_hosts import FACTS, WELCOME, StubChannel, StubCluster, byes
 
 
@@ -103,7 +103,7 @@ def test_what_does_not_pass_ends_join(answer: Any, error: type[Exception], text:
         with pytest.raises(error, match=text):
             await follow.task
 
-    within(10, main())
+    finish(main())
 
 
 def test_a_leader_that_is_not_there_is_called_again_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -116,7 +116,7 @@ def test_a_leader_that_is_not_there_is_called_again_and_said_once(caplog: pytest
         assert byes(channel) == ["expertd is stopping there"]
 
     with caplog.at_level(logging.WARNING, "expertd"):
-        within(10, main())
+        finish(main())
     assert [r.getMessage() for r in caplog.records] == [
         "host a: connection refused. Calling again until it answers."
     ]
@@ -139,7 +139,7 @@ def test_without_its_leader_it_goes_on_alone_and_keeps_its_ranks() -> None:
         assert follow.shown[-2:] == [None, follow.clusters[1]]
         await follow.end()
 
-    within(10, main())
+    finish(main())
 
 
 def test_what_cannot_be_loaded_is_told_the_leader_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +151,7 @@ def test_what_cannot_be_loaded_is_told_the_leader_and_said_once(caplog: pytest.L
         await follow.end()
 
     with caplog.at_level(logging.WARNING, "expertd"):
-        within(20, main())
+        finish(main())
     assert [r.getMessage() for r in caplog.records] == [
         "disk: 1.0 GB free, wanted 2.0 GB. Calling again until it answers."
     ]
@@ -174,7 +174,7 @@ def test_ranks_that_all_died_are_loaded_again() -> None:
         await until(lambda: len(follow.clusters) == 3 and bool(follow.clusters[2].layouts))
         await follow.end()
 
-    within(10, main())
+    finish(main())
 
 
 def test_a_refused_host_answers_alone() -> None:
@@ -188,7 +188,7 @@ def test_a_refused_host_answers_alone() -> None:
         assert follow.clusters[0].layouts[-1].num_ranks == 1
         await follow.end()
 
-    within(10, main())
+    finish(main())
 
 
 def test_the_leader_is_told_of_changes_and_rounds_that_fail() -> None:
@@ -210,7 +210,7 @@ def test_the_leader_is_told_of_changes_and_rounds_that_fail() -> None:
         await until(lambda: follow.num_calls == 2)
         await follow.end()
 
-    within(10, main())
+    finish(main())
 
 
 def test_a_bug_ends_the_session_and_is_named() -> None:
@@ -224,4 +224,4 @@ def test_a_bug_ends_the_session_and_is_named() -> None:
         assert byes(channel) == ["TypeError: 'NoneType' object is not callable. This is a bug of expertd."]
         await follow.end()
 
-    within(10, main())
+    finish(main())

@@ -29,7 +29,7 @@ from expertd.cluster.host_messages import (
 from expertd.cluster.leader import Leader
 from expertd.cluster.route_table import RouteTable
 from expertd.cluster.site import LinkSettings
-from tests.cluster.hosts import until, within
+from tests.cluster.hosts import finish, until
 from tests.cluster.stub_hosts import FACTS, JOIN, WELCOME, StubChannel, StubCluster, StubSite, good_host
 
 HELLO = replace(JOIN, version=expertd.__version__)
@@ -98,7 +98,7 @@ def test_another_version_is_refused_with_both(change: dict[str, Any], names: tup
             assert isinstance(refused, Refused) and all(n in refused.reason for n in names)
             assert lead.said["hosts"] == []
 
-    within(10, main())
+    finish(main())
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_an_unlike_host_stays_alone(change: dict[str, Any], names: tuple[str, ..
             assert not channel.is_closed and channel.saw(Prepare) == []
             assert (lead.host()["state"], lead.host()["reason"]) == ("alone", refused.reason)
 
-    within(10, main())
+    finish(main())
 
 
 def test_verbs_only_when_everybody_can() -> None:
@@ -137,7 +137,7 @@ def test_verbs_only_when_everybody_can() -> None:
             assert [m.kind for m in c.saw(Prepare)] == ["tcp"]
             assert lead.host("c")["verbs"] == "no port is up" and lead.said["link"] == "tcp"
 
-    within(10, main())
+    finish(main())
 
 
 def test_a_link_that_fails_is_left_out_and_tried_over_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_a_link_that_fails_is_left_out_and_tried_over_tcp(monkeypatch: pytest.Mo
             assert lead.host()["verbs"].startswith("the port went down (TCP is used")
             assert lead.host()["reason"] == ""
 
-    within(10, main())
+    finish(main())
 
 
 def test_who_says_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_who_says_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
             await lead.formed("b")
             assert [call for call in lead.site.calls if call[0] == "start"] == [("start", 1)]
 
-    within(10, main())
+    finish(main())
 
 
 def test_a_host_that_cannot_measure_holds_up_only_itself() -> None:
@@ -188,7 +188,7 @@ def test_a_host_that_cannot_measure_holds_up_only_itself() -> None:
             assert lead.host("b")["state"] == "paused"
             assert "no way from host b to host a works" in lead.host("b")["reason"]
 
-    within(10, main())
+    finish(main())
 
 
 def test_four_hosts_at_most_and_one_of_them_may_come_again() -> None:
@@ -205,7 +205,7 @@ def test_four_hosts_at_most_and_one_of_them_may_come_again() -> None:
             await lead.formed("b", "c", "d")
             assert len([h for h in lead.said["hosts"] if h["name"] == "d" and h["state"] != "gone"]) == 1
 
-    within(10, main())
+    finish(main())
 
 
 def test_why_a_host_left_stays_visible_and_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -221,7 +221,7 @@ def test_why_a_host_left_stays_visible_and_is_logged_once(caplog: pytest.LogCapt
             await lead.formed("b")
 
     with caplog.at_level(logging.WARNING, "expertd"):
-        within(10, main())
+        finish(main())
     assert [r.getMessage() for r in caplog.records if "left" in r.getMessage()] == [
         "host b left: disk: 1.0 GB free, wanted 2.0 GB"
     ]
@@ -237,7 +237,7 @@ def test_fruitless_epochs_end_in_being_alone() -> None:
             assert lead.host()["state"] == "paused"
             assert lead.host()["reason"] == "3 epochs failed without a token: diverged"
 
-    within(10, main())
+    finish(main())
 
 
 def test_a_rank_that_dies_there_is_counted_out() -> None:
@@ -252,7 +252,7 @@ def test_a_rank_that_dies_there_is_counted_out() -> None:
             await until(lambda: b.saw(Prepare)[-1].num_ranks == [1, 1])
             assert b.saw(Prepare)[0].num_ranks == [1, 2]
 
-    within(10, main())
+    finish(main())
 
 
 def test_nonsense_ends_the_conversation() -> None:
@@ -264,4 +264,4 @@ def test_nonsense_ends_the_conversation() -> None:
             await until(lambda: channel.is_closed)
             assert lead.host()["state"] == "gone" and "Stop, which has no place here" in lead.host()["reason"]
 
-    within(10, main())
+    finish(main())

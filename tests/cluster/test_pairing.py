@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hosts import LOOPBACK, Host, Proxy, call, logged, make_host, sockets, unchecked_context, within
+from hosts import LOOPBACK, Host, Proxy, call, finish, logged, make_host, sockets, unchecked_context
 
 from expertd.cluster import pairing, tls
 from expertd.cluster.identity import Peer
@@ -70,7 +70,7 @@ def test_right_code_pairs_both(a: Host, b: Host, caplog: pytest.LogCaptureFixtur
             for secret in (offered.code.text, offered.code.text.replace("-", ""), "PRIVATE KEY"):
                 assert secret not in logged(caplog.records) + repr(offered.code) + "".join(offered.notices)
 
-    within(10, work())
+    finish(work())
 
 
 def test_wrong_code_three_times_voids_it(a: Host, b: Host) -> None:
@@ -87,7 +87,7 @@ def test_wrong_code_three_times_voids_it(a: Host, b: Host) -> None:
                 await offered.task
             assert len(offered.notices) == 3 and a.store.peers() == b.store.peers() == []
 
-    within(10, work())
+    finish(work())
 
 
 def test_right_code_after_two_wrong_ones(a: Host, b: Host) -> None:
@@ -99,7 +99,7 @@ def test_right_code_after_two_wrong_ones(a: Host, b: Host) -> None:
             await join(b, offered.port, offered.code.text)
             assert (await offered.task).name == "mini"
 
-    within(10, work())
+    finish(work())
 
 
 def test_tries_of_many_connections_at_once_are_counted_together(a: Host, b: Host) -> None:
@@ -115,7 +115,7 @@ def test_tries_of_many_connections_at_once_are_counted_together(a: Host, b: Host
             with pytest.raises(ConfigError, match="void"):
                 await offered.task
 
-    within(15, work())
+    finish(work())
 
 
 def test_code_is_compared_only_while_valid() -> None:
@@ -143,7 +143,7 @@ def test_expired_code_is_refused_and_the_offer_ends(a: Host, b: Host) -> None:
             with pytest.raises(ConfigError, match="nobody paired within"):
                 await offered.task
 
-    within(10, work())
+    finish(work())
 
 
 def test_machine_in_the_middle_fails_on_both_sides(a: Host, b: Host, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_machine_in_the_middle_fails_on_both_sides(a: Host, b: Host, tmp_path: P
                     await join(b, port, offered.code.text)
             assert not offered.task.done() and a.store.peers() == b.store.peers() == []
 
-    within(10, work())
+    finish(work())
 
 
 def test_replayed_bytes_are_worth_nothing(a: Host, b: Host, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_replayed_bytes_are_worth_nothing(a: Host, b: Host, tmp_path: Path) -> N
             await tls.close(writer)
             assert a.store.peers() == []
 
-    within(10, work())
+    finish(work())
 
 
 async def messages(reader: asyncio.StreamReader) -> list[object]:
@@ -238,7 +238,7 @@ def test_strangers_do_not_disturb_a_good_caller(a: Host, b: Host) -> None:
             for writer in writers:
                 await tls.close(writer)
 
-    within(15, work())
+    finish(work())
 
 
 def test_other_protocol_is_named(a: Host) -> None:
@@ -249,7 +249,7 @@ def test_other_protocol_is_named(a: Host) -> None:
             assert await messages(reader) == [Refused("protocol", 3, pairing.expertd.__version__)]
             await tls.close(writer)
 
-    within(10, work())
+    finish(work())
 
 
 def test_silent_caller_is_given_up(a: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +262,7 @@ def test_silent_caller_is_given_up(a: Host, monkeypatch: pytest.MonkeyPatch) -> 
             assert await reader.read(1) == b""
             await tls.close(writer)
 
-    within(10, work())
+    finish(work())
 
 
 @pytest.mark.parametrize("text", ["", "9876", "9876-543", "987654321", "abcd-efgh", "１２３４-5678"])
@@ -280,7 +280,7 @@ def test_calling_oneself_or_nobody(a: Host, b: Host) -> None:
         with pytest.raises(LinkDown, match=r"port \d+: connection refused: nothing listens there\. Run"):
             await join(b, offered.port, offered.code.text)
 
-    within(10, work())
+    finish(work())
 
 
 def test_port_in_use(a: Host) -> None:
@@ -300,7 +300,7 @@ def test_caller_lost_at_the_end_is_reported(a: Host, b: Host, monkeypatch: pytes
                 await offered.task
             assert a.store.peers() == []
 
-    within(10, work())
+    finish(work())
 
 
 def test_no_error_of_the_peer_escapes(a: Host, b: Host) -> None:
@@ -331,5 +331,5 @@ def test_no_error_of_the_peer_escapes(a: Host, b: Host) -> None:
                 )
                 answers.pop()
 
-    within(15, work())
+    finish(work())
     assert b.store.peers() == []

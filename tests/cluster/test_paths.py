@@ -8,7 +8,7 @@ from dataclasses import replace
 from expertd.cluster.host_messages import HostAddress, Measure, PathReport
 from expertd.cluster.paths import Paths, best_path
 from expertd.topology.collect import collect_host
-from tests.cluster.hosts import sockets, within
+from tests.cluster.hosts import finish, sockets
 from tests.cluster.stub_hosts import LO
 
 
@@ -38,7 +38,7 @@ def test_who_knows_the_secret_may_measure_while_strangers_wait_outside() -> None
             [report] = await here.measure_to(message)
             assert "does not know" in report.error and report.p50_us == 0
 
-    within(30, main())
+    finish(main())
 
 
 def test_a_way_that_cannot_be_used_says_why() -> None:
@@ -56,7 +56,7 @@ def test_a_way_that_cannot_be_used_says_why() -> None:
             assert "refused" in report.error
             assert await nobody.measure_to(replace(message, addresses=[])) == []
 
-    within(30, main())
+    finish(main())
 
 
 def test_addresses_of_the_loopback_are_for_this_machine_alone() -> None:
@@ -65,7 +65,7 @@ def test_addresses_of_the_loopback_are_for_this_machine_alone() -> None:
             assert [a.address for a in message.addresses] == ["127.0.0.1"]
             assert paths.addresses("10.0.0.1") == []
 
-    within(30, main())
+    finish(main())
 
 
 def test_the_fastest_way_is_taken_and_kept_unless_another_is_much_better() -> None:

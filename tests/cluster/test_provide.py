@@ -13,7 +13,7 @@ from expertd.cluster import provide
 from expertd.cluster.host_messages import Fetch, Refused, Want
 from expertd.cluster.provide import Provider, fetch
 from expertd.errors import CheckpointError, LinkDown, RemoteProtocolError
-from tests.cluster.hosts import within
+from tests.cluster.hosts import finish
 from tests.cluster.stub_hosts import StubChannel
 
 PIECE_BYTES = 1000
@@ -100,7 +100,7 @@ def test_a_cut_copy_goes_on_and_the_next_start_reads_nothing(folder: Path, tmp_p
         assert find_same(manifest, [], store, cache, lambda done, total: hashed.append(done)) == copied
         assert hashed == [], "verified once is enough"
 
-    within(20, main())
+    finish(main())
 
 
 def test_a_damaged_piece_is_noticed_and_the_file_fetched_again(folder: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_damaged_piece_is_noticed_and_the_file_fetched_again(folder: Path, tmp
         assert {w.name for w in cable.wanted} == {"model.safetensors"}
         incoming.finish(tmp_path / "cache-b")
 
-    within(20, main())
+    finish(main())
 
 
 def test_a_copy_that_was_changed_afterwards_is_replaced(folder: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_copy_that_was_changed_afterwards_is_replaced(folder: Path, tmp_path: 
             (copied / "config.json").write_text("[]")
             assert find_same(manifest, [], store, cache) is None
 
-    within(20, main())
+    finish(main())
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_only_pieces_of_the_checkpoint_are_given(folder: Path, tmp_path: Path, w
             await Provider(folder, manifest).serve(cast(Any, channel), Fetch(manifest.content_hash))
         assert channel.sent == []
 
-    within(10, main())
+    finish(main())
 
 
 def test_another_checkpoint_and_a_file_that_shrank_are_said(folder: Path, tmp_path: Path) -> None:
@@ -172,4 +172,4 @@ def test_another_checkpoint_and_a_file_that_shrank_are_said(folder: Path, tmp_pa
         with pytest.raises(CheckpointError, match="shorter than it was"):
             await copy(Cable(), provider, Incoming(manifest, tmp_path / "store"))
 
-    within(10, main())
+    finish(main())

@@ -3,27 +3,27 @@
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import psutil
 import pytest
-from stub_group import children, gone, until, until_now
+from stub_group import children, until
 
 from expertd.checkpoint.locate import find_checkpoint
 from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Done, Started, Submit, Token
 from expertd.errors import ClusterError
+from expertd.sampling import Sampling
 
 pytestmark = pytest.mark.fault
 
 PROMPT = "Once upon a time there was a little fox who"
 LONG_PROMPT = "The fox met a bear. " * 12
 NUM_TOKENS = 16
+GREEDY = Sampling()
+SAMPLED = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2, frequency_penalty=0.3, seed=11)
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +42,14 @@ async def open_group(num_ranks: int) -> AsyncIterator[Cluster]:
 class Listener:
     """Asks, and counts what comes: token_ids, the Done, the longest time between two events."""
 
-    def __init__(self, cluster: Cluster, request_id: str, prompt: str = PROMPT) -> None:
+    def __init__(
+        self, cluster: Cluster, request_id: str, prompt: str = PROMPT, sampling: Sampling = GREEDY
+    ) -> None:
         self.token_ids: list[int] = []
         self.started = False
         self.done: Done | None = None
         self.longest_gap_s = 0.0
-        submit = Submit(request_id, prompt=prompt, max_tokens=NUM_TOKENS, ignore_end=True)
+        submit = Submit(request_id, prompt=prompt, max_tokens=NUM_TOKENS, ignore_end=True, sampling=sampling)
         self.task = asyncio.create_task(self._listen(cluster, submit))
 
     async def _listen(self, cluster: Cluster, submit: Submit) -> None:
@@ -72,19 +74,19 @@ def test_followers_killed_and_stopped_in_mid_stream() -> None:
 
     async def main() -> None:
         async with open_group(3) as cluster:
-            first = Listener(cluster, "first")
-            await until(lambda: len(first.token_ids) == 8, 20)
+            first = Listener(cluster, "first", sampling=SAMPLED)
+            await until(lambda: len(first.token_ids) == 8)
             signal_rank(cluster, 1, signal.SIGKILL)
             await first.task
             assert cluster.epoch == 2 and first.done and first.done.ranks == 2
-            second = Listener(cluster, "second")
-            await until(lambda: len(second.token_ids) == 8, 20)
+            second = Listener(cluster, "second", sampling=SAMPLED)
+            await until(lambda: len(second.token_ids) == 8)
             signal_rank(cluster, 2, signal.SIGSTOP)
             await second.task
             assert cluster.describe()["reason"] == "rank 1 stopped answering: no pulse for 0.8 s"
             assert second.done and second.done.ranks == 1
             assert second.longest_gap_s < 5  # about 1 s, and patience with a busy machine
-            alone = Listener(cluster, "alone")
+            alone = Listener(cluster, "alone", sampling=SAMPLED)
             await alone.task
             assert first.token_ids == second.token_ids == alone.token_ids
             assert len(alone.token_ids) == NUM_TOKENS
@@ -98,14 +100,14 @@ def test_killed_in_prefill_and_the_leader_after_it() -> None:
         async with open_group(3) as cluster:
             first = Listener(cluster, "first", LONG_PROMPT)
             waiting = Listener(cluster, "waiting")
-            await until(lambda: first.started and waiting.started, 20)
+            await until(lambda: first.started and waiting.started)
             signal_rank(cluster, 2, signal.SIGKILL)
-            await until(lambda: cluster.epoch == 2, 5)
+            await until(lambda: cluster.epoch == 2)
             assert first.token_ids == []
             await asyncio.gather(first.task, waiting.task)
             assert first.done and first.done.prefill_tokens_per_s < 5000
             again = Listener(cluster, "again", LONG_PROMPT)
-            await until(lambda: len(again.token_ids) == 5, 20)
+            await until(lambda: len(again.token_ids) == 5)
             signal_rank(cluster, 0, signal.SIGKILL)
             with pytest.raises(ClusterError) as caught:
                 await again.task
@@ -119,27 +121,3 @@ def test_killed_in_prefill_and_the_leader_after_it() -> None:
             assert waiting.token_ids == short.token_ids
 
     asyncio.run(main())
-
-
-SUPERVISOR = """
-import asyncio, sys
-from expertd.checkpoint.locate import find_checkpoint
-from expertd.cluster.supervisor import Cluster
-from expertd.config import GroupConfig
-from expertd.engine.messages import Submit
-async def main():
-    async with Cluster.open(GroupConfig(str(find_checkpoint("demo")), num_ranks=2)) as cluster:
-        async for _ in cluster.generate(Submit("r", prompt="Once", max_tokens=400, ignore_end=True)):
-            print(*(rank.pid for rank in cluster._ranks), flush=True)
-asyncio.run(main())
-"""
-
-
-def test_killed_supervisor_leaves_no_rank() -> None:
-    with subprocess.Popen([sys.executable, "-c", SUPERVISOR], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(5)]  # in mid-stream
-        ranks = [psutil.Process(int(pid)) for pid in lines[-1].split()]
-        assert len(ranks) == 2
-        process.kill()
-    until_now(lambda: all(gone(rank) for rank in ranks))

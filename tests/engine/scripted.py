@@ -1,10 +1,13 @@
 """An engine without a model: a runner that answers by script, and everything around it."""
 
+import zlib
 from collections.abc import Callable
+from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from expertd.engine.engine import Engine
@@ -13,10 +16,12 @@ from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.runner import Runner
 from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError, LinkDown
+from expertd.sampling import Sampling
 
 END = 256
 VOCAB = 257
 CONTEXT = 64
+SAMPLING = {f.name for f in fields(Sampling)}
 
 
 class ByteTokenizer:
@@ -35,9 +40,15 @@ class ByteTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i != END).decode(errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<end>" if token_id == END else bytes([token_id])
+
 
 class ScriptedRunner:
-    """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises."""
+    """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises.
+
+    A prompt without a script has logits that all of its tokens decide, as a model's do.
+    """
 
     def __init__(self, scripts: dict[str, list[int]]) -> None:
         self.plans: list[Plan] = []
@@ -71,9 +82,14 @@ class ScriptedRunner:
         text = bytes(t for t in tokens if t != END)
         prompt = next((p for p in self.scripts if text.startswith(p.encode())), None)
         if prompt is None:
-            return mx.zeros(VOCAB)
+            return mx.array(logits_after(tokens))
         chosen = self.scripts[prompt][len(tokens) - len(prompt.encode())]
         return mx.where(mx.arange(VOCAB) == chosen, 5.0, 0.0)
+
+
+def logits_after(tokens: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    random = np.random.RandomState(zlib.crc32(repr(tokens).encode()))
+    return (random.standard_normal(VOCAB) * 2).astype(np.float32)
 
 
 class Bench:
@@ -95,6 +111,7 @@ class Bench:
             splits=["solo", "experts", "tokens"],
             prefill_chunk=prefill_chunk,
             send=self.events.append,
+            vocab_size=VOCAB,
             max_streams=max_streams,
             max_waiting=max_waiting,
         )
@@ -108,7 +125,8 @@ class Bench:
     def ask(self, request_id: str, prompt: str, reply: str | list[int] | None = None, **options: Any) -> None:
         if reply is not None:
             self.scripts[prompt] = [*reply.encode(), END] if isinstance(reply, str) else reply
-        self.engine.take(Submit(request_id, prompt=prompt, **options))
+        sampling = Sampling(**{name: options.pop(name) for name in SAMPLING & options.keys()})
+        self.engine.take(Submit(request_id, prompt=prompt, sampling=sampling, **options))
 
     def finish(self, max_steps: int = 300) -> None:
         """Step until nothing is left to do."""

@@ -12,11 +12,13 @@ from expertd.engine.messages import (
     MAX_FRAME_BYTES,
     Begin,
     Cancel,
+    Candidate,
     Done,
     Ended,
     Failed,
     Fatal,
     Joined,
+    Logprobs,
     Message,
     Observe,
     Ready,
@@ -28,12 +30,19 @@ from expertd.engine.messages import (
     codec,
 )
 from expertd.errors import RemoteProtocolError
+from expertd.sampling import Sampling
 
 MESSAGES: list[Message] = [
     Setup(rank=1, lifeline_fd=5, fd_channel=6, group={"checkpoint": "/x", "shares": [0.5, 0.5]}),
     Submit("r1", prompt="a \u0000 日本 👍"),
     Submit(
-        "r2", messages=[{"role": "user", "content": "hi"}], max_tokens=3, temperature=0.7, top_p=0.9, seed=-5
+        "r2",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=3,
+        sampling=Sampling(0.7, 0.9, 40, 0.05, 1.1, -0.5, 2.0, ((5, -100.0), (2**31, 1.5)), 2**63 - 1),
+        stop_ids=[7],
+        min_tokens=2,
+        logprobs=20,
     ),
     Submit("r3", prompt="", stop=["\n", "</s>"], ignore_end=True, logits_file="/tmp/x.safetensors"),
     Observe("w1", [[1, 2], [3, 2**31]], "/tmp/x.safetensors"),
@@ -47,6 +56,7 @@ MESSAGES: list[Message] = [
     Fatal(2, "CheckpointError", "checkpoint /x: gone"),
     Started("r1", 17),
     Token("r1", [1, 2, 2**31], "text"),
+    Token("r1", [7], "", [Logprobs(Candidate(7, b"\xe4\xb8", -0.25), [Candidate(8, b"", -9999.0)], 3)]),
     Done("r1", "stop", 17, 3, 123.5, 0.0, "experts", 2),
     Rejected("r1", "no"),
     Failed("r1", "oops"),

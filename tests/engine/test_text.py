@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
+from expertd.checkpoint.locate import find_checkpoint
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import CheckpointError, ConfigError
 from tests.tiny import END_ID, make_tiny
@@ -174,3 +178,55 @@ def test_unreadable_tokenizer_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ends, expected", [(3, {3, END_ID}), ([3, 4], {3, 4, END_ID}), (None, {END_ID})])
 def test_end_ids(folder: Path, ends: int | list[int] | None, expected: set[int]) -> None:
     assert Tokenizer(folder, {"eos_token_id": ends}).end_ids == expected
+
+
+# The bytes of single tokens.
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_of_a_byte_level_vocabulary(tokenizer: Tokenizer, text: str) -> None:
+    pieces = [tokenizer.token_bytes(i) for i in tokenizer.encode(text)]
+    assert b"".join(pieces) == text.encode() and {len(p) for p in pieces} == {1}
+
+
+def test_every_byte_has_its_token(tokenizer: Tokenizer) -> None:
+    assert {tokenizer.token_bytes(i) for i in range(256)} == {bytes([b]) for b in range(256)}
+    assert tokenizer.token_bytes(END_ID) == b"<|endoftext|>"
+    assert tokenizer.token_bytes(END_ID + 1) == b""  # a vocabulary padded to a round number
+
+
+def test_bytes_of_merged_tokens() -> None:
+    demo = Tokenizer(find_checkpoint("demo"), {})
+    ids = demo.encode("Once upon a time, naïve 日本 👍")
+    pieces = [demo.token_bytes(i) for i in ids]
+    assert b"".join(pieces) == "Once upon a time, naïve 日本 👍".encode()
+    assert b" upon" in pieces and b"\xe6" in pieces
+    assert all(
+        demo.token_bytes(i).decode() == demo.decode([i]) for i in ids if REPLACEMENT not in demo.decode([i])
+    )
+
+
+@pytest.fixture(scope="module")
+def with_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As SentencePiece's: words with their space before them, and a piece for each byte."""
+    words = ["<unk>", "</s>", "▁", "▁the", "▁fox", "s", "é", "é<0x41>"]
+    vocab = {piece: i for i, piece in enumerate([*words, *(f"<0x{b:02X}>" for b in range(256))])}
+    inner = tokenizers.Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    folder = tmp_path_factory.mktemp("fallback")
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(folder)
+    return Tokenizer(folder, {})
+
+
+def test_bytes_of_a_vocabulary_with_byte_fallback(with_fallback: Tokenizer) -> None:
+    named = ["▁the", "▁fox", "s", "é", "<0xE4>", "<0xB8>", "<0xAD>", "</s>", "é<0x41>", "<unk>"]
+    ids = with_fallback._inner.convert_tokens_to_ids(named)
+    assert [with_fallback.token_bytes(i) for i in ids] == [
+        *(b" the", b" fox", b"s", "é".encode(), b"\xe4", b"\xb8", b"\xad", b"</s>"),
+        *("é<0x41>".encode(), b"<unk>"),
+    ]
+    assert with_fallback.decode(ids[:8]) == "the foxsé中"  # its text has no space in front
+    ids = with_fallback.encode("s 中👍")
+    assert b"".join(with_fallback.token_bytes(i) for i in ids) == " s 中👍".encode()

@@ -23,7 +23,8 @@ from tests.link.proxy import Proxy, Wrong
 
 JOBS = Path(__file__).with_name("link_jobs.py")
 DEADLINE_S = 30.0
-SILENCE_S = 0.8
+# A living peer must not be taken for dead because the machine is busy.
+SILENCE_S = 2.0
 
 
 def up(*hosts: Host) -> list[LinkUp]:
@@ -33,7 +34,7 @@ def up(*hosts: Host) -> list[LinkUp]:
 
 
 def start_ranks(hosts: list[Host], **args: Any) -> list["subprocess.Popen[str]"]:
-    """Every rank exchanges until the end; all have begun."""
+    """Every rank exchanges until the end; all have done so once."""
     started = [host.start_rank(JOBS, "until_down", rank, args) for host in hosts for rank in host.ranks]
     for process in started:
         assert process.stdout
@@ -56,7 +57,6 @@ def working(
     with open_hosts(num_ranks, **settings) as hosts:
         processes = start_ranks(hosts)
         try:
-            time.sleep(0.2)  # so that there is something to end
             yield hosts, processes
         finally:
             for process in processes:
@@ -264,7 +264,7 @@ def test_a_link_process_that_dies_or_hangs(sign: signal.Signals) -> None:
         stopped = sign == signal.SIGSTOP
         assert (down.host, down.stage, down.code) == (1, "running", "XD_SILENT" if stopped else "XD_CLOSED")
         if stopped:
-            assert down.reason == "nothing heard from host 1 for 0.8 s"
+            assert down.reason == "nothing heard from host 1 for 2.0 s"
             before = mailbox.pulses(hosts[1].mailbox_fd)[1]
             time.sleep(0.1)
             assert mailbox.pulses(hosts[1].mailbox_fd)[1] == before  # how its supervisor notices
@@ -280,11 +280,12 @@ def test_a_link_process_that_dies_or_hangs(sign: signal.Signals) -> None:
 def test_a_distant_rank_that_dies_or_hangs(sign: signal.Signals) -> None:
     """No supervisor says anything: the pulse alone, carried by two link processes, tells it."""
     with open_hosts([1, 1], silence_s=SILENCE_S) as hosts:
-        processes = [host.start_rank(JOBS, "until_down", host.index, pulse_timeout_s=0.8) for host in hosts]
+        processes = [
+            host.start_rank(JOBS, "until_down", host.index, pulse_timeout_s=SILENCE_S) for host in hosts
+        ]
         for process in processes:
             assert process.stdout
             process.stdout.readline()
-        time.sleep(0.2)
         processes[1].send_signal(sign)
         ((kind, text),) = ends(processes[:1])
         assert kind == "LinkDown"
@@ -314,12 +315,12 @@ def test_a_host_that_dies_or_hangs(sign: signal.Signals) -> None:
 @pytest.mark.fault
 def test_a_pause_of_all_is_no_death() -> None:
     """As of two laptops that are closed, or a machine that is suspended."""
-    with open_hosts([1, 1], silence_s=0.4) as hosts:
+    with open_hosts([1, 1], silence_s=1.0) as hosts:
         processes = start_ranks(hosts)
         for sign in (signal.SIGSTOP, signal.SIGCONT):
             for host in hosts:
                 host.process.send_signal(sign)
-            time.sleep(0.8)
+            time.sleep(1.5)
         assert all(process.poll() is None for process in processes)
         mailbox.poison(hosts[0].mailbox_fd, "enough")
         assert all("enough" in text for _, text in ends(processes))

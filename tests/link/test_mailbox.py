@@ -72,7 +72,7 @@ def rank_process(
     fd: int, rank: int, num_ranks: int, job: str, **args: Any
 ) -> Iterator[subprocess.Popen[str]]:
     """One rank in a process of its own, past the first line that its job prints."""
-    process = ranks.start_rank(JOBS, job, fd, rank, num_ranks, args)
+    process = ranks.start_rank(JOBS, job, fd, rank, num_ranks, args, {"pulse_timeout_s": 1.5})
     try:
         assert process.stdout
         assert process.stdout.readline()
@@ -220,7 +220,7 @@ def test_sizes_that_do_not_fit_are_refused(mine: bytes, sizes: list[int]) -> Non
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("wait", ["exchange", "frame"])
 def test_dead_peer_ends_the_wait(sign: signal.Signals, wait: str) -> None:
-    with memory(2) as fd, Mailbox(fd, 1, 2) as box:
+    with memory(2) as fd, Mailbox(fd, 1, 2, pulse_timeout_s=1.5) as box:
         started = threading.Thread(target=lambda: [box.exchange(b"y", [1, 1], tag=i + 1) for i in range(3)])
         started.start()
         with rank_process(fd, 0, 2, "answer", num_rounds=3) as peer:
@@ -229,11 +229,11 @@ def test_dead_peer_ends_the_wait(sign: signal.Signals, wait: str) -> None:
             start = time.monotonic()
             with pytest.raises(LinkDown, match=r"rank 1, exchange \d+ with rank 0: it is dead"):
                 box.exchange(b"y", [1, 1], tag=4) if wait == "exchange" else box.wait_frame(DEADLINE_S)
-            assert 0.4 < time.monotonic() - start < 5
+            assert time.monotonic() - start < DEADLINE_S / 2
 
 
 def test_living_but_late_peer_is_a_timeout() -> None:
-    with open_group(2, step_timeout_s=0.2, pulse_timeout_s=0.1) as (a, b):
+    with open_group(2, step_timeout_s=1.6, pulse_timeout_s=1.5) as (a, b):
         with pytest.raises(LinkTimeout, match="rank 0, exchange 1 with rank 1: it lives"):
             a.exchange(b"a", [1, 1])
         with pytest.raises(LinkDown, match="rank 1, exchange 1"):
@@ -257,11 +257,11 @@ def test_waits_of_a_step_add_up() -> None:
 
 def test_a_peer_that_has_not_opened_yet_is_not_dead() -> None:
     def come_late(fd: int) -> bytes:
-        time.sleep(0.5)
-        with Mailbox(fd, 1, 2) as box:
+        time.sleep(1.7)
+        with Mailbox(fd, 1, 2, **PATIENT) as box:
             return box.exchange(b"b", [1, 1])
 
-    with memory(2) as fd, Mailbox(fd, 0, 2, pulse_timeout_s=0.2) as box:
+    with memory(2) as fd, Mailbox(fd, 0, 2, pulse_timeout_s=1.5) as box:
         assert together(lambda: box.exchange(b"a", [1, 1]), lambda: come_late(fd)) == [b"ab", b"ab"]
 
 
@@ -269,13 +269,13 @@ def test_stopping_both_is_no_death() -> None:
     """As a laptop's lid does; rank 0, which waits for rank 1, then looks at an old pulse first."""
     with (
         memory(2) as fd,
-        rank_process(fd, 0, 2, "swap_for", duration_s=3.2) as first,
+        rank_process(fd, 0, 2, "swap_for", duration_s=4) as first,
         rank_process(fd, 1, 2, "swap_for", duration_s=0) as second,
     ):
         time.sleep(0.3)
         first.send_signal(signal.SIGSTOP)
         second.send_signal(signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(3)
         first.send_signal(signal.SIGCONT)
         time.sleep(0.1)
         second.send_signal(signal.SIGCONT)

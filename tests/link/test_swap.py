@@ -172,7 +172,7 @@ def test_warm_up_names_the_dead_direction() -> None:
     with against_hand() as (connection, hand):
         hand.sendall(frame(bytes(connection.max_payload(BULK)), queue=BULK, tag=1))
         with pytest.raises(LinkTimeout, match="queue bulk: the peer lives but does not hear us"):
-            connection.warm_up(0.3)
+            connection.warm_up(1.0)
 
 
 def test_a_self_test_notices_changed_bytes() -> None:

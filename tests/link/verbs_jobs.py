@@ -135,7 +135,7 @@ def reopen(side: socket.socket, host: int, config: dict[str, Any], times: int) -
     for attempt in range(times):
         with connect(side, config) as connection:
             try:
-                connection.warm_up(0.3)
+                connection.warm_up(1.0)
                 worked.append(attempt)
             except ExpertdError:
                 pass

@@ -43,7 +43,7 @@ def test_solo_has_the_bits_of_stock_mlx_lm(family: str, tmp_path: Path) -> None:
         start += size
         expected = stock(mx.array([chunk]), cache=stock_cache)[0]
         assert same_bits(ours.forward(chunk, our_cache, SOLO), expected), f"chunk of {size}"
-    assert same_bits(ours.decode(7, our_cache, SOLO), stock(mx.array([[7]]), cache=stock_cache)[0, 0])
+    assert same_bits(ours.decode([7], [our_cache], SOLO)[0], stock(mx.array([[7]]), cache=stock_cache)[0, 0])
 
 
 def test_prefill_leaves_the_cache_of_forward(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_prefill_leaves_the_cache_of_forward(tmp_path: Path) -> None:
     caches = model.new_cache(), model.new_cache()
     model.prefill(PROMPT, caches[0], SOLO)
     mx.eval(model.forward(PROMPT, caches[1], SOLO))
-    rows = [model.decode(3, cache, SOLO) for cache in caches]
+    rows = [model.decode([3], [cache], SOLO)[0] for cache in caches]
     assert same_bits(rows[0], rows[1])
 
 
@@ -59,7 +59,7 @@ def test_bfloat16_weights_give_bfloat16_logits_and_float32_rows(tmp_path: Path) 
     model = load(make_tiny(tmp_path, "qwen3_moe", dtype="bfloat16"))
     cache = model.new_cache()
     assert model.forward(PROMPT, cache, SOLO).dtype == mx.bfloat16
-    row = model.decode(1, cache, SOLO)
+    row = model.decode([1], [cache], SOLO)[0]
     assert row.dtype == mx.float32
     assert row.shape == (257,)
 

@@ -67,7 +67,7 @@ def test_without_its_peer_the_leader_goes_on_alone(tiny: str, number: int) -> No
     async def answer(num_ranks: int, fault: int | None) -> tuple[str, int]:
         text, group = "", GroupConfig(tiny, num_ranks, link="mlx")
         async with asyncio.timeout(60), Cluster.open(group) as cluster:
-            submit = Submit("r", prompt="Once", max_tokens=300, temperature=0.0, ignore_end=True)
+            submit = Submit("r", prompt="Once", max_tokens=300, ignore_end=True)
             async for event in cluster.generate(submit):
                 if isinstance(event, Token):
                     text += event.text

@@ -6,6 +6,8 @@ import mlx.core as mx
 import pytest
 
 from expertd.checkpoint.inspect import check_checkpoint
+from expertd.config import ACTIVATION_BITS
+from expertd.model.kernels import open_kernels
 from expertd.model.model import Cache, Model
 from expertd.model.together import Padded, Together
 from expertd.split.cut import StepSplit
@@ -16,9 +18,9 @@ PROMPTS = ([1, 2, 3, 4, 5], [7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 11, 12, 13])
 NUM_STEPS = 12
 
 
-def load(folder: Path) -> Model:
+def load(folder: Path, kernels: str = "native") -> Model:
     info = check_checkpoint(folder)
-    return Model(info.folder, info.config)
+    return Model(info.folder, info.config, kernels=open_kernels(kernels, ACTIVATION_BITS, num_threads=2))
 
 
 def filled(model: Model, prompt: list[int]) -> Cache:
@@ -31,10 +33,11 @@ def token(step: int, sequence: int) -> int:
     return (7 * step + 13 * sequence) % 250
 
 
+@pytest.mark.parametrize("kernels", ["native", "mlx"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_together_is_as_alone(family: str, tmp_path: Path) -> None:
+def test_together_is_as_alone(family: str, kernels: str, tmp_path: Path) -> None:
     """The second sequence joins late, the first leaves early."""
-    model = load(make_tiny(tmp_path / family, family))
+    model = load(make_tiny(tmp_path / family, family), kernels)
     assert model._together is (Padded if family.startswith("deepseek") else Together)
     caches = [filled(model, prompt) for prompt in PROMPTS]
     found: dict[int, list[list[float]]] = {0: [], 1: [], 2: []}

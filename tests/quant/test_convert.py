@@ -230,7 +230,7 @@ def test_stock_mlx_lm_generates_the_same_tokens(tmp_path: Path) -> None:
     ours.prefill(tokens[:-1], cache, StepSplit("solo", (1.0,)))
     for _ in range(12):
         expected.append(int(mx.argmax(model(mx.array([expected]))[0, -1]).item()))
-        found.append(int(mx.argmax(ours.decode(found[-1], cache, StepSplit("solo", (1.0,)))).item()))
+        found.append(int(mx.argmax(ours.decode([found[-1]], [cache], StepSplit("solo", (1.0,)))).item()))
     assert found == expected
 
 

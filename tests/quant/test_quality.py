@@ -169,7 +169,7 @@ def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
         pytest.fail("it is damaged")
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # its short forms are above: each split on tiny models
 def test_the_demo_on_ranks(tmp_path: Path) -> None:
     demo = check_checkpoint(demo_folder())
     found = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from stub_group import group_of, received, until
+from stub_group import LIMIT_S, group_of, received, until
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
@@ -28,7 +28,7 @@ def with_app(
 ) -> None:
     async def main() -> None:
         group = group_of(folder, num_ranks)
-        async with asyncio.timeout(20), Cluster.open(group) as cluster:
+        async with asyncio.timeout(LIMIT_S), Cluster.open(group) as cluster:
             service = Service(ServerConfig(model_id="demo", group=group), cluster)
             transport = httpx.ASGITransport(app=make_app(service))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -117,10 +117,11 @@ def test_parameters_reach_the_rank(tmp_path: Path) -> None:
             {"role": "assistant", "content": "ok"},
             {"role": "user", "content": "one two", "name": "Ann"},
         ]
-        assert (chat["max_tokens"], chat["temperature"], chat["top_p"]) == (1, 0.5, 0.9)
-        assert (chat["seed"], chat["stop"], chat["prompt"]) == (2**63 - 1, ["x"], None)
-        assert (text["max_tokens"], text["temperature"], text["stop"]) == (16, 0.0, ["a", "b"])
-        assert text["messages"] is None and text["seed"] is None
+        sampling = chat["sampling"]
+        assert (chat["max_tokens"], sampling["temperature"], sampling["top_p"]) == (1, 0.5, 0.9)
+        assert (sampling["seed"], chat["stop"], chat["prompt"]) == (2**63 - 1, ["x"], None)
+        assert (text["max_tokens"], text["sampling"]["temperature"], text["stop"]) == (16, 0.0, ["a", "b"])
+        assert text["messages"] is None and text["sampling"]["seed"] is None
 
     with_app(tmp_path, test)
 
@@ -131,13 +132,12 @@ REFUSED = {
     "tool_choice": "required",
     "functions": [{}],
     "function_call": {"name": "f"},
-    "logprobs": True,
-    "top_logprobs": 3,
     "response_format": {"type": "json_object"},
-    "frequency_penalty": 0.5,
-    "presence_penalty": -1,
-    "logit_bias": {"5": 1},
     "best_of": 2,
+    "use_beam_search": True,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "length_penalty": 0.5,
     "echo": True,
     "suffix": "end",
     "store": True,
@@ -157,8 +157,10 @@ def test_parameters_that_change_the_answer_are_refused_by_name(tmp_path: Path) -
                 error = response.json()["error"]
                 assert (response.status_code, error["param"]) == (400, name)
                 assert error["code"] == "unsupported_parameter" and name in error["message"]
-        # 0 == False in Python, but logprobs 0 asks for something.
-        assert (await client.post("/v1/completions", json={**TEXT, "logprobs": 0})).status_code == 400
+        # A name of chat alone; and 1 == True in Python, but `n` is a number.
+        for name, value in (("top_logprobs", 3), ("n", True)):
+            response = await client.post("/v1/completions", json={**TEXT, name: value})
+            assert response.json()["error"]["code"] == "unsupported_parameter"
         assert received(tmp_path) == []
 
     with_app(tmp_path, test)
@@ -200,6 +202,36 @@ WRONG = [
     ({**CHAT, "a\ud800": 1}, "a?", "a?: unknown parameter"),
     ({**CHAT, "stop": "\ud800"}, "stop[0]", "unicode"),
     ({**CHAT, "top_k": 1, "prompt": "x"}, "prompt", "unknown parameter"),
+    ({**CHAT, "frequency_penalty": 2.1}, "frequency_penalty", "less than or equal to 2, found 2.1"),
+    ({**CHAT, "presence_penalty": -3}, "presence_penalty", "greater than or equal to -2, found -3"),
+    ({**CHAT, "repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1, found 0"),
+    (b'{"model": "demo", "messages": [], "repetition_penalty": 1e999}', "repetition_penalty", "found inf"),
+    ({**CHAT, "min_p": 1.5}, "min_p", "less than or equal to 1, found 1.5"),
+    ({**CHAT, "top_k": -2}, "top_k", "greater than or equal to -1, found -2"),
+    ({**CHAT, "top_k": 1.5}, "top_k", "valid integer, found 1.5"),
+    ({**CHAT, "logit_bias": [5]}, "logit_bias", "valid dictionary, found [5]"),
+    ({**CHAT, "logit_bias": {"the": 1}}, "logit_bias", "'the' is no token id; wanted whole numbers"),
+    ({**CHAT, "logit_bias": {"-1": 1}}, "logit_bias", "'-1' is no token id"),
+    ({**CHAT, "logit_bias": {"²": 1}}, "logit_bias", "is no token id"),
+    ({**CHAT, "logit_bias": {"5": 101}}, "logit_bias[5]", "less than or equal to 100, found 101"),
+    ({**CHAT, "logit_bias": {"5": "1"}}, "logit_bias[5]", "valid number, found '1'"),
+    ({**CHAT, "stop_token_ids": [1, -1]}, "stop_token_ids[1]", "greater than or equal to 0, found -1"),
+    ({**CHAT, "stop_token_ids": 1}, "stop_token_ids", "valid list, found 1"),
+    ({**CHAT, "min_tokens": -1}, "min_tokens", "greater than or equal to 0, found -1"),
+    ({**CHAT, "min_tokens": 6, "max_tokens": 5}, "min_tokens", "6 is more than the 5 tokens"),
+    ({**CHAT, "ignore_eos": 1}, "ignore_eos", "valid boolean, found 1"),
+    ({**CHAT, "logprobs": 1}, "logprobs", "valid boolean, found 1"),
+    ({**CHAT, "top_logprobs": 2}, None, "top_logprobs needs 'logprobs': true"),
+    ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20, found 21"),
+]
+WRONG_TEXT = [
+    ({"prompt": ["a", "b"]}, "prompt"),
+    ({"prompt": [1, 2]}, "prompt"),
+    ({"prompt": [[1, 2]]}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"min_tokens": 17}, "min_tokens"),  # without max_tokens there are 16
 ]
 
 
@@ -212,9 +244,9 @@ def test_wrong_requests_get_400_and_the_name_of_the_field(tmp_path: Path) -> Non
             found = (response.status_code, error["type"], error["param"])
             assert found == (400, "invalid_request_error", param), error
             assert words in error["message"] and "\n" not in error["message"], error
-        for prompt in (["a", "b"], [1, 2], [[1, 2]], 5):
-            response = await client.post("/v1/completions", json={**TEXT, "prompt": prompt})
-            assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+        for values, param in WRONG_TEXT:
+            response = await client.post("/v1/completions", json={**TEXT, **values})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param)
         assert received(tmp_path) == []
 
     with_app(tmp_path, test)
