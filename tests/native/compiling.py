@@ -11,10 +11,17 @@ HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "native"
 TRANSPORT = ("crc32c.c", "frame.c", "transport.c", "tcp.c", "self_test.c")
 QUANTIZER = tuple(sorted(p.name for p in NATIVE.glob("quantize_*.c")))
+# The float operations of native/kernels/: without cpu.c and the affine products.
+FLOATS = (
+    *(f"kernels/{part}.c" for part in ("attention", "numbers", "ops", "plain", "pool", "product")),
+    *(f"kernels/floats_{isa}.c" for isa in ("avx2", "neon", "portable")),
+)
 # As in native/build_quantize.py: or the bits would depend on the processor.
 UNCONTRACTED = "-ffp-contract=off"
 # What drive_quantize.c prints on every processor, with every compiler. Kernels that choose otherwise change it.
 QUANTIZED = "ok 0e8b96e04ae2668c\n"
+# What drive_floats.c prints, likewise. An order of sums or an approximation that is changed changes it.
+FLOATED = "ok 01960742af6d2291\n"
 STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PROBE = "int main(void) { return 0; }\n"

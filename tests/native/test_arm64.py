@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.compiling import HERE, NATIVE, QUANTIZED, QUANTIZER, STRICT, TRANSPORT, UNCONTRACTED
+from tests.native.compiling import (
+    FLOATED,
+    FLOATS,
+    HERE,
+    NATIVE,
+    QUANTIZED,
+    QUANTIZER,
+    STRICT,
+    TRANSPORT,
+    UNCONTRACTED,
+)
 
 SOURCES = (*TRANSPORT, "mailbox.c", "pump.c", *QUANTIZER)
 RUN_S = 120
@@ -36,7 +46,7 @@ def build(emulator: list[str], tmp_path_factory: pytest.TempPathFactory) -> Buil
         pytest.skip("no cross compiler: `pip install ziglang` (100 MB), or make cross")
     folder = tmp_path_factory.mktemp("arm64")
 
-    def compiled(driver: str, *flags: str) -> Path:
+    def compiled(driver: str, *flags: str, sources: tuple[str, ...] = SOURCES) -> Path:
         out = folder / driver.removesuffix(".c")
         command = [
             sys.executable,
@@ -49,7 +59,7 @@ def build(emulator: list[str], tmp_path_factory: pytest.TempPathFactory) -> Buil
             "-O2",
             *flags,
         ]
-        command += [str(HERE / driver), *(str(NATIVE / s) for s in SOURCES), "-o", str(out), "-lpthread"]
+        command += [str(HERE / driver), *(str(NATIVE / s) for s in sources), "-o", str(out), "-lpthread"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return out
@@ -70,6 +80,12 @@ def test_runs(emulator: list[str], build: Build, driver: str) -> None:
 
 def test_quantizer_chooses_as_everywhere(emulator: list[str], build: Build) -> None:
     assert run([*emulator, str(build("drive_quantize.c", UNCONTRACTED))]) == QUANTIZED
+
+
+def test_float_operations_have_the_bits_that_they_have_everywhere(emulator: list[str], build: Build) -> None:
+    """NEON beside plain C, both beside what the tests on x86-64 print."""
+    program = build("drive_floats.c", UNCONTRACTED, f"-I{NATIVE / 'kernels'}", sources=FLOATS)
+    assert run([*emulator, str(program)]) == FLOATED
 
 
 def test_mutated_frames(emulator: list[str], build: Build) -> None:

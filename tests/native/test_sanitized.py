@@ -3,7 +3,17 @@
 import re
 from pathlib import Path
 
-from tests.native.compiling import QUANTIZED, QUANTIZER, TRANSPORT, UNCONTRACTED, build, run
+from tests.native.compiling import (
+    FLOATED,
+    FLOATS,
+    NATIVE,
+    QUANTIZED,
+    QUANTIZER,
+    TRANSPORT,
+    UNCONTRACTED,
+    build,
+    run,
+)
 
 FUZZ_S = 2
 
@@ -22,6 +32,11 @@ def test_pump(tmp_path: Path) -> None:
 
 def test_quantizer(tmp_path: Path) -> None:
     assert run(build(tmp_path / "drive", "drive_quantize.c", QUANTIZER, UNCONTRACTED)) == QUANTIZED
+
+
+def test_float_operations(tmp_path: Path) -> None:
+    flags = (UNCONTRACTED, f"-I{NATIVE / 'kernels'}", "-g0")  # -g: half a minute more
+    assert run(build(tmp_path / "drive", "drive_floats.c", FLOATS, *flags)) == FLOATED
 
 
 def test_mutated_frames(tmp_path: Path) -> None:
