@@ -77,9 +77,8 @@ class Tokenizer:
         piece: str | None = self._inner.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
-        if self._byte_level and BYTE_LETTERS.keys() >= set(
-            piece
-        ):  # as tokenizers decides it, for added tokens too
+        # All letters or none, as the library decides it, for added tokens too.
+        if self._byte_level and BYTE_LETTERS.keys() >= set(piece):
             return bytes(BYTE_LETTERS[letter] for letter in piece)
         if byte := BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(byte[1])
