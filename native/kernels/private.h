@@ -127,6 +127,9 @@ struct xd_cpu {
   xd_pool *pool;
 };
 
+/* As xd_isa's round_row; AVX-512 has no better way (round_avx2.c). */
+void xd_round_row_avx2(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da);
+
 /* NULL where the compiler or this processor lacks it. */
 const xd_isa *xd_isa_portable(void);
 const xd_isa *xd_isa_avx2(void);
