@@ -2,7 +2,6 @@
 
 import platform
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import pytest
 
 from tests.native.compiling import (
     CALLS,
+    EMULATED,
     FLOATED,
     FLOATS,
-    HERE,
     KERNELS,
     NATIVE,
     PRODUCTS,
@@ -22,6 +21,7 @@ from tests.native.compiling import (
     TRANSPORT,
     UNCONTRACTED,
     build,
+    compiler,
     run,
 )
 
@@ -44,20 +44,35 @@ def test_quantizer(tmp_path: Path) -> None:
     assert run(build(tmp_path / "drive", "drive_quantize.c", QUANTIZER, UNCONTRACTED)) == QUANTIZED
 
 
-def test_kernels(tmp_path: Path) -> None:
-    assert run(build(tmp_path / "drive", "drive_kernels.c", KERNELS, *CALLS)).endswith(PRODUCTS)
-
-
-def test_kernels_for_avx512_emulated(tmp_path: Path) -> None:
-    """Everywhere: few of the machines that run these tests have AVX-512, and those that have run it natively, too."""
+@pytest.fixture(scope="module")
+def emulation() -> str:
+    """What is in the way of emulating AVX-512 here; "" if nothing is."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("the emulation is for x86-64")
-    probe = ["cc", "-E", "-include", "simde/x86/avx512.h", "-x", "c", "/dev/null"]
-    if not shutil.which("cc") or subprocess.run(probe, capture_output=True).returncode:
-        pytest.skip("no SIMDe: on Debian, `apt-get install libsimde-dev`")
-    flags = (*CALLS, f"-I{HERE}", "-DXD_SIMDE", "-mavx2", "-mfma", "-mf16c")
-    found = run(build(tmp_path / "drive", "drive_kernels.c", KERNELS, *flags))
-    assert found == f"avx512 avx2 portable\n{PRODUCTS}"
+        return "the emulation is for x86-64"
+    probe = [compiler(), "-E", "-include", "simde/x86/avx512.h", "-x", "c", "/dev/null"]
+    return (
+        "no SIMDe: on Debian, `apt-get install libsimde-dev`"
+        if subprocess.run(probe, capture_output=True).returncode
+        else ""
+    )
+
+
+@pytest.fixture(scope="module")
+def products(emulation: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What drive_kernels.c prints. It takes 20 s to build: once for all tests."""
+    flags = CALLS if emulation else (*CALLS, *EMULATED)
+    return run(build(tmp_path_factory.mktemp("kernels") / "drive", "drive_kernels.c", KERNELS, *flags))
+
+
+def test_kernels(products: str) -> None:
+    assert products.endswith(f" portable\n{PRODUCTS}") or products == f"portable\n{PRODUCTS}"
+
+
+def test_kernels_for_avx512(products: str, emulation: str) -> None:
+    """Few of the machines that run these tests have it."""
+    if emulation:
+        pytest.skip(emulation)
+    assert products == f"avx512 avx2 portable\n{PRODUCTS}"
 
 
 def test_threads_of_the_kernels(tmp_path: Path) -> None:
