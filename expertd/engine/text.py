@@ -40,7 +40,6 @@ class Tokenizer:
         ends = config.get("eos_token_id")
         ids = ends if isinstance(ends, list) else [ends]
         self.end_ids = {i for i in [*ids, self._inner.eos_token_id] if isinstance(i, int)}
-        self._added = {i: str(token) for i, token in self._inner.added_tokens_decoder.items()}
         self._byte_level = "ByteLevel" in _decoder_steps(self._inner)
 
     @property
@@ -75,13 +74,12 @@ class Tokenizer:
 
         A special token is written as it is in the vocabulary, though `decode` leaves it out.
         """
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        piece: str | None = self._inner.convert_ids_to_tokens(token_id) if token_id < self.size else None
+        piece: str | None = self._inner.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
-        if self._byte_level:
-            return bytes(BYTE_LETTERS[letter] for letter in piece if letter in BYTE_LETTERS)
+        # All letters or none, as the library decides it, for added tokens too.
+        if self._byte_level and BYTE_LETTERS.keys() >= set(piece):
+            return bytes(BYTE_LETTERS[letter] for letter in piece)
         if byte := BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(byte[1])
         return piece.replace(SPACE, " ").encode()

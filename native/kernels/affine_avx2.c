@@ -9,111 +9,15 @@
    Single rows (`rows`): 8 groups of one weight row at a time. Their sums lie across lanes; three to seven `vphaddd` bring
    one group's sum into each lane, which is the order that private.h asks for.
 
-   Panels (`pack`, `tile`): a transposed panel holds, for 16 output rows side by side, the codes that share one 32-bit word
-   of digits, so that a word is broadcast against it and lane = output row: nothing is summed across. The 8 partial sums that
-   private.h calls lanes are then 8 phases over the groups. */
+   A few rows (`few`) and panels (`pack`, `tile`): a transposed panel holds, for 16 output rows side by side, the codes that
+   share one 32-bit word of digits, so that a word is broadcast against it and lane = output row: nothing is summed across.
+   The 8 partial sums that private.h calls lanes are then 8 phases over the groups. */
 
 #if defined(__x86_64__)
 
 #include "avx2.h"
 #include "floats.h"
 #include "simd.h"
-
-/* Rows of x as integers. */
-
-XD_INLINE void round_group(const xd_affine *a, const float *x, int16_t *numbers, float *d, float *da) {
-  const int n = a->group_size;
-  const float q_max = xd_q_max(a);
-  __m256i most = _mm256_setzero_si256();
-  for (int i = 0; i < n; i += 8) /* as integers a NaN is above infinity, which is above all numbers */
-    most = _mm256_max_epu32(
-        most, _mm256_and_si256(_mm256_castps_si256(vf_load(x + i)), _mm256_set1_epi32(0x7fffffff)));
-  __m128i m = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epu32(m, _mm_shuffle_epi32(m, 0xb1));
-  const uint32_t bits = (uint32_t)_mm_cvtsi128_si32(m);
-  const float largest = _mm_cvtss_f32(_mm_castsi128_ps(m));
-  *d = *da = bits >= 0x7f800000 ? NAN : 0;
-  if (bits >= 0x7f800000 || largest < XD_TINY) {
-    memset(numbers, 0, (size_t)n * 2);
-    return;
-  }
-  const vf inverse = vf_set(q_max / largest);
-  __m256i sum = _mm256_setzero_si256();
-  for (int i = 0; i < n; i += 16) {
-    __m256i low = _mm256_cvtps_epi32(vf_mul(vf_load(x + i), inverse));
-    __m256i high = _mm256_cvtps_epi32(vf_mul(vf_load(x + i + 8), inverse));
-    __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(1)));
-    _mm256_store_si256((__m256i *)(numbers + i), both);
-  }
-  int32_t s[8];
-  _mm256_storeu_si256((__m256i *)s, sum);
-  *d = largest / q_max;
-  *da = *d * (float)(s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7]);
-}
-
-/* 32 bytes: a digit of 32 numbers in order. `digit` 0 is the high one of two, 1 the low one, 2 the only one. */
-XD_INLINE __m256i digits(const int16_t *numbers, int digit) {
-  __m256i n[2];
-  for (int i = 0; i < 2; i++) {
-    n[i] = _mm256_load_si256((const __m256i *)(numbers + 16 * i));
-    const __m256i hi = _mm256_srai_epi16(_mm256_add_epi16(n[i], _mm256_set1_epi16(128)), 8);
-    if (digit == 0) n[i] = hi;
-    if (digit == 1) n[i] = _mm256_sub_epi16(n[i], _mm256_slli_epi16(hi, 8));
-  }
-  return _mm256_permute4x64_epi64(_mm256_packs_epi16(n[0], n[1]), 0xd8);
-}
-
-/* Two vectors of pairs into what is even and what is odd; `order` brings the evens of each 16 bytes to the front. */
-XD_INLINE void split_pairs(__m256i a, __m256i b, __m256i order, int8_t *q) {
-  a = _mm256_shuffle_epi8(a, order), b = _mm256_shuffle_epi8(b, order);
-  _mm256_store_si256((__m256i *)q, _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xd8));
-  _mm256_store_si256((__m256i *)(q + 32), _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xd8));
-}
-
-/* Four vectors of bytes into planes: byte j of plane p was byte 4 j + p. */
-XD_INLINE void split_quads(const int16_t *numbers, int digit, int8_t *q) {
-  const __m256i order = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
-                                         13, 2, 6, 10, 14, 3, 7, 11, 15);
-  __m256i v[4];
-  for (int i = 0; i < 4; i++) v[i] = _mm256_shuffle_epi8(digits(numbers + 32 * i, digit), order);
-  const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
-  const __m256i c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
-  const __m256i planes[4] = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b), _mm256_unpacklo_epi64(c, d),
-                             _mm256_unpackhi_epi64(c, d)};
-  for (int p = 0; p < 4; p++)
-    _mm256_store_si256((__m256i *)(q + 32 * p),
-                       _mm256_permutevar8x32_epi32(planes[p], _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
-}
-
-static void round_row(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da) {
-  const __m256i bytes = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12,
-                                         14, 1, 3, 5, 7, 9, 11, 13, 15);
-  const __m256i words = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12,
-                                         13, 2, 3, 6, 7, 10, 11, 14, 15);
-  const int64_t padded = (int64_t)a->padded_groups * a->group_size;
-  for (int g = 0; g < a->groups; g++)
-    round_group(a, x + (int64_t)g * a->group_size, numbers + (int64_t)g * a->group_size, d + g, da + g);
-  for (int g = a->groups; g < a->padded_groups; g++) d[g] = da[g] = 0;
-  memset(numbers + a->width, 0, (size_t)(padded - a->width) * 2);
-  if (a->bits == 8) {
-    for (int64_t k = 0; k < padded; k += 32)
-      split_pairs(_mm256_load_si256((const __m256i *)(numbers + k)),
-                  _mm256_load_si256((const __m256i *)(numbers + k + 16)), words, q + 2 * k);
-    return;
-  }
-  for (int digit = a->two_digits ? 0 : 2; digit < (a->two_digits ? 2 : 3); digit++) {
-    int8_t *to = digit == 1 ? q + a->q_bytes / 2 : q;
-    if (a->bits == 4)
-      for (int64_t k = 0; k < padded; k += 64)
-        split_pairs(digits(numbers + k, digit), digits(numbers + k + 32, digit), bytes, to + k);
-    else
-      for (int64_t k = 0; k < padded; k += 128) split_quads(numbers + k, digit, to + k);
-  }
-}
-
-/* Products. */
 
 /* Codes of a block of 32 bytes that meet plane `p`. */
 XD_INLINE __m256i plane(__m256i block, int bits, int p) {
@@ -292,6 +196,12 @@ XD_INLINE void transpose(__m256i v[8]) {
   }
 }
 
+/* Ask for codes that the next rows will need. Sixteen rows side by side are no pattern that the processor would follow by
+   itself: without this, packing waits for memory. Beyond the end of a tensor it does nothing. */
+XD_INLINE void prefetch(const uint8_t *codes, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += 64) _mm_prefetch((const char *)codes + at, _MM_HINT_T0);
+}
+
 /* 32 bytes of a weight row's codes, of which `left` are its own. */
 XD_INLINE __m256i load_some(const uint8_t *codes, int64_t left) {
   if (left >= 32) return load(codes);
@@ -300,15 +210,17 @@ XD_INLINE __m256i load_some(const uint8_t *codes, int64_t left) {
   return load(last);
 }
 
-/* The codes of 16 output rows, of which `num_out` exist (the others repeat the last: nobody reads what they give). */
-XD_INLINE void pack_codes(const xd_affine *a, int bits, const uint8_t *codes, int num_out, char *panel) {
+/* `num_bytes` of the codes of 16 output rows, of which `num_out` exist (the others repeat the last: nobody reads what
+   they give). */
+XD_INLINE void pack_codes(const xd_affine *a, int bits, const uint8_t *codes, int64_t num_bytes, int num_out,
+                          char *panel) {
   const int planes = bits == 8 ? 2 : 8 / bits;
   const uint8_t *row[16];
   for (int n = 0; n < 16; n++) row[n] = codes + (n < num_out ? n : num_out - 1) * a->code_bytes;
-  for (int64_t at = 0; at < a->code_bytes; at += 32, panel += 8 * planes * 64)
+  for (int64_t at = 0; at < num_bytes; at += 32, panel += 8 * planes * 64)
     for (int half = 0; half < 2; half++) {
       __m256i v[8];
-      for (int n = 0; n < 8; n++) v[n] = load_some(row[8 * half + n] + at, a->code_bytes - at);
+      for (int n = 0; n < 8; n++) v[n] = load_some(row[8 * half + n] + at, num_bytes - at);
       transpose(v);
       for (int i = 0; i < 8; i++)
         for (int p = 0; p < planes; p++) {
@@ -320,17 +232,18 @@ XD_INLINE void pack_codes(const xd_affine *a, int bits, const uint8_t *codes, in
     }
 }
 
-/* Scales or biases of 8 output rows, of which `num_out` exist: to [groups, XD_TILE_OUT], eight columns of it. */
-static void pack_numbers(const xd_affine *a, const void *from, int num_out, float *to) {
-  for (int g = 0; g < a->groups; g += 8) {
-    const int count = a->groups - g < 8 ? a->groups - g : 8;
+/* `num_groups` scales or biases of each of 8 output rows, of which `num_out` exist: to[num_groups][stride]. */
+static inline void pack_numbers(const xd_affine *a, const void *from, int num_groups, int num_out, float *to,
+                                int stride) {
+  for (int g = 0; g < num_groups; g += 8) {
+    const int count = num_groups - g < 8 ? num_groups - g : 8;
     __m256i v[8];
     for (int n = 0; n < 8; n++) {
       const int64_t row = n < num_out ? n : num_out - 1;
       v[n] = _mm256_castps_si256(numbers_at(from, a->dtype, row * a->groups + g, count));
     }
     transpose(v);
-    for (int i = 0; i < count; i++) vf_store(to + (int64_t)(g + i) * XD_TILE_OUT, _mm256_castsi256_ps(v[i]));
+    for (int i = 0; i < count; i++) vf_store(to + (int64_t)(g + i) * stride, _mm256_castsi256_ps(v[i]));
   }
 }
 
@@ -341,13 +254,14 @@ static void pack(const xd_affine *a, const uint8_t *codes, const void *scales, c
   for (int n = 0; n < num_out; n += 16) {
     char *to = (char *)panel + n / 16 * sixteen;
     const uint8_t *from = codes + n * a->code_bytes;
-    if (a->bits == 2) pack_codes(a, 2, from, num_out - n, to);
-    if (a->bits == 4) pack_codes(a, 4, from, num_out - n, to);
-    if (a->bits == 8) pack_codes(a, 8, from, num_out - n, to);
+    if (a->bits == 2) pack_codes(a, 2, from, a->code_bytes, num_out - n, to);
+    if (a->bits == 4) pack_codes(a, 4, from, a->code_bytes, num_out - n, to);
+    if (a->bits == 8) pack_codes(a, 8, from, a->code_bytes, num_out - n, to);
   }
+  prefetch(codes + num_out * a->code_bytes, num_out * a->code_bytes);
   for (int n = 0; n < num_out; n += 8) {
-    pack_numbers(a, (const char *)scales + n * row, num_out - n, s + n);
-    pack_numbers(a, (const char *)biases + n * row, num_out - n, b + n);
+    pack_numbers(a, (const char *)scales + n * row, a->groups, num_out - n, s + n, XD_TILE_OUT);
+    pack_numbers(a, (const char *)biases + n * row, a->groups, num_out - n, b + n, XD_TILE_OUT);
   }
 }
 
@@ -396,6 +310,29 @@ XD_INLINE void group_tile(int bits, int num_words, const char *panel, const int8
   }
 }
 
+/* What group g adds to the sums of 16 output rows for each of `num` rows of x. */
+XD_INLINE void add_group(int two_digits, const float *scales, const float *biases, const xd_row *rows, int g, int num,
+                         __m256i sums[][2], vf acc[][2]) {
+  for (int h = 0; h < 2; h++) {
+    const vf s = vf_load(scales + 8 * h), b = vf_load(biases + 8 * h);
+    for (int r = 0; r < num; r++) {
+      __m256i sum = sums[r][h];
+      if (two_digits) sum = _mm256_add_epi32(_mm256_slli_epi32(sums[2 * r][h], 8), sums[2 * r + 1][h]);
+      acc[r][h] = vf_fma(vf_mul(s, vf_set(rows[r].d[g])), _mm256_cvtepi32_ps(sum), acc[r][h]);
+      acc[r][h] = vf_fma(b, vf_set(rows[r].da[g]), acc[r][h]);
+    }
+  }
+}
+
+XD_INLINE void add_lanes(vf lane[XD_LANES][XD_TILE_ROWS][2], int num, float *y) {
+  for (int r = 0; r < num; r++)
+    for (int h = 0; h < 2; h++) {
+      vf even = vf_add(vf_add(lane[0][r][h], lane[4][r][h]), vf_add(lane[2][r][h], lane[6][r][h]));
+      vf odd = vf_add(vf_add(lane[1][r][h], lane[5][r][h]), vf_add(lane[3][r][h], lane[7][r][h]));
+      vf_store(y + r * XD_TILE_OUT + 8 * h, vf_add(even, odd));
+    }
+}
+
 /* 16 output rows against `num` rows of x: y[num][XD_TILE_OUT], from its first column on. */
 XD_INLINE void tile_sixteen(const xd_affine *a, int bits, int group_size, int two_digits, const char *panel,
                             const float *scales, const float *biases, const xd_row *rows, int num, float *y) {
@@ -407,31 +344,54 @@ XD_INLINE void tile_sixteen(const xd_affine *a, int bits, int group_size, int tw
     for (int r = 0; r < num; r++) acc[r][0] = acc[r][1] = vf_set(0);
     for (int g = j; g < a->groups; g += XD_LANES) {
       const int word = g * num_words;
-      const int64_t at = word / 8 * 32 * planes + word % 8 * 4;
+      const int64_t at = word / 8 * 32 * planes + word % 8 * 4, column = (int64_t)g * XD_TILE_OUT;
       const int8_t *q[XD_TILE_ROWS];
       __m256i sums[XD_TILE_ROWS][2];
       for (int r = 0; r < streams; r++)
         q[r] = two_digits ? rows[r / 2].q + at + r % 2 * (a->q_bytes / 2) : rows[r].q + at;
       group_tile(bits, num_words, panel + (int64_t)word * planes * 64, q, streams, sums);
-      for (int h = 0; h < 2; h++) {
-        const vf s = vf_load(scales + (int64_t)g * XD_TILE_OUT + 8 * h);
-        const vf b = vf_load(biases + (int64_t)g * XD_TILE_OUT + 8 * h);
-        for (int r = 0; r < num; r++) {
-          __m256i sum = two_digits ? _mm256_add_epi32(_mm256_slli_epi32(sums[2 * r][h], 8), sums[2 * r + 1][h])
-                                   : sums[r][h];
-          acc[r][h] = vf_fma(vf_mul(s, vf_set(rows[r].d[g])), _mm256_cvtepi32_ps(sum), acc[r][h]);
-          acc[r][h] = vf_fma(b, vf_set(rows[r].da[g]), acc[r][h]);
-        }
-      }
+      add_group(two_digits, scales + column, biases + column, rows, g, num, sums, acc);
     }
     for (int r = 0; r < num; r++) lane[j][r][0] = acc[r][0], lane[j][r][1] = acc[r][1];
   }
-  for (int r = 0; r < num; r++)
-    for (int h = 0; h < 2; h++) {
-      vf even = vf_add(vf_add(lane[0][r][h], lane[4][r][h]), vf_add(lane[2][r][h], lane[6][r][h]));
-      vf odd = vf_add(vf_add(lane[1][r][h], lane[5][r][h]), vf_add(lane[3][r][h], lane[7][r][h]));
-      vf_store(y + r * XD_TILE_OUT + 8 * h, vf_add(even, odd));
+  add_lanes(lane, num, y);
+}
+
+/* 16 output rows, of which `num_out` exist, against `num` rows of x without a panel: eight groups at a time are packed to where the
+   L1 cache holds them. For rows that are too few to pay for a panel's way to the L2 cache and back. */
+XD_INLINE void stream_sixteen(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                              const void *scales, const void *biases, int num_out, const xd_row *rows, int num,
+                              float *y) {
+  const int num_words = group_size * bits / 32, planes = bits == 8 ? 2 : 8 / bits, streams = two_digits ? 2 * num : num;
+  const int64_t size = (int64_t)xd_itemsize(a->dtype), step = (int64_t)group_size * bits;
+  _Alignas(64) char packed[8 * 32 * 64 * 2];
+  _Alignas(32) float s[XD_LANES * 16], b[XD_LANES * 16];
+  vf lane[XD_LANES][XD_TILE_ROWS][2];
+  for (int j = 0; j < XD_LANES; j++)
+    for (int r = 0; r < num; r++) lane[j][r][0] = lane[j][r][1] = vf_set(0);
+  for (int first = 0; first < a->groups; first += XD_LANES) {
+    const int count = a->groups - first < XD_LANES ? a->groups - first : XD_LANES;
+    const int64_t at = first / XD_LANES * step, q_at = (int64_t)first * group_size * (bits == 8 ? 2 : 1);
+    prefetch(codes + 16 * (a->code_bytes + at), 16 * step);
+    pack_codes(a, bits, codes + at, count * step / XD_LANES, num_out, packed);
+    for (int n = 0; n < 16; n += 8) {
+      const int from = n < num_out ? n : 0;
+      const int64_t skip = ((int64_t)from * a->groups + first) * size;
+      pack_numbers(a, (const char *)scales + skip, count, num_out - from, s + n, 16);
+      pack_numbers(a, (const char *)biases + skip, count, num_out - from, b + n, 16);
     }
+    for (int j = 0; j < count; j++) {
+      const int word = j * num_words;
+      const int64_t in_q = q_at + word / 8 * 32 * planes + word % 8 * 4;
+      const int8_t *q[XD_TILE_ROWS];
+      __m256i sums[XD_TILE_ROWS][2];
+      for (int r = 0; r < streams; r++)
+        q[r] = two_digits ? rows[r / 2].q + in_q + r % 2 * (a->q_bytes / 2) : rows[r].q + in_q;
+      group_tile(bits, num_words, packed + (int64_t)word * planes * 64, q, streams, sums);
+      add_group(two_digits, s + 16 * j, b + 16 * j, rows, first + j, num, sums, lane[j]);
+    }
+  }
+  add_lanes(lane, num, y);
 }
 
 /* Four streams of digits are what the registers hold: four rows of one digit, or two rows of two. Where rows are
@@ -454,11 +414,28 @@ XD_INLINE void tile(const xd_affine *a, int bits, int group_size, int two_digits
     }
 }
 
+/* Up to four rows of x, two at a time if these have two digits. Where rows are missing, the last is computed again. */
+XD_INLINE void few(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                   const void *scales, const void *biases, int num_out, const xd_row *given, int num, float *y) {
+  xd_row rows[XD_TILE_ROWS];
+  for (int r = 0; r < XD_TILE_ROWS; r++) rows[r] = given[r < num ? r : num - 1];
+  if (num > 2 && !two_digits) {
+    stream_sixteen(a, bits, group_size, 0, codes, scales, biases, num_out, rows, 4, y);
+    return;
+  }
+  for (int r = 0; r < num; r += 2)
+    stream_sixteen(a, bits, group_size, two_digits, codes, scales, biases, num_out, rows + r, 2, y + r * XD_TILE_OUT);
+}
+
 /* One function for each format, so that all its loops have known lengths. */
 #define FORMAT(bits, group, digits)                                                                              \
   static void rows_##bits##_##group##_##digits(const xd_affine *a, const uint8_t *c, const void *s, const void *b, \
                                                int n, const xd_row *row, float *y) {                             \
     rows(a, bits, group, digits, c, s, b, n, row, y);                                                            \
+  }                                                                                                              \
+  static void few_##bits##_##group##_##digits(const xd_affine *a, const uint8_t *c, const void *s, const void *b,  \
+                                              int n, const xd_row *r, int num, float *y) {                       \
+    few(a, bits, group, digits, c, s, b, n, r, num, y);                                                          \
   }                                                                                                              \
   static void tile_##bits##_##group##_##digits(const xd_affine *a, const void *panel, const xd_row *r, int num,   \
                                                float *y) {                                                       \
@@ -473,6 +450,8 @@ FORMATS(8, 0) /* one kernel for both: its digits are 16 bits wide anyway */
 
 typedef void (*rows_function)(const xd_affine *, const uint8_t *, const void *, const void *, int, const xd_row *,
                               float *);
+typedef void (*few_function)(const xd_affine *, const uint8_t *, const void *, const void *, int, const xd_row *, int,
+                             float *);
 typedef void (*tile_function)(const xd_affine *, const void *, const xd_row *, int, float *);
 #define NAMES(kind, bits, digits) \
   { kind##_##bits##_32_##digits, kind##_##bits##_64_##digits, kind##_##bits##_128_##digits }
@@ -492,6 +471,13 @@ static void any_rows(const xd_affine *a, const uint8_t *codes, const void *scale
   functions[format_of(a)][size_of(a)](a, codes, scales, biases, num_out, row, y);
 }
 
+static void any_few(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                    const xd_row *rows, int num_rows, float y[XD_TILE_ROWS][XD_TILE_OUT]) {
+  static const few_function functions[5][3] = {NAMES(few, 2, 0), NAMES(few, 4, 0), NAMES(few, 2, 1), NAMES(few, 4, 1),
+                                               NAMES(few, 8, 0)};
+  functions[format_of(a)][size_of(a)](a, codes, scales, biases, num_out, rows, num_rows, &y[0][0]);
+}
+
 static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, int num_rows,
                      float y[XD_TILE_ROWS][XD_TILE_OUT]) {
   static const tile_function functions[5][3] = {NAMES(tile, 2, 0), NAMES(tile, 4, 0), NAMES(tile, 2, 1),
@@ -503,8 +489,9 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
 
 const xd_isa *xd_isa_avx2(void) {
   static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2,
-                             .round_row = round_row,
+                             .round_row = xd_round_row_avx2,
                              .affine_rows = any_rows,
+                             .affine_few = any_few,
                              .affine_pack = pack,
                              .affine_tile = any_tile};
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? &isa

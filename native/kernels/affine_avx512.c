@@ -312,10 +312,6 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
 
 #include "floats.h"
 
-static void round_row(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da) {
-  xd_isa_avx2()->round_row(a, x, numbers, q, d, da);
-}
-
 static int is_able(void) { /* GCC and clang ask the system as well: it must save the registers */
 #if defined(XD_SIMDE)
   return xd_isa_avx2() != NULL;
@@ -329,7 +325,7 @@ static int is_able(void) { /* GCC and clang ask the system as well: it must save
 const xd_isa *xd_isa_avx512(void) {
   static const xd_isa isa = {.name = "avx512",
                              .floats = &xd_floats_avx2,
-                             .round_row = round_row,
+                             .round_row = xd_round_row_avx2,
                              .affine_rows = any_rows,
                              .affine_pack = pack,
                              .affine_tile = any_tile};

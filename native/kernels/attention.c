@@ -1,9 +1,9 @@
 /* attention.c: attention, divided among threads (floats_attention.inc.h computes).
 
-   A unit is up to ATTEND_ROWS rows of one kv head. Mostly each task is a unit, from its scores to its values, in memory of the
-   thread's own. With fewer units than threads and many keys (one token of one sequence, 4 kv heads, 16 threads), a unit
-   is divided instead: scores by keys, the softmax by rows, values by dimensions, in memory of the unit's own. No sum is
-   divided, so the bits are the same. */
+   A unit is up to ATTEND_ROWS rows of one kv head. Mostly each task is a unit, from its scores to its values, in
+   memory of the thread's own. With fewer units than threads and many keys (one token of one sequence, 4 kv heads, 16
+   threads), a unit is divided instead: scores by keys, the softmax by rows, values by dimensions, in memory of the
+   unit's own. No sum is divided, so the bits are the same. */
 
 #include "floats.h"
 

@@ -1,8 +1,8 @@
 /* floats.h: what is computed in float32, once per instruction set: plain products and the operations of ops.h.
 
-   floats.inc.h holds the code, in terms of simd.h's eight lanes; floats_avx2.c, floats_neon.c and floats_portable.c compile it.
-   plain.c, ops.c and attention.c check nothing and compute nothing: they divide the work among threads and the scratch
-   among its uses. */
+   floats.inc.h holds the code, in terms of simd.h's eight lanes; floats_avx2.c, floats_neon.c and floats_portable.c
+   compile it. plain.c, ops.c and attention.c check nothing and compute nothing: they divide the work among threads
+   and the scratch among its uses. */
 #ifndef XD_KERNELS_FLOATS_H
 #define XD_KERNELS_FLOATS_H
 

@@ -1,15 +1,17 @@
 /* floats_attention.inc.h: one unit of attention: up to 32 rows (pairs of head and query) that share keys and values.
 
-   Theory of operation. Keys pass a block at a time, small enough for the L1 cache, and meet all rows in tiles of 4 rows and 3
-   keys; all scores of a row are kept. After the softmax values pass in the same way, in tiles of 4 rows and 24 dimensions. So a
-   number of k or v comes from memory once for all rows. Up to WIDEN_ABOVE rows it is widened on its way into each tile, for
-   more once into a block of float32: per 8 rows of dimension 128 and 32 keys, tiles of bfloat16 take 1.11 us for scores and 0.89
-   for values, tiles of float32 0.98 and 0.78, widening 0.18 each (Zen 3, 2.85 GHz; 0.72 would be the peak).
+   Theory of operation. Keys pass a block at a time, small enough for the L1 cache, and meet all rows in tiles of 4
+   rows and 3 keys; all scores of a row are kept. After the softmax values pass in the same way, in tiles of 4 rows
+   and 24 dimensions. So a number of k or v comes from memory once for all rows. Up to WIDEN_ABOVE rows it is widened
+   on its way into each tile, for more once into a block of float32: per 8 rows of dimension 128 and 32 keys, tiles
+   of bfloat16 take 1.11 us for scores and 0.89 for values, tiles of float32 0.98 and 0.78, widening 0.18 each (Zen
+   3, 2.85 GHz; 0.72 would be the peak).
 
    A row's visible keys are mostly one interval, first .. last - 1. Tiles compute scores for whatever lies inside the
-   unit's hull, hidden or not, since nothing else depends on them; but values of hidden keys are left out, not multiplied by zero.
-   The keys that 4 rows all see go through the tile, those before and after row by row; a row with holes (has_holes) always
-   goes alone, its hidden keys marked by the score HIDDEN. Each sum keeps its order by visible key in every case. */
+   unit's hull, hidden or not, since nothing else depends on them; but values of hidden keys are left out, not
+   multiplied by zero. The keys that 4 rows all see go through the tile, those before and after row by row; a row
+   with holes (has_holes) always goes alone, its hidden keys marked by the score HIDDEN. Each sum keeps its order by
+   visible key in every case. */
 
 #define HIDDEN (-1.0f) /* no weight is negative */
 
@@ -257,8 +259,8 @@ typedef struct {
   int64_t n, width, stride;
 } value_part;
 
-/* acc[r][d .. d + 8 num_v - 1] += sum over n keys of weights[r][key] v[key]. If `rest` is not 0, num_v is 1 and only so many
-   of the 8 dimensions are left. */
+/* acc[r][d .. d + 8 num_v - 1] += sum over n keys of weights[r][key] v[key]. If `rest` is not 0, num_v is 1 and only
+   so many of the 8 dimensions are left. */
 XD_TILE void value_tile(const value_part *p, int dtype, int num_r, int num_v, int64_t d, int64_t rest) {
   vf sums[12];
   for (int r = 0; r < num_r; r++)

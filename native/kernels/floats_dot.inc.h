@@ -1,12 +1,13 @@
 /* floats_dot.inc.h: plain products.
 
-   Theory of operation. y = sum over k of w[k] x[k], in 8 lanes (k mod 8), each ascending by fma, added by vf_sum; a width that
-   is no multiple of 8 is padded with zeros. A tile of 4 weight rows and 1 to 3 rows of x has 4 to 12 such sums in registers:
-   enough to hide an fma's latency, and with 12 each number loaded serves 3 or 4 of them.
+   Theory of operation. y = sum over k of w[k] x[k], in 8 lanes (k mod 8), each ascending by fma, added by vf_sum; a
+   width that is no multiple of 8 is padded with zeros. A tile of 4 weight rows and 1 to 3 rows of x has 4 to 12 such
+   sums in registers: enough to hide an fma's latency, and with 12 each number loaded serves 3 or 4 of them.
 
-   4 weight rows go from end to end past a block of rows of x that stays in the L2 cache (plain.c chooses it), in chunks of 512
-   columns, so that what a tile reads stays in L1; sums wait in `state` from one chunk to the next. Weights are widened on their
-   way into a tile. Widening them once for all tiles, into a panel, was no faster even with 96 rows. */
+   4 weight rows go from end to end past a block of rows of x that stays in the L2 cache (plain.c chooses it), in
+   chunks of 512 columns, so that what a tile reads stays in L1; sums wait in `state` from one chunk to the next.
+   Weights are widened on their way into a tile. Widening them once for all tiles, into a panel, was no faster even
+   with 96 rows. */
 
 enum { TILE_W = 4, TILE_X = 3 };
 

@@ -1,8 +1,8 @@
 /* floats_rope.inc.h: rotary positions.
 
-   Angles need float64: a float32 at position 1e6 is known to 0.06. libm's exp, log, sin and cos differ in their last bits from one
-   machine to the next, hence our own: Taylor sums of plain products and sums in float64, a few units in the last place
-   off, which float32 does not see; branch-free, so that the compiler may take several at once. */
+   Angles need float64: a float32 at position 1e6 is known to 0.06. libm's exp, log, sin and cos differ in their last
+   bits from one machine to the next, hence our own: Taylor sums of plain products and sums in float64, a few units
+   in the last place off, which float32 does not see; branch-free, so that the compiler may take several at once. */
 
 /* ln(x) = 2 atanh(s) + e ln 2 for x = m 2^e, s = (m - 1) / (m + 1), |s| <= 0.172: s^23 / 23 is below 1e-18. */
 static double rope_log(double x) {

@@ -1,5 +1,5 @@
-/* ops.c: norm, rotation and activation, divided among threads (floats_*.inc.h compute). Small ones stay with the caller: a
-   decode step's take a few microseconds, about what it costs to have another thread take part. */
+/* ops.c: norm, rotation and activation, divided among threads (floats_*.inc.h compute). Small ones stay with the
+   caller: a decode step's take a few microseconds, about what it costs to have another thread take part. */
 
 #include "floats.h"
 
@@ -43,10 +43,9 @@ static void glu_rows(const void *context, int64_t index, int thread) {
   j->floats->glu(j->op, index * j->rows_per_task, last_of(j, index));
 }
 
-/* Rows of a decode step are few and long: one row may be several tasks' work, as rows of a part of its width. */
 void xd_glu_run(xd_cpu *cpu, const xd_glu *g) {
   if (g->width <= 0) return;
-  rows_job j = {g, cpu->isa->floats, g->num_rows, rows_per_task(4 * (int64_t)g->width)}; /* exp and a division: 4 norms' work */
+  rows_job j = {g, cpu->isa->floats, g->num_rows, rows_per_task(4 * (int64_t)g->width)}; /* exp, division: 4 norms' */
   xd_pool_run(cpu->pool, glu_rows, &j, divided(j.num_rows, j.rows_per_task));
 }
 

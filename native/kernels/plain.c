@@ -1,8 +1,9 @@
 /* plain.c: products with weights of float32, float16 or bfloat16, divided among threads (floats_dot.inc.h computes).
 
-   Rows of x are widened to float32 once, into chunks: [chunk, row, DOT_CHUNK]. So what is used together lies together; rows a
-   power of two apart, as widths like to be, would share a few sets of the caches. A task is one expert and a block of its output
-   rows. As many rows of x as stay in the L2 cache go past all of these before the next ones do. */
+   Rows of x are widened to float32 once, into chunks: [chunk, row, DOT_CHUNK]. So what is used together lies
+   together; rows a power of two apart, as widths like to be, would share a few sets of the caches. A task is one
+   expert and a block of its output rows. As many rows of x as stay in the L2 cache go past all of these before the
+   next ones do. */
 
 #include "floats.h"
 

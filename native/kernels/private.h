@@ -58,7 +58,7 @@ static inline int64_t xd_round_up(int64_t n, int64_t to) {
    in this order: lane l of 8 takes the groups l, l + 8, ...: acc = fma(s * d, (float)I, acc), then acc = fma(b, d * A, acc).
    At the end ((l0 + l4) + (l2 + l6)) + ((l1 + l5) + (l3 + l7)). */
 
-enum { XD_LANES = 8, XD_TILE_OUT = 32, XD_TILE_ROWS = 4 };
+enum { XD_LANES = 8, XD_TILE_OUT = 32, XD_FEW_OUT = 16, XD_TILE_ROWS = 4 };
 
 typedef struct {
   int bits, group_size, dtype;
@@ -93,6 +93,10 @@ typedef struct {
   /* One row against num_out weight rows: y[num_out]. */
   void (*affine_rows)(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                       const xd_row *row, float *y);
+  /* 1 to XD_TILE_ROWS rows against num_out <= XD_FEW_OUT weight rows, which are unpacked on the way. NULL: take affine_rows
+     for each. */
+  void (*affine_few)(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                     const xd_row *rows, int num_rows, float y[XD_TILE_ROWS][XD_TILE_OUT]);
   /* Unpack num_out <= XD_TILE_OUT weight rows into `panel` (xd_panel_bytes), so that 8 output rows lie side by side. */
   void (*affine_pack)(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                       void *panel);
@@ -122,6 +126,9 @@ struct xd_cpu {
   const xd_isa *isa;
   xd_pool *pool;
 };
+
+/* As xd_isa's round_row; AVX-512 has no better way (round_avx2.c). */
+void xd_round_row_avx2(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da);
 
 /* NULL where the compiler or this processor lacks it. */
 const xd_isa *xd_isa_portable(void);

@@ -2,16 +2,18 @@
 
    Theory of operation. First every row of x becomes integers once, however many experts it meets. Then each task takes one
    expert and a block of its output rows. An expert with few rows streams its weights past each of them (`affine_rows`):
-   that is decoding, where memory is the limit. One with TILE_FROM rows or more unpacks 32 output rows at a time into a
-   panel that stays in the L2 cache and multiplies it with all its rows, four at a time (`affine_tile`): prefill, where
-   arithmetic is the limit. Both add in the same order, so that nobody can tell from the bits which one it was. */
+   that is decoding, where memory is the limit; from FEW_FROM rows on it unpacks the codes once for four of them on the way
+   (`affine_few`). One with PANEL_FROM rows or more unpacks 32 output rows at a time into a panel that stays in the L2 cache
+   and multiplies it with all its rows, four at a time (`affine_tile`): prefill, where arithmetic is the limit. All add in
+   the same order, so that nobody can tell from the bits which one it was. */
 
 #include <math.h>
 
 #include "private.h"
 
-/* Where unpacking a panel once pays: a tile of 4 rows takes about as long as 2.5 single rows (bench/LOG.md). */
-enum { TILE_FROM = 4, BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
+/* From how many rows on unpacking on the way pays, and from how many a panel, where there is `affine_few` and where not
+   (bench/LOG.md). */
+enum { FEW_FROM = 4, PANEL_FROM = 13, PANEL_ALONE_FROM = 4, BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
 
 typedef struct {
   const xd_product *p;
@@ -153,19 +155,33 @@ static void store(const job *j, int64_t pair, int64_t out, const float *y, int n
   xd_narrow(y, p->y_dtype, (char *)p->y + (size_t)(pair * p->weight.num_out + out) * xd_itemsize(p->y_dtype), n);
 }
 
-static void few_rows(const job *j, int32_t expert, int64_t out, int64_t end) {
+/* One row against the weight rows of a block. */
+static void one_row(const job *j, int64_t pair, weight_rows w, int64_t out, int n) {
   float y[BLOCK_OUT];
+  xd_row row = row_of(j, pair);
+  j->cpu->isa->affine_rows(&j->a, w.codes, w.scales, w.biases, n, &row, y);
+  store(j, pair, out, y, n);
+}
+
+/* Several rows: all meet a few weight rows before the next ones come, so that memory gives these once. */
+static void few_rows(const job *j, int32_t expert, int64_t out, int64_t end) {
+  float y[XD_TILE_ROWS][XD_TILE_OUT];
   const int64_t *pairs = j->order + j->starts[expert];
-  int64_t num_pairs = j->starts[expert + 1] - j->starts[expert];
-  /* Of several rows all meet a few weight rows before the next ones come, so that memory gives these once. */
-  int64_t step = num_pairs > 1 ? 16 : BLOCK_OUT;
-  for (; out < end; out += step) {
-    int n = (int)(end - out < step ? end - out : step);
-    weight_rows w = weight_at(j, expert, out);
-    for (int64_t i = 0; i < num_pairs; i++) {
-      xd_row row = row_of(j, pairs[i]);
-      j->cpu->isa->affine_rows(&j->a, w.codes, w.scales, w.biases, n, &row, y);
-      store(j, pairs[i], out, y, n);
+  const int64_t num_pairs = j->starts[expert + 1] - j->starts[expert];
+  const int at_once = num_pairs < FEW_FROM ? 1 : XD_TILE_ROWS;
+  for (; out < end; out += XD_FEW_OUT) {
+    const int n = (int)(end - out < XD_FEW_OUT ? end - out : XD_FEW_OUT);
+    const weight_rows w = weight_at(j, expert, out);
+    for (int64_t i = 0; i < num_pairs; i += at_once) {
+      if (at_once == 1) {
+        one_row(j, pairs[i], w, out, n);
+        continue;
+      }
+      xd_row rows[XD_TILE_ROWS];
+      const int count = (int)(num_pairs - i < XD_TILE_ROWS ? num_pairs - i : XD_TILE_ROWS);
+      for (int r = 0; r < count; r++) rows[r] = row_of(j, pairs[i + r]);
+      j->cpu->isa->affine_few(&j->a, w.codes, w.scales, w.biases, n, rows, count, y);
+      for (int r = 0; r < count; r++) store(j, pairs[i + r], out, y[r], n);
     }
   }
 }
@@ -193,7 +209,10 @@ static void multiply(const void *context, int64_t index, int thread) {
   int32_t expert = j->active[index / j->num_blocks];
   int64_t out = index % j->num_blocks * j->block_out, num_out = j->p->weight.num_out;
   int64_t end = out + j->block_out < num_out ? out + j->block_out : num_out;
-  if (j->starts[expert + 1] - j->starts[expert] < TILE_FROM)
+  const int64_t num_pairs = j->starts[expert + 1] - j->starts[expert];
+  if (num_pairs == 1)
+    one_row(j, j->order[j->starts[expert]], weight_at(j, expert, out), out, (int)(end - out));
+  else if (num_pairs < (j->cpu->isa->affine_few ? PANEL_FROM : PANEL_ALONE_FROM))
     few_rows(j, expert, out, end);
   else
     many_rows(j, expert, out, end, j->panels + thread * j->panel_bytes);

@@ -33,7 +33,9 @@ def mailbox() -> None:
 
 @asynccontextmanager
 async def open_group(num_ranks: int) -> AsyncIterator[Cluster]:
-    group = GroupConfig(str(find_checkpoint("demo")), num_ranks=num_ranks, prefill_chunk=4)
+    """By MLX's kernels: slow enough that something can happen in the middle."""
+    demo = str(find_checkpoint("demo"))
+    group = GroupConfig(demo, num_ranks=num_ranks, prefill_chunk=4, kernels="mlx")
     async with asyncio.timeout(100), Cluster.open(group) as cluster:
         yield cluster
     assert children() == []

@@ -195,6 +195,18 @@ def test_every_byte_has_its_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_bytes(END_ID + 1) == b""  # a vocabulary padded to a round number
 
 
+def test_bytes_of_added_tokens(folder: Path, tmp_path: Path) -> None:
+    """They are written as they are, unless all of their letters are such in which the vocabulary writes bytes."""
+    inner = PreTrainedTokenizerFast.from_pretrained(folder)
+    inner.add_tokens(["<｜中｜>", "<é>"])
+    inner.save_pretrained(tmp_path)
+    added = Tokenizer(tmp_path, {})
+    for text, data in (("<｜中｜>", "<｜中｜>".encode()), ("<é>", b"<\xe9>")):
+        (token_id,) = added.encode(text)
+        assert added.token_bytes(token_id) == data
+        assert added.decode([token_id]) == data.decode(errors="replace")
+
+
 def test_bytes_of_merged_tokens() -> None:
     demo = Tokenizer(find_checkpoint("demo"), {})
     ids = demo.encode("Once upon a time, naïve 日本 👍")

@@ -12,6 +12,11 @@ NATIVE = HERE.parents[1] / "native"
 TRANSPORT = ("crc32c.c", "frame.c", "transport.c", "tcp.c", "self_test.c")
 QUANTIZER = tuple(sorted(p.name for p in NATIVE.glob("quantize_*.c")))
 KERNELS = tuple(sorted(f"kernels/{p.name}" for p in (NATIVE / "kernels").glob("*.c")))
+# The float operations of native/kernels/: without cpu.c and the affine products.
+FLOATS = (
+    *(f"kernels/{part}.c" for part in ("attention", "numbers", "ops", "plain", "pool", "product")),
+    *(f"kernels/floats_{isa}.c" for isa in ("avx2", "neon", "portable")),
+)
 # As in native/build_quantize.py: or the bits would depend on the processor.
 UNCONTRACTED = "-ffp-contract=off"
 # What drive_quantize.c prints on every processor, with every compiler. Kernels that choose otherwise change it.
@@ -21,6 +26,8 @@ PRODUCTS = "ok 990102fa34a56b62\n"
 # The kernels' functions as calls: inlined as in the product, they take GCC minutes under the sanitizers. Where these
 # make it ignore how far a loop is to be unrolled it warns, which is no error.
 CALLS = ("-DXD_INLINE=static __attribute__((unused))", f"-I{NATIVE / 'kernels'}", UNCONTRACTED, "-Wno-error")
+# What drive_floats.c prints, likewise. An order of sums or an approximation that is changed changes it.
+FLOATED = "ok 01960742af6d2291\n"
 # With AVX-512 in plain C (avx512_emulated.h).
 EMULATED = (f"-I{HERE}", "-DXD_SIMDE", "-mavx2", "-mfma", "-mf16c")
 STRICT = ("-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.native.compiling import (
+    FLOATED,
+    FLOATS,
     HERE,
     KERNELS,
     NATIVE,
@@ -99,6 +101,12 @@ def test_kernels_of_older_processors(emulator: list[str], kernels: str, cpu: str
     if not emulator:
         pytest.skip("no QEMU to be another processor")
     assert run([*emulator, "-cpu", cpu, kernels, "names"]) == isas
+
+
+def test_float_operations_have_the_bits_that_they_have_everywhere(emulator: list[str], build: Build) -> None:
+    """NEON beside plain C, both beside what the tests on x86-64 print."""
+    program = build("drive_floats.c", UNCONTRACTED, f"-I{NATIVE / 'kernels'}", sources=FLOATS)
+    assert run([*emulator, str(program)]) == FLOATED
 
 
 def test_mutated_frames(emulator: list[str], build: Build) -> None:

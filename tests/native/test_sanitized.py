@@ -10,7 +10,10 @@ import pytest
 from tests.native.compiling import (
     CALLS,
     EMULATED,
+    FLOATED,
+    FLOATS,
     KERNELS,
+    NATIVE,
     PRODUCTS,
     QUANTIZED,
     QUANTIZER,
@@ -81,6 +84,11 @@ def test_threads_of_the_kernels(tmp_path: Path) -> None:
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer cannot run with this kernel's random addresses")
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr[-3000:]
+
+
+def test_float_operations(tmp_path: Path) -> None:
+    flags = (UNCONTRACTED, f"-I{NATIVE / 'kernels'}", "-g0")  # -g: half a minute more
+    assert run(build(tmp_path / "drive", "drive_floats.c", FLOATS, *flags)) == FLOATED
 
 
 def test_mutated_frames(tmp_path: Path) -> None:
