@@ -147,6 +147,20 @@ static void check_rounding(const xd_isa *isa, const xd_affine *a, const float *x
     free(r.q.block), free(r.d.block), free(r.da.block);
 }
 
+static void check_few(const xd_isa *isa, const weight *w, const xd_row rows[XD_TILE_ROWS], const float *expected) {
+    const size_t num_out = (size_t)w->num_out;
+    for (int out = 0; isa->affine_few && out < w->num_out; out += XD_FEW_OUT) {
+        const int n = w->num_out - out < XD_FEW_OUT ? w->num_out - out : XD_FEW_OUT;
+        const size_t at = (size_t)out * (size_t)w->a.groups * xd_itemsize(w->a.dtype);
+        const uint8_t *codes = (uint8_t *)w->codes.at + out * w->a.code_bytes;
+        for (int num = 1; num <= XD_TILE_ROWS; num++) {
+            float y[XD_TILE_ROWS][XD_TILE_OUT];
+            isa->affine_few(&w->a, codes, w->scales.at + at, w->biases.at + at, n, rows, num, y);
+            for (int r = 0; r < num; r++) CHECK(are_same(y[r], expected + (size_t)r * num_out + out, n));
+        }
+    }
+}
+
 static void check_isa(const xd_isa *isa, const weight *w, const xd_row rows[XD_TILE_ROWS], const float *expected) {
     const size_t num_out = (size_t)w->num_out;
     buffer y = allocate(num_out * 4, 4), panel = allocate((size_t)xd_panel_bytes(&w->a), 0);
@@ -154,6 +168,7 @@ static void check_isa(const xd_isa *isa, const weight *w, const xd_row rows[XD_T
         isa->affine_rows(&w->a, (uint8_t *)w->codes.at, w->scales.at, w->biases.at, w->num_out, &rows[r], (float *)y.at);
         CHECK(are_same((float *)y.at, expected + (size_t)r * num_out, w->num_out));
     }
+    check_few(isa, w, rows, expected);
     for (int out = 0; out < w->num_out; out += XD_TILE_OUT) {
         const int n = w->num_out - out < XD_TILE_OUT ? w->num_out - out : XD_TILE_OUT;
         const size_t at = (size_t)out * (size_t)w->a.groups * xd_itemsize(w->a.dtype);
