@@ -17,6 +17,8 @@ pytestmark = [
 
 PROMPT = "Once upon a time there was a little fox who"
 NUM_TOKENS = 60
+# With ours the demo model would have said all of it before anything is pulled.
+SLOWLY = ("--kernels", "mlx")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def paused(health: Health) -> bool:
 
 def start(hosts: list[Computer], model: str) -> None:
     a, b = hosts
-    a.serve(model)
+    a.serve(model, *SLOWLY)
     a.wait(answers)
     b.join(a, "--checkpoint", model)
     a.wait(in_group(1))
