@@ -1,15 +1,17 @@
 /* affine_avx512.c: affine products with AVX-512's VNNI.
 
-   Theory of operation. `vpdpbusd` multiplies unsigned bytes (codes) with signed ones (digits) and adds fours to 32-bit sums:
-   what takes AVX2 a multiplication, an addition and, later, a widening. `vpdpwssd` does the same for pairs of 16-bit numbers, which is
-   what 8-bit codes meet. Sums of two digits: the high one's is shifted by 8, the low one's added.
+   Theory of operation. `vpdpbusd` multiplies unsigned bytes (codes) with signed ones (digits) and adds fours to 32-bit
+   sums: what takes AVX2 a multiplication, an addition and, later, a widening. `vpdpwssd` does the same for pairs of
+   16-bit numbers, which is what 8-bit codes meet. Sums of two digits: the high one's is shifted by 8, the low one's
+   added.
 
-   Single rows (`rows`) go as in affine_avx2.c, 32 bytes at a time: q's planes are that wide, and memory is the limit, not
-   arithmetic. Masked loads end a row.
+   Single rows (`rows`) go as in affine_avx2.c, 32 bytes at a time: q's planes are that wide, and memory is the limit,
+   not arithmetic. Masked loads end a row.
 
-   Panels (`pack`, `tile`): 32 output rows lie side by side in two vectors of 16 words, of four codes each; a word of digits
-   is broadcast against both. With four rows of x that is 8 sums and 8 float sums of one lane, in 32 registers. The groups of
-   a panel lie in the order of private.h's lanes (0, 8, 16, ..., 1, 9, ...), so that `tile` reads it from front to back.
+   Panels (`pack`, `tile`): 32 output rows lie side by side in two vectors of 16 words, of four codes each; a word of
+   digits is broadcast against both. With four rows of x that is 8 sums and 8 float sums of one lane, in 32 registers.
+   The groups of a panel lie in the order of private.h's lanes (0, 8, 16, ..., 1, 9, ...), so that `tile` reads it from
+   front to back.
 
    Rows of x become integers by AVX2's function: every processor with AVX-512 has it. */
 

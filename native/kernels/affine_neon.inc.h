@@ -1,19 +1,20 @@
 /* affine_neon.inc.h: affine products with NEON's dot product, and with its matrix product where XD_I8MM is defined.
 
-   Theory of operation. `sdot` multiplies 16 int8 with 16 int8 and adds fours into 4 int32; codes of 2 and 4 bits are int8 as
-   they are. 16 code bytes give 8 / bits such vectors: shift, mask, multiply; the digits lie in planes to match. With two
-   digits the high one's sum is shifted by 8 and the low one's added: all in int32, where nothing overflows.
+   Theory of operation. `sdot` multiplies 16 int8 with 16 int8 and adds fours into 4 int32; codes of 2 and 4 bits are
+   int8 as they are. 16 code bytes give 8 / bits such vectors: shift, mask, multiply; the digits lie in planes to match.
+   With two digits the high one's sum is shifted by 8 and the low one's added: all in int32, where nothing overflows.
 
-   Single rows (`rows`): two weight rows at a time, so that a digit is loaded once for both: for 2 bits the load units would
-   be what limits, 5 loads beside 10 other instructions. Sums lie across lanes; `addp` brings a group's sum into its lane.
-   8-bit codes are multiplied as 16-bit numbers (`smlal`): memory is the limit there.
+   Single rows (`rows`): two weight rows at a time, so that a digit is loaded once for both: for 2 bits the load units
+   would be what limits, 5 loads beside 10 other instructions. Sums lie across lanes; `addp` brings a group's sum into
+   its lane. 8-bit codes are multiplied as 16-bit numbers (`smlal`): memory is the limit there.
 
    Panels (`pack`, `tile`): 16 output rows side by side. For `sdot` a vector holds a word of four codes of each of 4
-   output rows, and is multiplied by one word of a row's digits: 16 sums for 4 rows, of 32 registers. `smmla` multiplies 2 rows
-   of 8 codes by 2 rows of 8 digits, twice as much: a vector holds eight codes of each of 2 output rows. 8-bit codes are
-   stored less 128, as int8, and 128 times the sum of the digits is added in the end; the digits, 16 bits in q, are split and put
-   in order as they are loaded. The groups of a panel lie in the order of private.h's lanes (0, 8, 16, ..., 1, 9, ...), so that
-   `tile` reads it from front to back with one lane's sums in hand. */
+   output rows, and is multiplied by one word of a row's digits: 16 sums for 4 rows, of 32 registers. `smmla`
+   multiplies 2 rows of 8 codes by 2 rows of 8 digits, twice as much: a vector holds eight codes of each of 2 output
+   rows. 8-bit codes are stored less 128, as int8, and 128 times the sum of the digits is added in the end; the
+   digits, 16 bits in q, are split and put in order as they are loaded. The groups of a panel lie in the order of
+   private.h's lanes (0, 8, 16, ..., 1, 9, ...), so that `tile` reads it from front to back with one lane's sums in
+   hand. */
 
 #include "neon.h"
 #include "simd.h"

@@ -1,6 +1,7 @@
-/* Affine products of every format in odd sizes, in buffers without a byte to spare. Each instruction set that runs here must
- * give the bits of the portable twin; a row must give the same bits alone, among others, and with three threads. Prints a
- * digest of all results, which is the same on every processor. With an argument it only names the instruction sets. */
+/* Affine products of every format in odd sizes, in buffers without a byte to spare. Each instruction set that runs
+ * here must give the bits of the portable twin; a row must give the same bits alone, among others, and with three
+ * threads. Prints a digest of all results, which is the same on every processor. With an argument it only names the
+ * instruction sets. */
 
 #define _GNU_SOURCE
 #include <math.h>

@@ -1,5 +1,6 @@
-/* Twenty thousand tiny jobs on three threads: every task runs once, and a thread's own memory is its own. Between some jobs
- * the threads fall asleep, and must wake: a task then waits until each has one. Meant for ThreadSanitizer, which sees every access that nothing orders. */
+/* Twenty thousand tiny jobs on three threads: every task runs once, and a thread's own memory is its own. Between
+ * some jobs the threads fall asleep, and must wake: a task then waits until each has one. Meant for ThreadSanitizer,
+ * which sees every access that nothing orders. */
 
 #define _GNU_SOURCE
 #include <sched.h>
