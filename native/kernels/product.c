@@ -13,7 +13,9 @@
 
 /* From how many rows on unpacking on the way pays, and from how many a panel, where there is `affine_few` and where not
    (bench/LOG.md). */
-enum { FEW_FROM = 4, PANEL_FROM = 13, PANEL_ALONE_FROM = 4, BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
+enum { FEW_FROM = 4, PANEL_FROM = 13, PANEL_ALONE_FROM = 4 };
+_Static_assert(PANEL_ALONE_FROM <= FEW_FROM, "few_rows calls affine_few from FEW_FROM on");
+enum { BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
 
 typedef struct {
   const xd_product *p;
