@@ -13,6 +13,7 @@ of weights; activations and results are left out. What MLX would need too long f
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from expertd.bench.kernels_side import Job
 from expertd.bench.roofline import BUFFER_BYTES
 from expertd.bench.shapes import SHAPES, find_shape
 from expertd.errors import ClusterError, ConfigError
-from expertd.topology.machine import describe_machine, own_cores, summarize, usable_cores
+from expertd.topology.machine import describe_machine, huge_pages, own_cores, summarize, usable_cores
 
 QUICK_SHAPES, QUICK_ROWS = ("qwen3-30b-a3b",), [1, 512]
 WAYS = ("native", "native-16", "mlx")
@@ -93,7 +94,10 @@ def measure(jobs: list[Job]) -> dict[str, Any]:
 
 def _measure_one(job: Job) -> dict[str, Any]:
     command = [sys.executable, "-m", "expertd.bench.kernels_side", json.dumps(asdict(job))]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, **huge_pages(os.environ)}  # as a rank has it
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environment
+    )
     if done.returncode:
         raise ClusterError(f"{job.num_threads} threads: the measuring process ended with {done.returncode}.")
     found: dict[str, Any] = json.loads(done.stdout)

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Self
 
 from expertd.errors import ClusterError
+from expertd.topology.machine import huge_pages
 from expertd.wire import Codec
 
 # A child has a thread that does nothing but read its control socket; one that leaves a frame unread
@@ -154,7 +155,11 @@ async def _start_python(module: str, control_fd: int, fds: tuple[int, ...]) -> a
         *(sys.executable, "-P", "-m", module, str(control_fd)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=2,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+        env={
+            **os.environ,
+            **huge_pages(os.environ),
+            "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+        },
         process_group=0,
         pass_fds=fds,
     )

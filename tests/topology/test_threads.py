@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from expertd.topology import machine
+from expertd.topology.machine import huge_pages
 from expertd.topology.threads import share_of_threads
 
 
@@ -73,3 +74,11 @@ def test_without_any_of_these_files_all_processors_count(
 
 def test_here_it_is_at_least_one() -> None:
     assert share_of_threads(1) >= share_of_threads(10**6) == 1
+
+
+def test_huge_pages_leave_what_the_user_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    assert huge_pages({}) == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert huge_pages({"GLIBC_TUNABLES": "glibc.malloc.check=3"}) == {}
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert huge_pages({}) == {}
