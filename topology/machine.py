@@ -95,10 +95,10 @@ def _version(package: str) -> str:
 
 
 def huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to add to a child's environment so that its large arrays lie in huge pages, as far as the system grants them.
+    """What to add to a child's environment so that its large arrays lie in huge pages, as far as the system grants it.
 
-    glibc then advises the kernel of each; elsewhere it means nothing. Weights in pages of 4 KiB are read at 9 GB/s where
-    those in huge pages are read at 14 (bench/LOG.md): each page's address has to be looked up.
+    glibc then advises the kernel of each; elsewhere it means nothing. Weights in pages of 4 KiB are read at 9 GB/s
+    where those in huge pages are read at 14 (bench/LOG.md): each page's address has to be looked up.
     """
     name = "GLIBC_TUNABLES"
     return {} if sys.platform != "linux" or name in environment else {name: "glibc.malloc.hugetlb=1"}
