@@ -249,6 +249,7 @@ def _load(setup: Setup, control: Control) -> Rank:
         _vocab_size(info) or tokenizer.size,
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
+    engine.tries_splits = not group.wide
     control.send(_ready(setup.rank, info, model, kernels))
     return Rank(setup, group, control, model, engine)
 

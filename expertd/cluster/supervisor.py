@@ -36,6 +36,7 @@ from expertd.cluster.epoch import (
 from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
+    Choice,
     Done,
     Ended,
     Failed,
@@ -101,6 +102,7 @@ class Cluster:
         self._ranks: list[LocalRank] = []
         self._epochs: list[Epoch] = []  # the present one last; before it, those that a rank has not left yet
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._choices: dict[str, Choice] = {}  # of the present epoch's planner, by work
         self._leader: Leader | None = None
         self._led = asyncio.Event()
         self._all_ready = asyncio.Event()
@@ -169,7 +171,8 @@ class Cluster:
         return self._epochs[-1].link if self.running else ""
 
     def describe(self) -> dict[str, Any]:
-        """The state of the group in plain values: epoch, split, reason (of the last change), ranks of this host.
+        """The state of the group in plain values: epoch, split, reason (of the last change), ranks of this host, and
+        what the planner of a leader on this host has chosen for each kind of work.
 
         A rank's state is "loading", "waiting" (for an epoch), "joining" (one), "running" or "dead"; its id never
         changes, its number `rank` is that in the present epoch.
@@ -183,6 +186,7 @@ class Cluster:
             "split": split,
             "reason": (epoch.over or epoch.reason or None) if epoch else None,
             "ranks": [self._describe_rank(rank) for rank in self._ranks],
+            "planner": {work: _describe_choice(c) for work, c in sorted(self._choices.items())},
         }
 
     def _describe_rank(self, rank: LocalRank) -> dict[str, Any]:
@@ -275,6 +279,7 @@ class Cluster:
             fd = self._mailbox.create(layout.num_ranks, self.group.slot_bytes)
         epoch = Epoch(layout, fd, reason=(self._epochs[-1].over or "") if self._epochs else "")
         self._epochs.append(epoch)
+        self._choices.clear()
         if self._ended.done():
             self.end_epoch(str(self._ended.result()))
             return
@@ -406,6 +411,9 @@ class Cluster:
         elif isinstance(message, Joined):
             if self.running and message.epoch == self.epoch:
                 self._epochs[-1].link = message.link
+        elif isinstance(message, Choice):
+            self._choices[message.work] = message
+            _log.info("%s: split %s, %s", message.work, message.split, message.reason)
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
         elif isinstance(message, Started | Token | Done | Rejected | Failed):
@@ -477,6 +485,10 @@ class Cluster:
             for epoch in self._epochs:
                 os.close(epoch.mailbox_fd)
             self._epochs.clear()
+
+
+def _describe_choice(choice: Choice) -> dict[str, Any]:
+    return {"split": choice.split, "reason": choice.reason, "costs_ms": choice.costs_ms}
 
 
 def _error_named(kind: str, message: str) -> ExpertdError | None:

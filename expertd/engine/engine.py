@@ -37,12 +37,16 @@ from expertd.engine.messages import (
     Token,
 )
 from expertd.engine.plan import Plan, WindowsPlan
+from expertd.engine.planner import Planner, Work
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
 from expertd.model.sampler import Row, Sampler, logprobs
-from expertd.split.cut import choose
+from expertd.split.cut import StepSplit, choose
+
+# The sequence of the steps that an idle engine tries; requests' sequences count from 1.
+TRIAL_ID = 0
 
 
 @dataclass
@@ -57,8 +61,10 @@ class Engine:
     vocab_size: int
     max_streams: int = 16
     max_waiting: int = 256
+    tries_splits: bool = True  # when it is idle, for the planner
     _runner: Runner | None = None
     _split: str = "solo"
+    _planner: Planner = field(default_factory=lambda: Planner("solo", (), 1))
     _fractions: tuple[float, ...] = (1.0,)
     _open: list[Sequence] = field(default_factory=list)
     _to_observe: deque[Observe] = field(default_factory=deque)
@@ -69,11 +75,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether `step` would find nothing to do."""
-        return not self._open and not self._to_observe
+        return not self._open and not self._to_observe and not self._wanted_trial()
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
         """Go on in a new epoch: no sequence has a cache in `runner`, and steps are divided by `split`."""
         self._runner, self._split, self._fractions = runner, split, fractions
+        self._planner = Planner(split, self.splits, len(fractions))
         self._released = []
         for sequence in self._open:
             sequence.num_computed = 0
@@ -111,10 +118,10 @@ class Engine:
             return
         sequences = self._schedule()
         if not sequences:
+            self._try_split()
             return
         plan = self._plan(sequences)
-        logits = self._runner.lead(plan)
-        self._released = []
+        logits = self._run(plan)
         for sequence, tokens in zip(sequences, plan.tokens, strict=True):
             sequence.num_computed += len(tokens)
         if logits is not None:
@@ -170,14 +177,18 @@ class Engine:
     def _plan(self, sequences: list[Sequence]) -> Plan:
         """All but the last known token are prefilled in chunks; the last one is a decode step."""
         tokens = [self._next_tokens(sequence) for sequence in sequences]
+        decode = sequences[0].num_left == 1
         return Plan(
             sequence_ids=[s.sequence_id for s in sequences],
             tokens=tokens,
-            decode=sequences[0].num_left == 1,
-            split=choose(self._split, sum(map(len, tokens)), self.splits, self._fractions),
+            decode=decode,
+            split=self._choose_split(Work.of(decode, sum(map(len, tokens)))),
             started=[s.sequence_id for s in sequences if s.num_computed == 0],
             released=list(self._released),
         )
+
+    def _choose_split(self, work: Work) -> StepSplit:
+        return StepSplit(self._planner.choose(work), self._fractions)
 
     def _next_tokens(self, sequence: Sequence) -> list[int]:
         # After an interruption the generated tokens are prefilled as well: no measure of the prompt's speed.
@@ -186,7 +197,34 @@ class Engine:
         at = sequence.num_computed
         return sequence.tokens[at : at + max(1, min(sequence.num_left - 1, self.prefill_chunk))]
 
-    # Beat 3 is Runner.lead. Beat 4: deliver.
+    # Beat 3: run.
+
+    def _run(self, plan: Plan) -> mx.array | None:
+        """Carry out a plan, on every rank; the planner learns what it took."""
+        assert self._runner is not None
+        start = time.monotonic()
+        logits = self._runner.lead(plan)
+        seconds = time.monotonic() - start
+        self._planner.took(Work.of(plan.decode, plan.num_tokens), plan.split.name, plan.num_tokens, seconds)
+        for choice in self._planner.news():
+            self.send(choice)
+        self._released = []
+        return logits
+
+    def _wanted_trial(self) -> Work | None:
+        return self._planner.wanted_trial() if self.tries_splits else None
+
+    def _try_split(self) -> None:
+        """With nothing else to do: a step whose tokens nobody reads, if the planner wants to know what it takes."""
+        if not (work := self._wanted_trial()):
+            return
+        num_tokens = min(work.num_tokens, self.context_length)
+        tokens = [i % self.vocab_size for i in range(num_tokens)]
+        split = self._choose_split(work)
+        self._run(Plan([TRIAL_ID], [tokens], work.kind == "decode", split, [TRIAL_ID], list(self._released)))
+        self._released.append(TRIAL_ID)
+
+    # Beat 4: deliver.
 
     def _deliver(self, sequences: Several[Sequence], logits: mx.array, split: str) -> None:
         rows = np.asarray(logits)  # no copy

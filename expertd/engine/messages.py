@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
 A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Ready (once),
-Joined and Ended (each at most once per epoch) and Fatal (last); as leader also, per request, Started, Token..., and
-one of Done, Rejected (the request is wrong) and Failed (we are).
+Joined and Ended (each at most once per epoch) and Fatal (last); as leader also Choice, and per request Started,
+Token..., and one of Done, Rejected (the request is wrong) and Failed (we are).
 """
 
 from dataclasses import dataclass, field
@@ -129,6 +129,19 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The leader's planner settled on a split for one kind of work ("decode of 1": steps of about so many tokens).
+
+    `reason` is for people; `costs_ms` are the medians behind it, of every split that was measured.
+    """
+
+    work: str
+    split: str
+    reason: str
+    costs_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Ended:
     """The rank's epoch failed; it keeps its weights and waits for a Begin. `kind` names a TransportError's class."""
 
@@ -232,6 +245,7 @@ Message = (
     | Cancel
     | Ready
     | Joined
+    | Choice
     | Ended
     | Fatal
     | Started

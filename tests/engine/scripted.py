@@ -97,7 +97,7 @@ class Bench:
 
     def __init__(
         self,
-        split: str = "auto",
+        split: str = "experts",
         shares: tuple[float, ...] = (1.0,),
         prefill_chunk: int = 512,
         max_streams: int = 16,
@@ -117,7 +117,7 @@ class Bench:
         )
         self.begin(split, shares)
 
-    def begin(self, split: str = "auto", shares: tuple[float, ...] = (1.0,)) -> None:
+    def begin(self, split: str = "experts", shares: tuple[float, ...] = (1.0,)) -> None:
         """A new epoch, with a runner that has no caches."""
         self.runner = ScriptedRunner(self.scripts)
         self.engine.begin(cast(Runner, self.runner), split, shares)
@@ -138,7 +138,7 @@ class Bench:
         raise AssertionError("the engine does not come to an end")
 
     def of(self, request_id: str) -> list[Any]:
-        return [e for e in self.events if cast(Any, e).request_id == request_id]
+        return [e for e in self.events if getattr(e, "request_id", None) == request_id]
 
     def text(self, request_id: str) -> str:
         return "".join(e.text for e in self.of(request_id) if isinstance(e, Token))

@@ -7,8 +7,9 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from expertd.engine.messages import Cancel, Done, Failed, Observe, Rejected, Started, Submit, Token
-from expertd.engine.plan import WindowsPlan
+from expertd.engine.engine import TRIAL_ID
+from expertd.engine.messages import Cancel, Choice, Done, Failed, Observe, Rejected, Started, Submit, Token
+from expertd.engine.plan import Plan, WindowsPlan
 from expertd.errors import LinkDown
 from tests.engine.scripted import CONTEXT, END, VOCAB, Bench, break_off, sequences, shape
 
@@ -18,8 +19,8 @@ def test_chunks_of_prefill_then_decode() -> None:
     bench.ask("r", "ten tokens", "ok")
     bench.finish()
     assert [shape(p) for p in bench.runner.plans] == [
-        (1, 4, True, False, "tokens"),
-        (1, 4, False, False, "tokens"),
+        (1, 4, True, False, "experts"),
+        (1, 4, False, False, "experts"),
         (1, 1, False, False, "experts"),
         (1, 1, False, True, "experts"),
         (1, 1, False, True, "experts"),
@@ -333,25 +334,44 @@ def test_logits_file_of_an_interrupted_answer_is_whole(tmp_path: Path) -> None:
 
 
 def test_splits_follow_the_configuration() -> None:
-    for wanted, prefill, decode in (
-        ("auto", "tokens", "experts"),
-        ("tokens", "tokens", "tokens"),
-        ("solo",) * 3,
-    ):
+    for wanted in ("solo", "experts", "tokens"):
         bench = Bench(split=wanted, shares=(0.75, 0.25))
         bench.ask("r", "prompt", "ok")
         bench.finish()
-        assert {p.split.name for p in bench.runner.plans if p.num_tokens > 1} == {prefill}
-        assert {p.split.name for p in bench.runner.plans if p.decode} == {decode}
+        assert {p.split.name for p in bench.runner.plans} == {wanted}
         assert {p.split.fractions for p in bench.runner.plans} == {(0.75, 0.25)}
-        assert bench.done("r") == replace(bench.done("r"), split=decode, ranks=2)
+        assert bench.done("r") == replace(bench.done("r"), split=wanted, ranks=2)
+
+
+def test_an_idle_engine_tries_the_splits_and_requests_take_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that the runner turns: `experts` takes half of solo's time for a token, but longer for a prompt."""
+    now, costs = [0.0], {("experts", 1): 1.0, ("solo", 1): 2.0, ("tokens", 12): 4.0, ("experts", 12): 3.0}
+    monkeypatch.setattr("expertd.engine.engine.time.monotonic", lambda: now[0])
+    bench = Bench(split="auto", shares=(0.5, 0.5))
+
+    def work(plan: Plan) -> None:
+        now[0] += 0.01 * costs.get((plan.split.name, min(12, plan.num_tokens)), 2.0)
+
+    bench.runner.before_step = work
+    assert not bench.engine.idle
+    bench.finish()
+    assert bench.engine.idle and not bench.runner.caches.keys() - {TRIAL_ID}
+    assert {(e.work, e.split) for e in bench.events if isinstance(e, Choice)} == {
+        ("decode of 1", "experts"),
+        ("prefill of 64", "solo"),
+    }
+    del bench.runner.plans[:]
+    bench.ask("r", "a long prompt", "ok")
+    bench.finish()
+    assert [(p.num_tokens, p.split.name) for p in bench.runner.plans] == [(12, "solo"), *[(1, "experts")] * 3]
+    assert bench.text("r") == "ok"
 
 
 # Whole windows, for evaluation.
 
 
 def test_windows_come_back_in_a_file(tmp_path: Path) -> None:
-    bench = Bench(shares=(0.5, 0.5))
+    bench = Bench(split="tokens", shares=(0.5, 0.5))
     bench.engine.take(Observe("w", [[1, 2, 3], [4, 5, 6]], str(tmp_path / "w")))
     assert not bench.engine.idle
     bench.engine.step()

@@ -1,0 +1,140 @@
+"""The planner against costs that a function gives: what it settles on, what that costs, when it changes its mind."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from expertd.engine.planner import ENOUGH, FIRST_TRIALS, LONGEST_IDLE_TRIAL_S, Planner, Work
+
+SPLITS = ("solo", "experts", "tokens")
+ONE, CHUNK = Work("decode", 1), Work("prefill", 512)
+Cost = Callable[[int, str], float]  # (step, split) -> seconds
+
+
+def drive(planner: Planner, work: Work, cost: Cost, num_steps: int) -> tuple[Counter[str], float]:
+    """How often each split was taken, and the seconds of all steps."""
+    taken, total = Counter[str](), 0.0
+    for step in range(num_steps):
+        split = planner.choose(work)
+        seconds = cost(step, split)
+        planner.took(work, split, work.num_tokens, seconds)
+        taken[split] += 1
+        total += seconds
+    return taken, total
+
+
+def noisy(costs: dict[str, float], seed: int = 1) -> Cost:
+    """Within 5 % of `costs`, and one step in twenty takes five times as long."""
+    rng = random.Random(seed)
+    return lambda step, split: costs[split] * rng.uniform(0.95, 1.05) * (5 if rng.random() < 0.05 else 1)
+
+
+@pytest.mark.parametrize(
+    ("work", "costs", "best"),
+    [
+        (ONE, {"solo": 3.0, "experts": 2.0}, "experts"),
+        (ONE, {"solo": 2.0, "experts": 3.0}, "solo"),
+        (CHUNK, {"solo": 3.0, "experts": 2.5, "tokens": 1.6}, "tokens"),
+        (CHUNK, {"solo": 1.0, "experts": 1.7, "tokens": 40.0}, "solo"),
+    ],
+)
+def test_the_fastest_split_is_taken_and_trials_cost_little(
+    work: Work, costs: dict[str, float], best: str
+) -> None:
+    planner = Planner("auto", SPLITS, 2)
+    drive(planner, work, noisy(costs), 4 * ENOUGH * len(costs))
+    taken, seconds = drive(planner, work, noisy(costs, 2), 2000)
+    _, alone = drive(Planner(best, SPLITS, 2), work, noisy(costs, 2), 2000)
+    assert taken[best] > 1700
+    assert seconds < 1.03 * alone
+
+
+def test_solo_wins_ties() -> None:
+    planner = Planner("auto", SPLITS, 2)
+    drive(planner, ONE, lambda step, split: 0.99 if split == "experts" else 1.0, 500)
+    assert [c.split for c in planner.news()] == ["solo"]
+
+
+def test_a_split_that_became_slow_is_left_and_taken_again_when_it_is_fast() -> None:
+    planner = Planner("auto", SPLITS, 2)
+
+    def cost(step: int, split: str) -> float:
+        return 0.01 if split == "solo" else 0.05 if 300 <= step < 600 else 0.005
+
+    drive(planner, ONE, cost, 4000)
+    assert [c.split for c in planner.news()] == ["experts", "solo", "experts"]
+
+
+def test_longer_texts_do_not_make_an_old_trial_look_fast() -> None:
+    """Both take ever longer, `experts` twice as long as solo: it never seems to be the faster one."""
+    planner = Planner("auto", SPLITS, 2)
+    drive(planner, ONE, lambda step, split: (1 + step / 100) * (1 if split == "solo" else 2), 3000)
+    assert [c.split for c in planner.news()] == ["solo"]
+
+
+def test_reasons_are_for_people() -> None:
+    planner = Planner("auto", SPLITS, 2)
+    drive(planner, CHUNK, lambda step, split: {"solo": 0.3, "experts": 0.2, "tokens": 0.15}[split], 40)
+    (choice,) = planner.news()
+    assert (choice.work, choice.split, choice.reason) == (
+        "prefill of 512",
+        "tokens",
+        "2.00 times as fast as solo",
+    )
+    assert choice.costs_ms == pytest.approx({"solo": 300, "experts": 200, "tokens": 150})
+    planner = Planner("auto", SPLITS, 2)
+    drive(planner, ONE, lambda step, split: {"solo": 0.2, "experts": 0.3}[split], 40)
+    assert planner.news()[0].reason == "experts, the next best, takes 1.50 times as long"
+    assert planner.news() == []
+
+
+def test_chunks_that_are_cut_short_count_by_their_tokens() -> None:
+    """257 and 512 tokens are the same work; `tokens` would seem twice as fast because it got the short ones."""
+    planner = Planner("auto", SPLITS, 2)
+    for _ in range(100):
+        split = planner.choose(CHUNK)
+        num_tokens = 257 if split == "tokens" else 512
+        planner.took(CHUNK, split, num_tokens, num_tokens / 512)
+    assert [c.split for c in planner.news()] == ["solo"]
+
+
+def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() -> None:
+    planner = Planner("auto", SPLITS, 2)
+    works = [Work.of(True, n) for n in (1, 2, 3, 4, 5, 16)]
+    assert [w.num_tokens for w in works] == [1, 2, 4, 4, 8, 16]
+    fast_tokens = {"solo": 3.0, "experts": 2.5, "tokens": 1.0}
+    drive(planner, Work("decode", 8), lambda step, split: fast_tokens[split], 40)
+    first_two = [planner.choose(Work("decode", 16)) for _ in range(2)]
+    assert first_two == ["solo", "tokens"]  # a trial, and what is best for eight
+    assert "tokens" not in {planner.choose(ONE) for _ in range(20)}  # one row cannot be divided
+
+
+def test_an_idle_engine_is_asked_until_all_is_measured() -> None:
+    planner, tried = Planner("auto", SPLITS, 2), Counter[Work]()
+    while work := planner.wanted_trial():
+        tried[work] += 1
+        assert tried.total() < 100
+        planner.took(work, planner.choose(work), work.num_tokens, 0.01)
+    assert set(tried) == {Work(*first) for first in FIRST_TRIALS}
+    assert len(planner.news()) == len(FIRST_TRIALS)
+    slow = Planner("auto", SPLITS, 2)
+    work = slow.wanted_trial()
+    assert work == ONE
+    slow.took(ONE, slow.choose(ONE), 1, 2 * LONGEST_IDLE_TRIAL_S)
+    assert slow.wanted_trial() is None  # it would make a request wait
+
+
+@pytest.mark.parametrize(("wanted", "num_ranks", "split"), [("auto", 1, "solo"), ("experts", 2, "experts")])
+def test_what_was_told_is_done(wanted: str, num_ranks: int, split: str) -> None:
+    planner = Planner(wanted, SPLITS, num_ranks)
+    assert planner.wanted_trial() is None
+    taken, _ = drive(planner, CHUNK, lambda step, split: 1.0, 50)
+    assert taken == {split: 50} and planner.news() == []
+
+
+def test_a_family_without_splits_stays_alone() -> None:
+    planner = Planner("auto", ("solo",), 3)
+    assert planner.wanted_trial() is None
+    assert drive(planner, ONE, lambda step, split: 1.0, 50)[0] == {"solo": 50}
