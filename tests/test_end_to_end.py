@@ -34,10 +34,12 @@ def solo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], byte
 @pytest.mark.parametrize(
     ("options", "split"),
     [
-        (["--ranks", "2"], "experts"),
+        (["--ranks", "2", "--split", "experts"], "experts"),
         (["--ranks", "2", "--split", "tokens", "--shares", "2,1"], "tokens"),
         (["--ranks", "3", "--split", "experts", "--shares", "1,0,5"], "experts"),
-        pytest.param(["--ranks", "2", "--link", "mlx"], "experts", marks=pytest.mark.slow),
+        pytest.param(
+            ["--ranks", "2", "--split", "experts", "--link", "mlx"], "experts", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ranks_give_the_same_tokens_and_bits(

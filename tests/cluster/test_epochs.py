@@ -64,7 +64,7 @@ def test_first_epoch_has_all_ranks(tmp_path: Path) -> None:
             assert known.pop("ranks") == [
                 {"id": r, "pid": cluster._ranks[r].pid, "rank": r, "state": "running"} for r in (0, 1)
             ]
-            assert known == {"epoch": 1, "split": "auto", "reason": None}
+            assert known == {"epoch": 1, "split": "auto", "reason": None, "planner": {}}
 
     asyncio.run(main())
 
