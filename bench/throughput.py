@@ -99,7 +99,7 @@ async def _measure(
             _check_split(split, solos[0].ready.splits)
         by_themselves: list[list[float]] = [[]]
         if len(groups) > 1 or not wanted:
-            by_themselves = await _alternate(kind, solos, request, repeats)
+            by_themselves = await alternate(kind, solos, request, repeats)
         rows = []
         for group, solo, speeds in zip(groups, solos, by_themselves, strict=True):
             beside, splits = await _measure_splits(kind, group, wanted, solo, request, repeats)
@@ -122,7 +122,7 @@ async def _measure_splits(
     rows = []
     for num_ranks, split in wanted:
         async with Cluster.open(with_ranks(group, num_ranks, split)) as cluster:
-            alone, together = await _alternate(kind, [solo, cluster], request, repeats)
+            alone, together = await alternate(kind, [solo, cluster], request, repeats)
         beside += alone
         rows.append(_row(kind, split, num_ranks, cluster, together, alone))
     return beside, rows
@@ -142,7 +142,7 @@ def _check_split(split: str, supported: list[str]) -> None:
         )
 
 
-async def _alternate(
+async def alternate(
     kind: str, clusters: list[Cluster], request: dict[str, Any], repeats: int
 ) -> list[list[float]]:
     """Tokens per second of each repeat, by cluster; the order of the clusters changes from round to round."""
