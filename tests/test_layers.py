@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": _EVERYTHING | {"quant"},
 }
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
-MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "classes", "model", "swap")}
+MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "caches", "classes", "model", "swap")}
 WITHOUT_MLX = ("errors", "config", "wire", "sampling", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
     f"expertd/cluster/{path.name}"

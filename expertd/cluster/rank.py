@@ -6,13 +6,14 @@ MLX; one reads the control socket; the mailbox's C thread beats the pulse and en
 
 An epoch ends for us in one of three ways, and all lead to the next Begin. A step fails: we say Ended and wait. The
 supervisor has poisoned the mailbox: the step in progress fails, or the wait for a frame does. Or Begin comes while a
-leader has nothing to do. The weights stay; caches and mailbox are the epoch's. The old mailbox is kept open until then,
+leader has nothing to do. Weights and caches stay; the mailbox is the epoch's. The old mailbox is kept open until then,
 so that the pulse goes on: a rank without a pulse would be taken for a dead one.
 """
 
 import gc
 import os
 import queue
+import secrets
 import select
 import signal
 import socket
@@ -52,6 +53,7 @@ from expertd.topology.threads import share_of_threads
 if TYPE_CHECKING:
     from expertd.checkpoint.inspect import CheckpointInfo
     from expertd.engine.engine import Engine
+    from expertd.engine.runner import Caches
     from expertd.link.mailbox import Mailbox
     from expertd.model.kernels import Kernels
     from expertd.model.mlx_link import MlxLink
@@ -116,6 +118,7 @@ class Rank:
         self._model, self._engine = model, engine
         self._mailbox: Mailbox | None = None
         self._leads = False
+        self._caches: Caches = {}
 
     def run(self) -> NoReturn:
         begin = self._wait_begin()
@@ -128,7 +131,7 @@ class Rank:
 
         try:
             self._leads = begin.rank == 0
-            runner = Runner(self._model, self._enter(begin))
+            runner = Runner(self._model, self._enter(begin), self._caches)
             if self._leads:
                 self._engine.begin(runner, begin.split, begin.fractions)
             else:
@@ -150,6 +153,8 @@ class Rank:
         """Leave the old epoch's mailbox for the new one's; gives the link. Raises TransportError when none comes."""
         from expertd.link.mailbox import Mailbox
 
+        for cache in self._caches.values():
+            cache.evaluate()
         self._model.attach(None)
         if self._mailbox:
             self._mailbox.close()
@@ -251,6 +256,7 @@ def _load(setup: Setup, control: Control) -> Rank:
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     engine.tries_splits = not group.wide
+    engine.one_by_one, engine.first_id = model.one_by_one, secrets.randbits(40) << 20
     control.send(_ready(setup.rank, info, model, kernels))
     return Rank(setup, group, control, model, engine)
 

@@ -7,10 +7,12 @@ Sequences join and leave between steps. The first `max_streams` of those that ar
 are served at once: all whose prompts are in their caches take one token each in a decode step. A prompt is read in
 chunks, and between two of them comes a decode step, so that a running stream never waits longer than for one chunk.
 
-The engine outlives epochs. `begin` puts it on the new epoch's runner, whose caches are empty: every sequence is
-prefilled again from its transcript (the prompt and what was generated) and goes on with the next token. None is
-repeated and none is missing, because a token counts only once its whole step has succeeded, and what is sampled
-depends on the logits, the seed, the position and the sequence's own tokens alone.
+The engine outlives epochs. `begin` puts it on the new epoch's runner, and before the next step the ranks agree on what
+all of them still have in their caches (runner.py). The rest of each sequence is read again from its transcript (the
+prompt and what was generated) like a new prompt, and it goes on with the next token. None is repeated and none is
+missing, because a token counts only once its whole step has succeeded, and what is sampled depends on the logits, the
+seed, the position and the sequence's own tokens alone. Where a token's logits depend on how many were computed with
+it (`one_by_one`), generated tokens are decoded again, one in each step, as they were the first time.
 """
 
 import secrets
@@ -45,7 +47,7 @@ from expertd.errors import ConfigError
 from expertd.model.sampler import Row, Sampler, logprobs
 from expertd.split.cut import StepSplit, choose
 
-# The sequence of the steps that an idle engine tries; requests' sequences count from 1.
+# The sequence of the steps that an idle engine tries; requests' sequences count from first_id + 1.
 TRIAL_ID = 0
 
 
@@ -62,6 +64,8 @@ class Engine:
     max_streams: int = 16
     max_waiting: int = 256
     tries_splits: bool = True  # when it is idle, for the planner
+    one_by_one: bool = False
+    first_id: int = 0  # of its sequences: no two leaders may give the same, for caches outlive them
     _runner: Runner | None = None
     _split: str = "solo"
     _planner: Planner = field(default_factory=lambda: Planner("solo", (), 1))
@@ -71,6 +75,7 @@ class Engine:
     _released: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _has_decoded: bool = False  # since the last chunk of a prompt
+    _has_met: bool = False  # in this epoch
 
     @property
     def idle(self) -> bool:
@@ -78,12 +83,10 @@ class Engine:
         return not self._open and not self._to_observe and not self._wanted_trial()
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
-        """Go on in a new epoch: no sequence has a cache in `runner`, and steps are divided by `split`."""
+        """Go on in a new epoch, with the caches that `runner` has; steps are divided by `split`."""
         self._runner, self._split, self._fractions = runner, split, fractions
         self._planner = Planner(split, self.splits, len(fractions))
-        self._released = []
-        for sequence in self._open:
-            sequence.num_computed = 0
+        self._has_met = self._has_decoded = False
 
     def abandon(self, reason: str) -> None:
         """Fail every open request: another rank leads now, and knows nothing of them."""
@@ -113,6 +116,10 @@ class Engine:
         Raises TransportError when the epoch is over; the step then has not happened, and `begin` comes next.
         """
         assert self._runner is not None
+        if self.idle:
+            return
+        if not self._has_met:
+            self._meet(self._runner)
         if self._to_observe:
             self._observe(self._runner, self._to_observe[0])
             return
@@ -127,6 +134,13 @@ class Engine:
         if logits is not None:
             self._deliver(sequences, logits, plan.split.name)
 
+    def _meet(self, runner: Runner) -> None:
+        held = runner.meet()
+        for sequence in self._open:
+            sequence.num_computed = held.pop(sequence.sequence_id, 0)
+        self._released = list(held)
+        self._has_met = True
+
     # Beat 1: schedule.
 
     def _schedule(self) -> list[Sequence]:
@@ -134,7 +148,7 @@ class Engine:
         for sequence in [s for s in self._open if s.cancelled]:
             self._finish(sequence, "solo")
         served = self._open[: self.max_streams]
-        ready = [s for s in served if s.num_left == 1 and s.num_computed]
+        ready = [s for s in served if s.num_computed and not self._num_to_read(s)]
         new = next((s for s in served if s not in ready), None)
         if new is None or (ready and not self._has_decoded):
             self._has_decoded = True
@@ -162,7 +176,7 @@ class Engine:
         seed = submit.sampling.seed
         end_ids = frozenset(submit.stop_ids) | (set() if submit.ignore_end else self.tokenizer.end_ids)
         return Sequence(
-            sequence_id=self._num_sequences,
+            sequence_id=self.first_id + self._num_sequences,
             submit=submit,
             prompt=prompt,
             end_ids=end_ids,
@@ -172,12 +186,17 @@ class Engine:
             stops=StopStrings(submit.stop),
         )
 
+    def _num_to_read(self, sequence: Sequence) -> int:
+        """Tokens to prefill: all but the last known one, or, if `one_by_one`, but the last of the prompt."""
+        known = sequence.prompt if self.one_by_one else sequence.tokens
+        return max(0, len(known) - 1 - sequence.num_computed)
+
     # Beat 2: plan.
 
     def _plan(self, sequences: list[Sequence]) -> Plan:
-        """All but the last known token are prefilled in chunks; the last one is a decode step."""
+        """Prompts are prefilled in chunks; the last known token is a decode step."""
         tokens = [self._next_tokens(sequence) for sequence in sequences]
-        decode = sequences[0].num_left == 1
+        decode = not self._num_to_read(sequences[0])
         return Plan(
             sequence_ids=[s.sequence_id for s in sequences],
             tokens=tokens,
@@ -195,7 +214,7 @@ class Engine:
         if sequence.num_computed == 0 and not sequence.generated:
             sequence.started_at = time.monotonic()
         at = sequence.num_computed
-        return sequence.tokens[at : at + max(1, min(sequence.num_left - 1, self.prefill_chunk))]
+        return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), self.prefill_chunk))]
 
     # Beat 3: run.
 
@@ -229,6 +248,8 @@ class Engine:
     def _deliver(self, sequences: Several[Sequence], logits: mx.array, split: str) -> None:
         rows = np.asarray(logits)  # no copy
         for i, sequence in enumerate(sequences):
+            if sequence.num_left:  # decoded again: what comes next is known
+                continue
             submit, row = sequence.submit, rows[i]
             if submit.logits_file:
                 sequence.logits.append(logits[i])

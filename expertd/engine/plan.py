@@ -45,10 +45,24 @@ class WindowsPlan:
         return frame
 
 
-def decode_plan(frame: bytes) -> Plan | WindowsPlan:
+@dataclass(frozen=True)
+class Meeting:
+    """Before an epoch's first step: the caches that rank 0 still has, each with the numbers of tokens to which it can
+    be cut. Every rank answers which of these are its own as well."""
+
+    lengths: dict[int, list[int]]
+
+    def encode(self) -> bytes:
+        frame: bytes = msgpack.packb(asdict(self))
+        return frame
+
+
+def decode_plan(frame: bytes) -> Plan | WindowsPlan | Meeting:
     """Raises RemoteProtocolError when the bytes are no plan."""
     try:
-        values = msgpack.unpackb(frame)
+        values = msgpack.unpackb(frame, strict_map_key=False)
+        if "lengths" in values:
+            return Meeting({int(i): [int(n) for n in ns] for i, ns in Meeting(**values).lengths.items()})
         split = values.pop("split")
         kind = WindowsPlan if "windows" in values else Plan
         return kind(**values, split=StepSplit(split["name"], tuple(split["fractions"])))

@@ -1,29 +1,57 @@
-"""Carries out plans, the same way on every rank: owns an epoch's caches and decides nothing."""
+"""Carries out plans, the same way on every rank: owns the caches and decides nothing.
 
+Caches outlive epochs. A rank takes a step that failed back at once. Ranks may then have come to different ends, and a
+rank may be new: at a `Meeting`, before an epoch's first step, rank 0 names what it has, each rank answers how much of
+that it has too, and all cut every cache to the longest beginning that everybody has. What some rank lacks altogether
+is dropped everywhere, and its sequence is read again.
+"""
+
+import functools
+import operator
 from collections.abc import Callable
 from typing import TypeVar
 
 import mlx.core as mx
 
-from expertd.engine.plan import Plan, WindowsPlan, decode_plan
+from expertd.engine.plan import Meeting, Plan, WindowsPlan, decode_plan
+from expertd.errors import TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
+from expertd.model.caches import SequenceCache
 from expertd.model.mlx_link import MlxLink
-from expertd.model.model import Cache, Model
+from expertd.model.model import Model
 
 T = TypeVar("T")
 
 # Between two looks at its control socket, a rank without work waits this long for a frame. A new epoch does not wait
 # for it: its supervisor poisons the old one first, and poison ends any wait within a millisecond.
 IDLE_S = 0.5
+# A rank's answer for one cache, at a meeting: a bit for each of the lengths that were named.
+MASK_BYTES = 8
+
+# A meeting's frame has to fit a slot: of 64 bytes for a cache at most, and a slot has a MiB.
+MAX_OFFERED = 4096
+
+Caches = dict[int, SequenceCache]  # by sequence
 
 
 class Runner:
-    """One epoch's caches, all empty at its begin, over that epoch's link."""
+    """One rank's part in an epoch, over that epoch's link; `caches` are the rank's, from the epochs before."""
 
-    def __init__(self, model: Model, link: Mailbox | MlxLink) -> None:
-        self._model, self._link = model, link
-        self._caches: dict[int, Cache] = {}
+    def __init__(self, model: Model, link: Mailbox | MlxLink, caches: Caches) -> None:
+        self._model, self._link, self._caches = model, link, caches
+        if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
+            caches.clear()
+
+    def meet(self) -> dict[int, int]:
+        """Rank 0, before an epoch's first step: agree with the others on what all of them have.
+
+        Gives the number of tokens in the cache of each sequence that has one.
+        """
+        offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self._caches.items()]
+        meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]))
+        self._tell(meeting)
+        return self._meet(meeting)
 
     def lead(self, plan: Plan) -> mx.array | None:
         """Rank 0: give the plan to the others and carry it out; float32 logits [num_sequences, vocab] of a decode step.
@@ -38,7 +66,7 @@ class Runner:
         self._tell(plan)
         return self._observe(plan)
 
-    def _tell(self, plan: Plan | WindowsPlan) -> None:
+    def _tell(self, plan: Plan | WindowsPlan | Meeting) -> None:
         if self._link.num_ranks > 1:
             self._link.send_frame(plan.encode())
 
@@ -48,10 +76,40 @@ class Runner:
         if frame is None:
             return
         plan = decode_plan(frame)
-        if isinstance(plan, WindowsPlan):
+        if isinstance(plan, Meeting):
+            self._meet(plan)
+        elif isinstance(plan, WindowsPlan):
             self._observe(plan)
         else:
             self._execute(plan)
+
+    def _meet(self, meeting: Meeting) -> dict[int, int]:
+        common = self._common([self._mask(i, lengths) for i, lengths in meeting.lengths.items()])
+        for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
+            if mask:
+                self._caches[sequence_id].cut(
+                    lengths[(mask & -mask).bit_length() - 1]
+                )  # the longest comes first
+            else:
+                self._caches.pop(sequence_id, None)
+        for sequence_id in self._caches.keys() - meeting.lengths.keys():
+            del self._caches[sequence_id]
+        return {sequence_id: len(cache) for sequence_id, cache in self._caches.items()}
+
+    def _mask(self, sequence_id: int, lengths: list[int]) -> int:
+        """Which of these numbers of tokens this rank has in a sequence's cache, the first one as bit 0."""
+        cache = self._caches.get(sequence_id)
+        return sum(1 << bit for bit, n in enumerate(lengths) if cache and cache.can_cut(n))
+
+    def _common(self, masks: list[int]) -> list[int]:
+        """The bits that are set on every rank."""
+        if isinstance(self._link, MlxLink) or self._link.num_ranks == 1 or not masks:
+            return masks
+        mine = b"".join(mask.to_bytes(MASK_BYTES, "little") for mask in masks)
+        everything = self._link.exchange(mine, [len(mine)] * self._link.num_ranks)
+        every = [everything[at : at + MASK_BYTES] for at in range(0, len(everything), MASK_BYTES)]
+        numbers = [int.from_bytes(mask, "little") for mask in every]
+        return [functools.reduce(operator.and_, numbers[i :: len(masks)]) for i in range(len(masks))]
 
     def _observe(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
         found = self._guarded(lambda: self._model.observe(mx.array(plan.windows), plan.split))
@@ -62,16 +120,25 @@ class Runner:
         for sequence_id in plan.released:
             self._caches.pop(sequence_id, None)
         for sequence_id in plan.started:
-            self._caches[sequence_id] = self._model.new_cache()
+            self._caches[sequence_id] = SequenceCache(self._model.new_cache())
         caches = [self._caches[sequence_id] for sequence_id in plan.sequence_ids]
-        logits = self._guarded(lambda: self._compute(plan, caches))
-        self._link.check()
+        lengths = [len(cache) for cache in caches]
+        for cache, tokens in zip(caches, plan.tokens, strict=True):
+            cache.extend(tokens)
+        try:
+            logits = self._guarded(lambda: self._compute(plan, caches))
+            self._link.check()
+        except TransportError:
+            for cache, length in zip(caches, lengths, strict=True):
+                cache.cut(length)
+            raise
         return logits
 
-    def _compute(self, plan: Plan, caches: list[Cache]) -> mx.array | None:
+    def _compute(self, plan: Plan, caches: list[SequenceCache]) -> mx.array | None:
+        layers = [cache.layers for cache in caches]
         if plan.decode:
-            return self._model.decode([token for (token,) in plan.tokens], caches, plan.split)
-        self._model.prefill(plan.tokens[0], caches[0], plan.split)
+            return self._model.decode([token for (token,) in plan.tokens], layers, plan.split)
+        self._model.prefill(plan.tokens[0], layers[0], plan.split)
         return None
 
     def _guarded(self, compute: Callable[[], T]) -> T:
@@ -81,4 +148,5 @@ class Runner:
         except RuntimeError as e:
             if not isinstance(self._link, MlxLink):
                 raise
+            self._caches.clear()  # MLX may have computed any part of them
             raise self._link.failure(e) from e

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.errors import ConfigError
 from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
+from expertd.model.caches import rotates
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
 from expertd.model.swap import native_functions, replaced
@@ -23,6 +24,7 @@ Cache = list[Any]
 
 # Kernels may differ with the number of rows (MLX's on a GPU do): a wrong cache is off by far more than that.
 TOGETHER_TOLERANCE = 0.02
+NUM_TRIED = 40
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +43,10 @@ class Model:
         self.splits = divide(self._model, self._state)
         self._taps: Taps | None = None
         self._together: type[Together] | None = None
+        self.one_by_one = False  # whether a token's bits depend on how many were computed with it
         if not wide:
             self._together = self._choose_together()
+            self.one_by_one = self._try_one_by_one()
         self.load_s = time.monotonic() - start
 
     def require(self, split: str) -> None:
@@ -56,7 +60,7 @@ class Model:
     def attach(self, link: Link | None) -> None:
         """Meet the other ranks over `link` from now on, or nobody (None).
 
-        Caches that an earlier link filled must be dropped first: what MLX has not evaluated of them may call it.
+        Caches that an earlier link filled must be evaluated first (SequenceCache.evaluate): their graph may call it.
         """
         self._state.link = link
 
@@ -125,6 +129,22 @@ class Model:
             self.prefill(prompt, caches[-1], solo)
         self._together = kind
         return self.decode([3, 1], caches, solo)
+
+    def _try_one_by_one(self) -> bool:
+        """Whether tokens decoded one by one leave other bits than the same tokens in a chunk.
+
+        Tried, not looked up: NUM_TRIED tokens read at once, and their last ones alone. With top-k 2 or more these
+        many are beyond SORT_FROM, from where on MLX takes other kernels.
+        """
+        if any(map(rotates, self.new_cache())):
+            return True
+        return not mx.array_equal(self._try_reading(NUM_TRIED), self._try_reading(NUM_TRIED - 3)).item()
+
+    def _try_reading(self, num_prefilled: int) -> mx.array:
+        """Logits after NUM_TRIED tokens and one more, of which the first `num_prefilled` are read in one chunk."""
+        cache, solo = self.new_cache(), StepSplit("solo", (1.0,))
+        self.prefill(list(range(num_prefilled)), cache, solo)
+        return [self.decode([token], [cache], solo) for token in range(num_prefilled, NUM_TRIED + 1)][-1]
 
     def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, Taps]:
         """One pass over whole windows [num_windows, num_tokens] without a cache, for evaluation.

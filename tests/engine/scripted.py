@@ -50,15 +50,22 @@ class ScriptedRunner:
     A prompt without a script has logits that all of its tokens decide, as a model's do.
     """
 
-    def __init__(self, scripts: dict[str, list[int]]) -> None:
+    def __init__(self, scripts: dict[str, list[int]], caches: dict[int, list[int]]) -> None:
         self.plans: list[Plan] = []
-        self.caches: dict[int, list[int]] = {}
+        self.caches = caches
+        self.num_meetings = 0
         self.scripts = scripts
         self.before_step: Callable[[Plan], None] = lambda plan: None
         self.before_windows: Callable[[WindowsPlan], None] = lambda plan: None
 
+    def meet(self) -> dict[int, int]:
+        assert not self.plans
+        self.num_meetings += 1
+        return {i: len(tokens) for i, tokens in self.caches.items()}
+
     def lead(self, plan: Plan) -> mx.array | None:
         self.before_step(plan)
+        assert self.num_meetings == 1
         self.plans.append(plan)
         for sequence_id in plan.released:
             del self.caches[sequence_id]
@@ -102,6 +109,7 @@ class Bench:
         prefill_chunk: int = 512,
         max_streams: int = 16,
         max_waiting: int = 256,
+        one_by_one: bool = False,
     ) -> None:
         self.scripts: dict[str, list[int]] = {}
         self.events: list[Message] = []
@@ -114,12 +122,19 @@ class Bench:
             vocab_size=VOCAB,
             max_streams=max_streams,
             max_waiting=max_waiting,
+            one_by_one=one_by_one,
         )
         self.begin(split, shares)
 
-    def begin(self, split: str = "experts", shares: tuple[float, ...] = (1.0,)) -> None:
-        """A new epoch, with a runner that has no caches."""
-        self.runner = ScriptedRunner(self.scripts)
+    def begin(
+        self,
+        split: str = "experts",
+        shares: tuple[float, ...] = (1.0,),
+        held: dict[int, int] | None = None,
+    ) -> None:
+        """A new epoch; of the last one's caches all ranks have the beginnings of these lengths."""
+        caches = {i: self.runner.caches[i][:n] for i, n in (held or {}).items()}
+        self.runner = ScriptedRunner(self.scripts, caches)
         self.engine.begin(cast(Runner, self.runner), split, shares)
 
     def ask(self, request_id: str, prompt: str, reply: str | list[int] | None = None, **options: Any) -> None:

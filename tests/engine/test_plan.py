@@ -5,7 +5,7 @@ import random
 import msgpack
 import pytest
 
-from expertd.engine.plan import Plan, WindowsPlan, decode_plan
+from expertd.engine.plan import Meeting, Plan, WindowsPlan, decode_plan
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
@@ -24,6 +24,14 @@ def test_round_trip(plan: Plan | WindowsPlan) -> None:
     again = decode_plan(plan.encode())
     assert again == plan
     assert type(again.split.fractions) is tuple
+
+
+def test_meetings_come_back_as_they_were() -> None:
+    meeting = Meeting({2**60: [3, 2], 1: []})
+    assert decode_plan(meeting.encode()) == meeting
+    for wrong in ({"lengths": [1]}, {"lengths": {"x": [1]}}, {"lengths": {1: 5}}, {"lengths": {}, "more": 1}):
+        with pytest.raises(RemoteProtocolError):
+            decode_plan(msgpack.packb(wrong))
 
 
 def test_frame_of_a_whole_prefill_chunk_fits_a_slot() -> None:

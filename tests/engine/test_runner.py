@@ -4,9 +4,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import KVCache
 
-from expertd.engine.plan import Plan, WindowsPlan, decode_plan
-from expertd.engine.runner import Runner
+from expertd.engine.plan import Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine.runner import MASK_BYTES, Caches, Runner
 from expertd.errors import LinkDown, RemoteProtocolError
 from expertd.link.mailbox import Mailbox
 from expertd.model.model import Model
@@ -22,24 +23,44 @@ PLANS = [
 ]
 
 
-class FakeModel:
-    """A cache is the list of its tokens; the logits are those of the next number."""
+class FakeLayer(KVCache):  # type: ignore[misc]
+    """A cache is the list of its tokens."""
 
     def __init__(self) -> None:
-        self.caches: list[list[int]] = []
+        self.tokens: list[int] = []
+        super().__init__()
+
+    @property
+    def offset(self) -> int:
+        return len(self.tokens)
+
+    @offset.setter
+    def offset(self, length: int) -> None:
+        del self.tokens[length:]
+
+
+class FakeModel:
+    """The logits are those of the next number."""
+
+    def __init__(self) -> None:
+        self.layers: list[FakeLayer] = []
         self.splits: list[StepSplit] = []
 
-    def new_cache(self) -> list[int]:
-        self.caches.append([])
-        return self.caches[-1]
+    @property
+    def caches(self) -> list[list[int]]:
+        return [layer.tokens for layer in self.layers]
 
-    def prefill(self, tokens: list[int], cache: list[int], split: StepSplit) -> None:
-        cache += tokens
+    def new_cache(self) -> list[FakeLayer]:
+        self.layers.append(FakeLayer())
+        return self.layers[-1:]
+
+    def prefill(self, tokens: list[int], cache: list[FakeLayer], split: StepSplit) -> None:
+        cache[0].tokens += tokens
         self.splits.append(split)
 
-    def decode(self, tokens: list[int], caches: list[list[int]], split: StepSplit) -> mx.array:
+    def decode(self, tokens: list[int], caches: list[list[FakeLayer]], split: StepSplit) -> mx.array:
         for token, cache in zip(tokens, caches, strict=True):
-            cache.append(token)
+            cache[0].tokens.append(token)
         self.splits.append(split)
         return mx.array([[token + 1.0] for token in tokens])
 
@@ -55,6 +76,8 @@ class FakeMailbox:
         self.num_ranks, self.frames = num_ranks, frames
         self.sent: list[bytes] = []
         self.failure: Exception | None = None
+        self.answers: list[bytes] = []
+        self.other = b""  # rank's answer
 
     def send_frame(self, frame: bytes) -> None:
         self.sent.append(frame)
@@ -62,14 +85,21 @@ class FakeMailbox:
     def wait_frame(self, idle_s: float) -> bytes | None:
         return self.frames.pop(0)
 
+    def exchange(self, mine: bytes, sizes: list[int]) -> bytes:
+        assert sizes == [len(mine)] * 2
+        self.answers.append(mine)
+        return mine + (self.other or mine)
+
     def check(self) -> None:
         if self.failure:
             raise self.failure
 
 
-def make(num_ranks: int = 2, frames: list[bytes | None] | None = None) -> tuple[Runner, Any, Any]:
+def make(
+    num_ranks: int = 2, frames: list[bytes | None] | None = None, caches: Caches | None = None
+) -> tuple[Runner, Any, Any]:
     model, box = FakeModel(), FakeMailbox(num_ranks, frames or [])
-    return Runner(cast(Model, model), cast(Mailbox, box)), model, box
+    return Runner(cast(Model, model), cast(Mailbox, box), {} if caches is None else caches), model, box
 
 
 def test_leader_and_follower_do_the_same() -> None:
@@ -126,3 +156,52 @@ def test_garbage_from_the_leader_is_an_error() -> None:
     with pytest.raises(RemoteProtocolError):
         runner.follow()
     assert model.caches == []
+
+
+# Between epochs.
+
+
+def masks(*numbers: int) -> bytes:
+    return b"".join(number.to_bytes(MASK_BYTES, "little") for number in numbers)
+
+
+def test_a_failed_step_is_taken_back() -> None:
+    runner, model, box = make()
+    for plan in PLANS[:3]:
+        runner.lead(plan)
+    box.failure = LinkDown("rank 0: over")
+    for plan in (PLANS[3], Plan([2], [[12, 13, 14]], False, SPLIT, [], [])):
+        with pytest.raises(LinkDown):
+            runner.lead(plan)
+        assert model.caches == [[5, 6, 7, 8], [9]]
+
+
+def test_ranks_meet_at_what_all_have() -> None:
+    """The leader is a step ahead with one sequence and alone in having another; a third has left the leader."""
+    leads: Caches = {}
+    leader, _, box = make(caches=leads)
+    for plan in [*PLANS[:4], Plan([3], [[1, 2]], False, SPLIT, [3], [])]:
+        leader.lead(plan)
+    follows: Caches = {}
+    follower, _, _ = make(caches=follows)
+    for plan in [*PLANS[:3], Plan([9], [[1, 2]], False, SPLIT, [9], [])]:
+        follower.lead(plan)
+    box.other = masks(0b110, 0b10, 0)
+    assert leader.meet() == {1: 4, 2: 1}
+    assert decode_plan(box.sent[-1]) == Meeting({1: [5, 4, 3], 2: [2, 1], 3: [2]})
+    assert {i: cache.tokens for i, cache in leads.items()} == {1: [5, 6, 7, 8], 2: [9]}
+    follower, _, other = make(frames=box.sent[-1:], caches=follows)
+    other.other = masks(0b111, 0b11, 1)
+    follower.follow()
+    assert other.answers == [masks(0b110, 0b10, 0)]
+    assert {i: cache.tokens for i, cache in follows.items()} == {1: [5, 6, 7, 8], 2: [9]}
+
+
+def test_one_rank_keeps_what_it_has_and_nobody_has_nothing() -> None:
+    caches: Caches = {}
+    runner, _, box = make(caches=caches)
+    assert runner.meet() == {} and box.answers == []
+    for plan in PLANS[:3]:
+        runner.lead(plan)
+    runner, _, box = make(num_ranks=1, caches=caches)
+    assert runner.meet() == {1: 4, 2: 1} and box.sent == []

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from expertd.engine.messages import Rejected, Started
+from expertd.engine.messages import Cancel, Rejected, Started
 from tests.engine.scripted import END, Bench, break_off
 
 
@@ -68,3 +68,50 @@ def test_next_epoch_goes_on_with_all_streams() -> None:
     for name in "abc":
         assert bench.ids(name) == [*(name * 12).encode(), END]
         assert [type(e) for e in bench.of(name)].count(Started) == 1
+
+
+def test_next_epoch_reads_only_what_some_rank_lacks() -> None:
+    """The first stream goes on at once; the second, with half of its cache, is read while the first one runs."""
+    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4)
+    for name in "ab":
+        bench.ask(name, f"the prompt {name}", name * 12)
+    break_off(bench, 10)
+    first, second = (12 + len(bench.ids(name)) - 1 for name in "ab")
+    bench.begin(held={1: first, 2: second - 5})
+    bench.finish()
+    assert [(p.sequence_ids, p.num_tokens, p.started) for p in bench.runner.plans[:5]] == [
+        ([1], 1, []),
+        ([2], 4, []),
+        ([1], 1, []),
+        ([2], 1, []),
+        ([1, 2], 2, []),
+    ]
+    assert [bench.ids(name) for name in "ab"] == [[*(name * 12).encode(), END] for name in "ab"]
+
+
+def test_answers_are_decoded_again_where_chunks_change_bits() -> None:
+    """The prompt is read in chunks; each generated token is a decode step of its own, beside who goes on."""
+    bench = Bench(shares=(0.5, 0.5), prefill_chunk=4, one_by_one=True)
+    for name in "ab":
+        bench.ask(name, f"the prompt {name}", name * 12)
+    break_off(bench, 12)
+    first, second = (len(bench.ids(name)) for name in "ab")
+    assert 0 < second < first
+    bench.begin(held={1: 12 + first - 1})
+    bench.finish()
+    again = [p for p in bench.runner.plans if 2 in p.sequence_ids]
+    assert [(p.num_tokens, p.decode) for p in again if not p.decode] == [(4, False), (4, False), (3, False)]
+    assert all(p.sequence_ids == [1, 2] for p in again[3 : 3 + second])
+    assert [bench.ids(name) for name in "ab"] == [[*(name * 12).encode(), END] for name in "ab"]
+
+
+def test_nothing_held_is_left_when_its_request_is_gone() -> None:
+    bench = Bench()
+    bench.ask("a", "prompt a", "x" * 9)
+    break_off(bench, 4)
+    bench.engine.take(Cancel("a"))
+    bench.begin(held={1: 9})
+    bench.ask("b", "prompt b", "y")
+    bench.finish()
+    assert bench.runner.plans[0].released == [1]
+    assert bench.text("b") == "y"

@@ -1,0 +1,102 @@
+"""What the layers of a model remember of one sequence, and the way back in it.
+
+Theory of operation. A step that fails must not have happened, and a rank whose step succeeded must be able to take it
+back when another rank's did not. Keys and values (mlx-lm's KVCache) are appended, so going back means to forget the
+end. A window (RotatingKVCache) overwrites its oldest keys and a recurrent layer (ArraysCache) its state, so going back
+means to have kept what was there. MLX's arrays never change, and a second handle to one keeps it alive: `mx.array(a)`
+is such a handle. `a` itself is not, because mlx-lm's `keys[...] = new` makes the same Python object stand for another
+array.
+
+For recurrent layers that costs memory alone. A window is copied at each step, because its array is in use twice: for
+a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache
+
+# The leader may have begun the step after one that another rank has not finished, and no further one.
+NUM_STEPS_BACK = 2
+
+State = list[Any]  # of each layer; None where the layer forgets by itself
+
+
+class SequenceCache:
+    """The caches of all layers, as mlx-lm makes them, and the tokens that are in them."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.tokens: list[int] = []
+        self._before: dict[int, State] = {}  # the last steps, by the number of tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def extend(self, tokens: list[int]) -> None:
+        """Note that a step appends `tokens`; `cut` takes it back."""
+        self._before[len(self)] = self._state()
+        for length in sorted(self._before)[:-NUM_STEPS_BACK]:
+            del self._before[length]
+        self.tokens += tokens
+
+    def lengths(self) -> list[int]:
+        """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
+        return sorted({len(self), *self._before} - {0}, reverse=True)
+
+    def can_cut(self, length: int) -> bool:
+        """Whether its first `length` tokens can be had."""
+        return length in self.lengths() or (0 < length < len(self) and all(map(_forgets, self.layers)))
+
+    def cut(self, length: int) -> None:
+        """Go back to the first `length` tokens: what `can_cut`, or what there was before the last step."""
+        if length < len(self):
+            state = self._before.get(length) or [None] * len(self.layers)
+            for layer, kept in zip(self.layers, state, strict=True):
+                _go_back(layer, length, kept)
+        del self.tokens[length:]
+        self._before = {n: state for n, state in self._before.items() if n < length}
+
+    def evaluate(self) -> None:
+        """Compute what is still lazy, while the link is there that it may need."""
+        mx.eval([layer.state for layer in self.layers])
+
+    def _state(self) -> State:
+        return [None if _forgets(layer) else _handles(layer.state) for layer in self.layers]
+
+
+def rotates(layer: Any) -> bool:
+    """Whether a layer's cache keeps single tokens in another order than chunks of them, and so changes sums.
+
+    Tried with numbers for keys: one chunk and two tokens more than a window holds, if it is one.
+    """
+    size = getattr(layer, "max_size", 0)
+    if not size:
+        return False
+    for first, last in ((0, size), (size, size + 1), (size + 1, size + 2)):
+        numbers = mx.arange(first, last, dtype=mx.float32).reshape(1, 1, -1, 1)
+        keys, _ = layer.update_and_fetch(numbers, numbers)
+    found = keys.flatten()
+    return not mx.all(found[1:] > found[:-1]).item()
+
+
+def _forgets(layer: Any) -> bool:
+    """Whether a layer's cache can forget any number of its last tokens."""
+    if isinstance(layer, CacheList):
+        return all(map(_forgets, layer.caches))
+    return isinstance(layer, KVCache | QuantizedKVCache)
+
+
+def _go_back(layer: Any, length: int, kept: Any) -> None:
+    if kept is not None:
+        layer.state = _handles(kept)  # again: the layer will change what it gets
+    elif isinstance(layer, CacheList):
+        for each in layer.caches:
+            _go_back(each, length, None)
+    else:
+        layer.trim(layer.offset - length)
+
+
+def _handles(state: Any) -> Any:
+    return tree_map(lambda a: mx.array(a) if isinstance(a, mx.array) else a, state)
