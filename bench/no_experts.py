@@ -3,7 +3,6 @@
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from expertd.cluster.rank import main
 from expertd.model import swap
@@ -14,6 +13,6 @@ def _zeros(self: Any, x: mx.array, ids: mx.array) -> mx.array:
 
 
 if __name__ == "__main__":
-    for kind in (SwitchGLU, SwitchMLP, swap._NativeGLU, swap._NativeMLP):
-        kind.__call__ = _zeros  # type: ignore[method-assign]
+    for stock, native in swap._SWITCHES.items():
+        stock.__call__ = native.__call__ = _zeros  # type: ignore[method-assign]
     main()

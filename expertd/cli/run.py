@@ -110,7 +110,6 @@ async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None
     from contextlib import AsyncExitStack
 
     from expertd.cli.output import progress, write_out
-    from expertd.cluster.epoch import OneAnswerCoordinator
     from expertd.cluster.supervisor import Cluster
     from expertd.engine.messages import Done, Token
 
@@ -118,7 +117,7 @@ async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None
     done: Done | None = None
     async with AsyncExitStack() as stack:
         with progress(f"loading {group.num_ranks} rank(s)"):
-            cluster = await stack.enter_async_context(Cluster.open(group, coordinator=OneAnswerCoordinator))
+            cluster = await stack.enter_async_context(Cluster.open(group))
         events = await stack.enter_async_context(aclosing(cluster.generate(submit)))
         try:
             async for event in events:

@@ -157,11 +157,3 @@ class LocalCoordinator:
             split=group.split,
             shares=tuple(group.fractions[rank.id] for rank in ranks),
         )
-
-
-class OneAnswerCoordinator(LocalCoordinator):
-    """For one request alone: with its leader the answer is lost, and nothing is worth going on for."""
-
-    def outlook(self) -> str | None:
-        leader_lives = any(rank.number == 0 for rank in self._cluster.living)
-        return super().outlook() if leader_lives else None

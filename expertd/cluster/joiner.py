@@ -43,7 +43,7 @@ from expertd.cluster.host_messages import (
     Welcome,
 )
 from expertd.cluster.paths import Paths
-from expertd.cluster.reply import Reply, accepted
+from expertd.cluster.reply import LeaderLost, Reply, accepted
 from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Cancel, Done, Failed, Rejected, Started, Submit, Token
@@ -53,6 +53,7 @@ from expertd.errors import (
     ConfigError,
     ExpertdError,
     LinkDown,
+    LocalProtocolError,
     RemoteProtocolError,
     TransportError,
 )
@@ -235,7 +236,7 @@ class Joiner:
         await ranks.aclose()
 
     async def _lose(self, reason: str) -> None:
-        """The leader is gone: its answers to our clients end, our ranks go on by themselves."""
+        """The leader is gone: our ranks go on by themselves, and with what it had of our clients' answers."""
         await self._end_tasks()
         if reason != self._said:
             self._said = reason
@@ -246,8 +247,10 @@ class Joiner:
             )
             _log.warning("%s %s.", reason if reason.endswith((".", "?")) else f"{reason}.", then)
         self.state, self.reason = "looking", reason
+        if self._cluster and self._is_led:
+            self._cluster.lead_by(None)
         for reply in self._replies.values():
-            reply.put(Failed(reply.request_id, f"{reason}. Ask again: this host answers by itself now."))
+            reply.put(Failed(reply.request_id, reason, lost=True))
         try:
             await self._be_alone()
         except ExpertdError as e:
@@ -375,7 +378,7 @@ class Joiner:
         """As Cluster.generate: the leader answers."""
         channel = self._channel
         if channel is None:
-            raise ClusterError("the leader is gone. Ask again.")
+            raise LeaderLost("the leader is gone")
         reply = self._replies[submit.request_id] = Reply(submit.request_id)
         try:
             await channel.send(submit)
@@ -384,8 +387,10 @@ class Joiner:
                 yield event
                 if isinstance(event, Done):
                     return
-        except TransportError as e:
+        except LocalProtocolError as e:
             raise ClusterError(str(e)) from e
+        except TransportError as e:
+            raise LeaderLost(str(e)) from e
         finally:
             del self._replies[submit.request_id]
             if not reply.ended:

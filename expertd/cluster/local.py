@@ -10,7 +10,7 @@ from typing import Self
 
 from expertd.cluster.epoch import Epoch
 from expertd.cluster.process import ChildProcess
-from expertd.cluster.reply import Event, Reply, accepted
+from expertd.cluster.reply import Event, LeaderLost, Reply, accepted
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
     Begin,
@@ -25,7 +25,6 @@ from expertd.engine.messages import (
     Token,
     codec,
 )
-from expertd.errors import ClusterError
 
 # A rank's C thread beats every 20 ms, whatever its Python or MLX are at. Silence means that the process is stopped
 # or its machine is; the group's own wait (GroupConfig.pulse_timeout_s) is the second line.
@@ -139,7 +138,7 @@ class LocalRank:
     async def generate(self, submit: Submit | Observe) -> AsyncGenerator[Started | Token | Done, None]:
         """Run one request on this rank, the leader. As Cluster.generate."""
         if self.dead:
-            raise ClusterError(f"rank {self.number} {self.dead}; ask again")
+            raise LeaderLost(f"rank {self.number} {self.dead}")
         assert submit.request_id not in self.replies, "request ids are unique"
         if not self.replies:
             self.last_word = time.monotonic()
@@ -161,9 +160,10 @@ class LocalRank:
         if reply := self.replies.get(event.request_id):
             reply.put(event)
 
-    def fail_requests(self, reason: str) -> None:
+    def fail_requests(self, reason: str, lost: bool = False) -> None:
+        """End every request here; `lost`: whoever leads next may resume them."""
         for reply in self.replies.values():
-            reply.put(Failed(reply.request_id, reason))
+            reply.put(Failed(reply.request_id, reason, lost))
 
     def hang_up(self) -> None:
         """Close all connections: the rank ends by itself if it still can."""

@@ -186,7 +186,8 @@ class Member:
             except (ConfigError, BusyError) as e:
                 await self.channel.send(Rejected(submit.request_id, str(e), isinstance(e, BusyError)))
             except ClusterError as e:
-                await self.channel.send(Failed(submit.request_id, str(e)))
+                # Lost with our ranks: the host may go on without us.
+                await self.channel.send(Failed(submit.request_id, str(e), self._cluster.failure is not None))
         except ExpertdError as e:  # the channel itself: whoever reads it sees the same
             _log.debug("request %s of host %s: %s", submit.request_id, self.name, e)
 

@@ -135,9 +135,7 @@ class Rank:
             if self._leads:
                 self._engine.begin(runner, begin.split, begin.fractions)
             else:
-                self._engine.abandon(
-                    f"another rank leads since epoch {begin.epoch}: {begin.reason}; ask again"
-                )
+                self._engine.abandon(f"another rank leads since epoch {begin.epoch}: {begin.reason}")
             while True:
                 if following := self._take_messages():
                     return following
@@ -226,7 +224,7 @@ class Rank:
         if isinstance(message, Submit | Observe | Cancel) and self._leads:
             self._engine.take(message)
         elif isinstance(message, Submit | Observe):
-            self._control.send(Failed(message.request_id, "this rank does not lead any more; ask again"))
+            self._control.send(Failed(message.request_id, "this rank does not lead any more", lost=True))
 
 
 def _load(setup: Setup, control: Control) -> Rank:

@@ -11,12 +11,16 @@ Event = Started | Token | Done | Rejected | Failed
 MAX_PENDING_EVENTS = 256
 
 
+class LeaderLost(ClusterError):
+    """Whoever answered does not lead any more. The request itself is well: the next leader may resume it."""
+
+
 def accepted(event: Event) -> Started | Token | Done:
-    """Give an event back; raises what a refusal means: ConfigError, BusyError or ClusterError."""
+    """Give an event back; raises what a refusal means: ConfigError, BusyError, LeaderLost or ClusterError."""
     if isinstance(event, Rejected):
         raise BusyError(event.message) if event.busy else ConfigError(event.message)
     if isinstance(event, Failed):
-        raise ClusterError(event.message)
+        raise LeaderLost(event.message) if event.lost else ClusterError(event.message)
     return event
 
 

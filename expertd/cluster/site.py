@@ -16,7 +16,8 @@ from typing import Protocol, TypeVar
 from expertd.cluster.epoch import Layout
 from expertd.cluster.host_messages import Connect, Ended, Prepare, Start
 from expertd.cluster.process import ChildProcess
-from expertd.cluster.supervisor import Cluster, Leader, load_mailbox
+from expertd.cluster.requests import Leader
+from expertd.cluster.supervisor import Cluster, load_mailbox
 from expertd.errors import ClusterError, ExpertdError
 from expertd.link import messages as wire
 

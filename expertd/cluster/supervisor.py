@@ -7,7 +7,7 @@ one looks at the ranks' pulses, and one hands changes to the coordinator, one at
 How an epoch ends. A rank dies (`_died`: an exit, a Fatal, garbage, a pulse that stands still, a silence that is too
 long) or a living one reports that its epoch failed (Ended). Either way `end_epoch` poisons the mailbox, so that no
 rank stays inside an exchange, and the coordinator gets an event. A dead rank is killed, reaped and never comes back;
-if it was the leader, its open requests fail, because nobody else has their transcripts.
+if it was the leader, its open requests are lost to it, and go on with the next one (requests.py).
 
 How the group ends. When nobody goes on, or the owner leaves the `async with`, `_end` happens once and in this order:
 the epoch is poisoned; every open request gets its Failed; a task hangs up on all ranks, sends SIGTERM, a second later
@@ -15,6 +15,7 @@ SIGKILL, and reaps every one.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -34,6 +35,7 @@ from expertd.cluster.epoch import (
     RanksReady,
 )
 from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
+from expertd.cluster.requests import Leader, Requests
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
     Choice,
@@ -54,7 +56,6 @@ from expertd.errors import ClusterError, ConfigError, ExpertdError, RemoteProtoc
 
 RANK_MODULE = "expertd.cluster.rank"
 LOAD_TIMEOUT_S = 600.0
-MAX_OPEN_REQUESTS = 64
 # A request that comes while nobody leads waits this long for the next epoch.
 LEADER_TIMEOUT_S = 10.0
 # An epoch that fails this soon counts as fruitless even if nobody asked anything (see EpochEnded).
@@ -79,12 +80,6 @@ class MailboxModule(Protocol):
         """The beats of every rank and of the link; 0 until one has begun to beat."""
 
 
-class Leader(Protocol):
-    """Whoever answers requests: a local rank 0, or a way to the host that has it."""
-
-    def generate(self, submit: Submit, /) -> AsyncGenerator[Started | Token | Done, None]: ...
-
-
 def load_mailbox() -> MailboxModule:
     """Import the mailbox, late: it is compiled code, which most of the command line does without."""
     from expertd.link import mailbox
@@ -106,7 +101,8 @@ class Cluster:
         self._leader: Leader | None = None
         self._led = asyncio.Event()
         self._all_ready = asyncio.Event()
-        self._num_open = 0
+        self._requests = Requests(self._find_leader)
+        self._num_observed = 0
         self._num_fruitless = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._teardown: asyncio.Task[None] | None = None
@@ -205,51 +201,37 @@ class Cluster:
 
     # Requests.
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
-        """Run one request: Started, Token..., Done. Leaving early cancels it on the rank.
+    def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
+        """Run one request: Started, Token..., Done, whichever leaders die meanwhile. Leaving early cancels it.
 
-        Raises ConfigError when the rank rejects the request, ClusterError when the leader dies, the group is dead
-        already, has MAX_OPEN_REQUESTS open, or has no leader for LEADER_TIMEOUT_S seconds.
+        Raises ConfigError when the rank rejects the request, ClusterError when the group is dead, has
+        MAX_OPEN_REQUESTS open, has no leader for LEADER_TIMEOUT_S seconds, or lost too many (requests.py).
         """
-        if self._ended.done():
-            raise ClusterError(str(self._ended.result()))
-        if self._num_open >= MAX_OPEN_REQUESTS:
-            raise ClusterError(f"{MAX_OPEN_REQUESTS} requests are open, the most at a time. Try again later.")
-        self._num_open += 1
-        try:
-            leader = self._leader or await self._wait_leader()
-            async with aclosing(leader.generate(submit)) as events:
-                async for event in events:
-                    yield event
-        finally:
-            self._num_open -= 1
+        return self._requests.generate(submit)
 
     async def observe(self, observe: Observe) -> Done:
         """Let the ranks read whole windows, for evaluation; rank 0 must be this host's.
 
         Raises ConfigError when the rank rejects it or is another host's, ClusterError as `generate`.
         """
-        if self._ended.done():
-            raise ClusterError(str(self._ended.result()))
-        leader = self._leader or await self._wait_leader()
+        leader = await self._find_leader()
         if not isinstance(leader, LocalRank):
             raise ConfigError("another host leads this group, and windows stay on their host.")
-        self._num_open += 1
+        self._num_observed += 1
         try:
             async with aclosing(leader.generate(observe)) as events:
                 async for event in events:
                     if isinstance(event, Done):
                         return event
         finally:
-            self._num_open -= 1
+            self._num_observed -= 1
         raise ClusterError("the answer has no end. This is a bug of expertd.")
 
-    async def _wait_leader(self) -> Leader:
-        try:
+    async def _find_leader(self) -> Leader:
+        """Whoever leads, or will in LEADER_TIMEOUT_S seconds. Raises ClusterError when nobody does."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEADER_TIMEOUT_S):
                 await self._led.wait()
-        except TimeoutError:
-            pass
         if self._ended.done():
             raise ClusterError(str(self._ended.result()))
         if self._leader is None:
@@ -257,9 +239,10 @@ class Cluster:
             raise ClusterError(f"{reason}; nobody answers requests at the moment. Try again later.")
         return self._leader
 
-    def _lead_by(self, leader: Leader | None) -> None:
+    def lead_by(self, leader: Leader | None) -> None:
+        """From now on requests go to `leader`; None: they wait for the next one."""
         self._leader = leader
-        if leader:
+        if leader or self._ended.done():
             self._led.set()
         else:
             self._led.clear()
@@ -290,7 +273,7 @@ class Cluster:
             else:
                 rank.join(epoch, number)
         first = members[0] if members and layout.first_rank == 0 and not members[0].dead else None
-        self._lead_by(first or leader)
+        self.lead_by(first or leader)
 
     def end_epoch(self, reason: str) -> None:
         """Poison the present epoch, if it is not over yet; its ranks wait for the next one."""
@@ -318,8 +301,8 @@ class Cluster:
             self._end(error or ClusterError(f"{reason}; {WHAT_NEXT}"))
             return
         if self._leader is rank:
-            self._lead_by(None)
-        rank.fail_requests(f"{reason}; ask again: {outlook}")
+            self.lead_by(None)
+        rank.fail_requests(f"{reason}; {outlook}", lost=True)
         if self._epochs and rank.sits_in(self._epochs[-1]):
             self.end_epoch(reason)
         rank.seats.clear()
@@ -333,7 +316,7 @@ class Cluster:
             return
         epoch = self._epochs[-1]
         young = time.monotonic() - epoch.began < FRUITLESS_S
-        fruitless = not epoch.fruitful and (young or self._num_open > 0)
+        fruitless = not epoch.fruitful and (young or self._requests.num_open + self._num_observed > 0)
         self._num_fruitless = self._num_fruitless + 1 if fruitless else 0
         self.end_epoch(ended.message)
         self._events.put_nowait(EpochEnded(ended.epoch, ended.message, self._num_fruitless))
@@ -479,6 +462,7 @@ class Cluster:
             await self._teardown
             raise
         finally:
+            await self._requests.close()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

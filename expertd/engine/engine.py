@@ -89,10 +89,10 @@ class Engine:
         self._has_met = self._has_decoded = False
 
     def abandon(self, reason: str) -> None:
-        """Fail every open request: another rank leads now, and knows nothing of them."""
+        """Give every open request back: another rank leads now, and the supervisor resumes them there."""
         ids = [s.submit.request_id for s in self._open] + [o.request_id for o in self._to_observe]
         for request_id in ids:
-            self.send(Failed(request_id, reason))
+            self.send(Failed(request_id, reason, lost=True))
         self._open.clear()
         self._to_observe.clear()
         self._runner = None
@@ -163,13 +163,17 @@ class Engine:
         except ConfigError as e:
             self.send(Rejected(submit.request_id, str(e)))
             return
-        if len(self._open) >= self.max_streams + self.max_waiting:
+        if not submit.resumed and len(self._open) >= self.max_streams + self.max_waiting:
             message = f"{len(self._open)} requests are being served or wait already. Ask again later."
             self.send(Rejected(submit.request_id, message, busy=True))
             return
         self._num_sequences += 1
-        self._open.append(self._new_sequence(submit, prompt))
+        sequence = self._new_sequence(submit, prompt)
+        self._open.append(sequence)
         self.send(Started(submit.request_id, len(prompt)))
+        sequence.replay(submit.generated)
+        if sequence.finish_reason:  # nothing but its Done was lost
+            self._finish(sequence, "solo")
 
     def _new_sequence(self, submit: Submit, prompt: list[int]) -> Sequence:
         room = self.context_length - len(prompt)

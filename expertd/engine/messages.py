@@ -2,7 +2,7 @@
 
 A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Ready (once),
 Joined and Ended (each at most once per epoch) and Fatal (last); as leader also Choice, and per request Started,
-Token..., and one of Done, Rejected (the request is wrong) and Failed (we are).
+Token..., and one of Done, Rejected (the request is wrong) and Failed (we are, or do not lead any more).
 """
 
 from dataclasses import dataclass, field
@@ -59,6 +59,10 @@ class Submit:
     tokens are never chosen and stop strings are not looked for. `logprobs` 0 to 20 asks for the log-probability of each
     token and as many of the likeliest. `logits_file` asks rank 0 to write the float32 logits of every generated
     position there, as safetensors: "logits" [num_tokens, vocab].
+
+    A request that was accepted before, by a leader that is gone, is `resumed`, and `generated` are the tokens that its
+    client has: the answer goes on after them, and only new ones are sent. `keep` and `note` are the supervisors': the
+    request goes on without a reader and may be read again; the note is the server's, for then.
     """
 
     request_id: str
@@ -72,6 +76,10 @@ class Submit:
     ignore_end: bool = False
     logprobs: int | None = None
     logits_file: str | None = None
+    generated: list[int] = field(default_factory=list)
+    resumed: bool = False
+    keep: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,8 @@ class Done:
     """The end of a request; `finish_reason` is "stop", "length" or "cancelled".
 
     `prefill_tokens_per_s` counts prompt tokens until the first token is sampled, `decode_tokens_per_s` the tokens
-    after the first (0 when there is none), interruptions included. `split` and `ranks` are those of the end.
+    after the first (0 when there is none), interruptions included; of a resumed request, both since then. `split` and
+    `ranks` are those of the end.
     """
 
     request_id: str
@@ -233,8 +242,11 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Failed:
+    """The request is over; if `lost`, only because this leader is none any more: the next one may resume it."""
+
     request_id: str
     message: str
+    lost: bool = False
 
 
 Message = (

@@ -54,6 +54,7 @@ class Sequence:
     stops: StopStrings
     num_computed: int = 0  # tokens in the cache, the same on every rank
     generated: list[int] = field(default_factory=list)
+    num_replayed: int = 0  # of `generated`: another leader chose them
     num_chars: int = 0  # of the text of `generated`, but for the bytes of an unfinished character
     logits: list[mx.array] = field(default_factory=list)  # for Submit.logits_file
     cancelled: bool = False
@@ -80,7 +81,7 @@ class Sequence:
 
         Gives the text that became final, and how many characters there are before the token's own.
         """
-        if not self.generated:
+        if not self.first_token_at:
             self.first_token_at = time.monotonic()
         self.generated.append(token_id)
         self.sampler.add(token_id)
@@ -96,6 +97,13 @@ class Sequence:
             text = self._flush(text)
         return text, offset
 
+    def replay(self, token_ids: list[int]) -> None:
+        """Take tokens that another leader chose and whose text the client has."""
+        for token_id in token_ids:
+            self.append(token_id)
+        if token_ids:
+            self.num_replayed, self.started_at, self.first_token_at = len(token_ids), time.monotonic(), 0.0
+
     def _flush(self, text: str) -> str:
         text += self._find_stops(self.detokenizer.finish())
         return text if self.stops.found else text + self.stops.finish()
@@ -108,7 +116,7 @@ class Sequence:
         """The closing message, with the speeds of this request."""
         now = time.monotonic()
         first = self.first_token_at or now
-        later = max(0, len(self.generated) - 1)
+        later = max(0, len(self.generated) - self.num_replayed - 1)
         return Done(
             request_id=self.submit.request_id,
             finish_reason="cancelled" if self.cancelled else self.finish_reason or "stop",

@@ -98,7 +98,7 @@ class Rank:
             threading.Thread(target=self.beat, args=(begin, mailbox), daemon=True).start()
         for request_id in self.answering if begin.rank > 0 else set():
             self.cancelled.add(request_id)
-            self.say(Failed(request_id, "another rank leads"))
+            self.say(Failed(request_id, "another rank leads", lost=True))
         if self.mood == "hopeless" or (self.mood == "unsteady" and begin.num_ranks > 1):
             self.say(Ended(begin.epoch, "LinkDown", "the link is torn"))
 
@@ -146,8 +146,9 @@ class Rank:
             time.sleep(0.01)
 
     def generate(self, submit: Submit, words: list[str], pause_s: float) -> None:
-        count, reason, num_chars = 0, "stop", 0
-        for word in words:
+        count, reason = len(submit.generated), "stop"
+        num_chars = sum(len(word) + 1 for word in words[:count])
+        for word in words[count:]:
             if submit.request_id in self.cancelled or "fail" in word:
                 break
             if count == submit.max_tokens:

@@ -127,7 +127,7 @@ def test_the_stream_survives(
 
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize("part", ["rank", "supervisor"])
-def test_the_follower_answers_without_its_leader(
+def test_the_follower_goes_on_without_its_leader(
     group: list[Computer], undisturbed: Answer, part: str, number: signal.Signals
 ) -> None:
     leader, follower = group
@@ -137,8 +137,8 @@ def test_the_follower_answers_without_its_leader(
     since = disturb(leader, part, number)
     what = f"{number.name} of host-a's {part}"
     require_report(follower, since, what)
-    ended = stream.result()
-    assert ended.error and undisturbed.text.startswith(ended.text)
+    assert stream.result() == undisturbed
+    print(f"{what}: longest gap of the stream {stream.longest_gap_s:.2f} s")
     require_answer(follower, undisturbed)
     if (part, number) == ("supervisor", signal.SIGSTOP):
         os.kill(leader.part("supervisor").pid, signal.SIGCONT)

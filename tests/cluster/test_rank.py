@@ -131,7 +131,7 @@ def test_idle_follower_is_woken_by_poison(bench: Bench, monkeypatch: pytest.Monk
     (ended,) = bench.sent
     assert isinstance(ended, Ended) and (ended.epoch, ended.kind) == (1, "LinkDown")
     assert "rank 0 died" in ended.message
-    assert bench.engine.calls == [("abandon", "another rank leads since epoch 1: why; ask again")]
+    assert bench.engine.calls == [("abandon", "another rank leads since epoch 1: why")]
 
 
 def test_pulse_goes_on_until_the_next_mailbox_is_open(bench: Bench) -> None:
@@ -149,12 +149,12 @@ def test_pulse_goes_on_until_the_next_mailbox_is_open(bench: Bench) -> None:
     assert bench.model.attached == [None, 1, None, None]  # alone it needs no link
 
 
-def test_requests_of_a_follower_fail(bench: Bench) -> None:
+def test_requests_of_a_follower_are_given_back(bench: Bench) -> None:
     begin, second = bench.begin(1, 1, 2), Begin(2, 0, "auto", (1.0,), "")
     for message in (SUBMIT, Cancel("r"), second):
         bench.inbox.put(message)
     assert bench.rank._live(begin) is second
-    assert bench.sent == [Failed("r", "this rank does not lead any more; ask again")]
+    assert bench.sent == [Failed("r", "this rank does not lead any more", lost=True)]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from expertd.checkpoint.locate import find_checkpoint
 from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Done, Started, Submit, Token
-from expertd.errors import ClusterError
 from expertd.sampling import Sampling
 
 pytestmark = pytest.mark.fault
@@ -111,13 +110,11 @@ def test_killed_in_prefill_and_the_leader_after_it() -> None:
             again = Listener(cluster, "again", LONG_PROMPT)
             await until(lambda: len(again.token_ids) == 5)
             signal_rank(cluster, 0, signal.SIGKILL)
-            with pytest.raises(ClusterError) as caught:
-                await again.task
-            assert str(caught.value) == "rank 0 died: killed by SIGKILL; ask again: rank 1 goes on alone"
+            await again.task
+            assert again.done and (again.done.completion_tokens, again.done.ranks) == (NUM_TOKENS, 1)
             alone = Listener(cluster, "alone", LONG_PROMPT)
             await alone.task
-            assert first.token_ids == alone.token_ids
-            assert again.token_ids == alone.token_ids[: len(again.token_ids)]
+            assert first.token_ids == again.token_ids == alone.token_ids
             short = Listener(cluster, "short")
             await short.task
             assert waiting.token_ids == short.token_ids

@@ -308,15 +308,15 @@ def test_epoch_that_ends_when_all_is_done_releases_nothing_later() -> None:
     assert bench.runner.plans[0].released == []
 
 
-def test_abandoned_requests_fail_with_the_reason() -> None:
+def test_abandoned_requests_are_given_back_with_the_reason() -> None:
     bench = Bench()
     bench.ask("r", "prompt", "reply")
     bench.ask("next", "other", "x")
     bench.engine.step()
     bench.engine.abandon("another rank leads")
     assert bench.engine.idle
-    assert bench.of("r")[-1] == Failed("r", "another rank leads")
-    assert bench.of("next")[-1] == Failed("next", "another rank leads")
+    assert bench.of("r")[-1] == Failed("r", "another rank leads", lost=True)
+    assert bench.of("next")[-1] == Failed("next", "another rank leads", lost=True)
     bench.begin()
     bench.ask("later", "third", "z")
     bench.finish()
@@ -411,7 +411,7 @@ def test_windows_may_be_cancelled_and_abandoned(tmp_path: Path) -> None:
     bench.engine.take(Cancel("a"))
     bench.engine.abandon("another rank leads")
     assert bench.of("a") == [Started("a", 1)]
-    assert bench.of("b")[-1] == Failed("b", "another rank leads")
+    assert bench.of("b")[-1] == Failed("b", "another rank leads", lost=True)
     assert bench.engine.idle
 
 
