@@ -225,10 +225,13 @@ class Engine:
     def _run(self, plan: Plan) -> mx.array | None:
         """Carry out a plan, on every rank; the planner learns what it took."""
         assert self._runner is not None
+        begin = time.monotonic()
+        self._runner.catch_up(plan)
         start = time.monotonic()
         logits = self._runner.lead(plan)
-        seconds = time.monotonic() - start
-        self._planner.took(Work.of(plan.decode, plan.num_tokens), plan.split.name, plan.num_tokens, seconds)
+        seconds, waited_s = time.monotonic() - start, start - begin
+        work = Work.of(plan.decode, plan.num_tokens)
+        self._planner.took(work, plan.split.name, plan.num_tokens, seconds, waited_s)
         for choice in self._planner.news():
             self.send(choice)
         self._released = []

@@ -1,6 +1,7 @@
 """A step's plan: what rank 0 decided, as a value and as the frame that the other ranks replay."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import msgpack
 
@@ -46,6 +47,17 @@ class WindowsPlan:
 
 
 @dataclass(frozen=True)
+class CatchUp:
+    """Decode steps that rank 0 has taken alone, in order, for the others to do what they leave in the caches."""
+
+    steps: list[Plan]
+
+    def encode(self) -> bytes:
+        frame: bytes = msgpack.packb(asdict(self))
+        return frame
+
+
+@dataclass(frozen=True)
 class Meeting:
     """Before an epoch's first step: the caches that rank 0 still has, each with the numbers of tokens to which it can
     be cut. Every rank answers which of these are its own as well."""
@@ -57,14 +69,19 @@ class Meeting:
         return frame
 
 
-def decode_plan(frame: bytes) -> Plan | WindowsPlan | Meeting:
+def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting:
     """Raises RemoteProtocolError when the bytes are no plan."""
     try:
         values = msgpack.unpackb(frame, strict_map_key=False)
         if "lengths" in values:
             return Meeting({int(i): [int(n) for n in ns] for i, ns in Meeting(**values).lengths.items()})
-        split = values.pop("split")
-        kind = WindowsPlan if "windows" in values else Plan
-        return kind(**values, split=StepSplit(split["name"], tuple(split["fractions"])))
+        if "steps" in values:
+            return CatchUp([Plan(**_with_split(step)) for step in CatchUp(**values).steps])
+        return WindowsPlan(**_with_split(values)) if "windows" in values else Plan(**_with_split(values))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e
+
+
+def _with_split(values: Any) -> dict[str, Any]:
+    split = values["split"]
+    return {**values, "split": StepSplit(split["name"], tuple(split["fractions"]))}

@@ -120,15 +120,18 @@ class Planner:
         record.num_steps += 1
         return _next_trial(record) or record.choice
 
-    def took(self, work: Work, split: str, num_tokens: int, seconds: float) -> None:
-        """Say what the step took, from its start to its end. `num_tokens` is what it really had."""
+    def took(self, work: Work, split: str, num_tokens: int, seconds: float, waited_s: float = 0.0) -> None:
+        """Say what the step took, from its start to its end. `num_tokens` is what it really had.
+
+        Before it the ranks waited `waited_s` for each other: no fault of the split, but a trial has to pay for it.
+        """
         if self._fixed:
             return
         record = self._record(work)
         if work.kind == "prefill":  # bound by arithmetic: twice the tokens, twice the time
             seconds *= work.num_tokens / num_tokens
         if record.is_measured:
-            _save(record, split, seconds)
+            _save(record, split, seconds, waited_s)
         record.add(split, seconds)
         if record.is_measured:
             self._settle(work, record)
@@ -195,13 +198,13 @@ def _next_trial(record: _Record) -> str:
     return oldest if waited and record.savings_s >= costs[oldest] - costs[record.choice] else ""
 
 
-def _save(record: _Record, split: str, seconds: float) -> None:
+def _save(record: _Record, split: str, seconds: float, waited_s: float) -> None:
     """Put a part of this step's time aside for trials, or pay for the trial that it was."""
     if split == record.choice:
         dearest = max(record.costs_s().values()) - record.pace_s
         record.savings_s = min(record.savings_s + TRIAL_BUDGET * seconds, dearest)
     else:
-        record.savings_s -= max(0.0, seconds - record.pace_s)
+        record.savings_s -= max(0.0, waited_s + seconds - record.pace_s)
 
 
 def _reason(choice: str, costs: dict[str, float]) -> str:

@@ -4,6 +4,11 @@ Caches outlive epochs. A rank takes a step that failed back at once. Ranks may t
 rank may be new: at a `Meeting`, before an epoch's first step, rank 0 names what it has, each rank answers how much of
 that it has too, and all cut every cache to the longest beginning that everybody has. What some rank lacks altogether
 is dropped everywhere, and its sequence is read again.
+
+Under `solo` nobody needs the other ranks, and a group must not be slower than rank 0 alone: on one host they would
+take memory bandwidth from it. So rank 0 takes decode steps without a word, and lets the others catch up before the
+next step that needs them, or after CATCH_UP_STEPS. They then read many tokens at once, which is cheap, or decode them
+where a chunk would leave other bits (Model.one_by_one).
 """
 
 import functools
@@ -13,7 +18,7 @@ from typing import TypeVar
 
 import mlx.core as mx
 
-from expertd.engine.plan import Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
 from expertd.errors import TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
@@ -32,6 +37,9 @@ MASK_BYTES = 8
 # A meeting's frame has to fit a slot: of 64 bytes for a cache at most, and a slot has a MiB.
 MAX_OFFERED = 4096
 
+# When rank 0 dies, what the others have not caught up with is read from the transcripts: a small chunk.
+CATCH_UP_STEPS = 32
+
 Caches = dict[int, SequenceCache]  # by sequence
 
 
@@ -40,6 +48,7 @@ class Runner:
 
     def __init__(self, model: Model, link: Mailbox | MlxLink, caches: Caches) -> None:
         self._model, self._link, self._caches = model, link, caches
+        self._untold: list[Plan] = []
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
             caches.clear()
 
@@ -53,20 +62,52 @@ class Runner:
         self._tell(meeting)
         return self._meet(meeting)
 
+    def catch_up(self, plan: Plan) -> None:
+        """Rank 0, before a step that takes all ranks: wait until they have what it did alone. Else it does nothing."""
+        if self._untold and not self._is_untold(plan):
+            self._tell_untold()
+            self._tell(CatchUp([]))  # it is taken when the one before is done
+
     def lead(self, plan: Plan) -> mx.array | None:
         """Rank 0: give the plan to the others and carry it out; float32 logits [num_sequences, vocab] of a decode step.
 
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
+        if self._is_untold(plan):
+            if len(self._untold) >= CATCH_UP_STEPS:
+                self._tell_untold()
+            logits = self._execute(plan)
+            self._untold.append(plan)
+            return logits
+        self.catch_up(plan)
         self._tell(plan)
-        return self._execute(plan)
+        logits = self._execute(plan)
+        self._note_told(plan)
+        return logits
+
+    def _is_untold(self, plan: Plan) -> bool:
+        if not plan.decode or plan.split.name != "solo" or self._link.num_ranks == 1:
+            return False
+        known = [self._caches[i] for i in plan.sequence_ids if i not in plan.started]
+        return all(cache.forgets for cache in known)
+
+    def _tell_untold(self) -> None:
+        steps, self._untold = self._untold, []
+        self._tell(CatchUp(steps))
+        for step in steps:
+            self._note_told(step)
+
+    def _note_told(self, plan: Plan) -> None:
+        for sequence_id in plan.sequence_ids:
+            if cache := self._caches.get(sequence_id):
+                cache.num_told = len(cache)
 
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
         """Rank 0: as `lead`, for whole windows; Model.observe says what it gives."""
         self._tell(plan)
         return self._observe(plan)
 
-    def _tell(self, plan: Plan | WindowsPlan | Meeting) -> None:
+    def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting) -> None:
         if self._link.num_ranks > 1:
             self._link.send_frame(plan.encode())
 
@@ -80,16 +121,38 @@ class Runner:
             self._meet(plan)
         elif isinstance(plan, WindowsPlan):
             self._observe(plan)
+        elif isinstance(plan, CatchUp):
+            self._redo(plan.steps)
         else:
             self._execute(plan)
+
+    def _redo(self, steps: list[Plan]) -> None:
+        """Append what steps appended to caches that are still in use after all of them."""
+        if self._model.one_by_one:
+            for step in steps:
+                self._execute(step)
+            return
+        last: dict[int, Plan] = {}  # all that happens to a sequence, as one step
+        for step in steps:
+            for sequence_id in step.released:
+                last.pop(sequence_id, None)
+                self._caches.pop(sequence_id, None)
+            for sequence_id, tokens in zip(step.sequence_ids, step.tokens, strict=True):
+                started = [sequence_id] if sequence_id in step.started else []
+                whole = last.setdefault(
+                    sequence_id, Plan([sequence_id], [[]], False, step.split, started, [])
+                )
+                whole.tokens[0].extend(tokens)
+        for whole in last.values():
+            self._execute(whole)
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         common = self._common([self._mask(i, lengths) for i, lengths in meeting.lengths.items()])
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if mask:
-                self._caches[sequence_id].cut(
-                    lengths[(mask & -mask).bit_length() - 1]
-                )  # the longest comes first
+                length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
+                self._caches[sequence_id].cut(length)
+                self._caches[sequence_id].num_told = length
             else:
                 self._caches.pop(sequence_id, None)
         for sequence_id in self._caches.keys() - meeting.lengths.keys():

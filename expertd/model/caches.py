@@ -24,11 +24,16 @@ State = list[Any]  # of each layer; None where the layer forgets by itself
 
 
 class SequenceCache:
-    """The caches of all layers, as mlx-lm makes them, and the tokens that are in them."""
+    """The caches of all layers, as mlx-lm makes them, and the tokens that are in them.
+
+    `num_told` of these the other ranks know of. `forgets`: it can forget any number of its last tokens.
+    """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
+        self.forgets = all(map(_forgets, layers))
         self.tokens: list[int] = []
+        self.num_told = 0
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
 
     def __len__(self) -> int:
@@ -43,11 +48,12 @@ class SequenceCache:
 
     def lengths(self) -> list[int]:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
-        return sorted({len(self), *self._before} - {0}, reverse=True)
+        told = {self.num_told} if self.forgets else set()
+        return sorted({len(self), *told, *self._before} - {0}, reverse=True)
 
     def can_cut(self, length: int) -> bool:
         """Whether its first `length` tokens can be had."""
-        return length in self.lengths() or (0 < length < len(self) and all(map(_forgets, self.layers)))
+        return length in self.lengths() or (0 < length < len(self) and self.forgets)
 
     def cut(self, length: int) -> None:
         """Go back to the first `length` tokens: what `can_cut`, or what there was before the last step."""
@@ -56,6 +62,7 @@ class SequenceCache:
             for layer, kept in zip(self.layers, state, strict=True):
                 _go_back(layer, length, kept)
         del self.tokens[length:]
+        self.num_told = min(self.num_told, length)
         self._before = {n: state for n, state in self._before.items() if n < length}
 
     def evaluate(self) -> None:

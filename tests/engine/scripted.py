@@ -77,6 +77,9 @@ class ScriptedRunner:
             self.caches.setdefault(sequence_id, []).extend(tokens)
         return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
 
+    def catch_up(self, plan: Plan) -> None:
+        pass
+
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Any]:
         self.before_windows(plan)
         tokens = mx.array(plan.windows)

@@ -6,8 +6,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from expertd.engine.plan import Meeting, Plan, WindowsPlan, decode_plan
-from expertd.engine.runner import MASK_BYTES, Caches, Runner
+from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine.runner import CATCH_UP_STEPS, MASK_BYTES, Caches, Runner
 from expertd.errors import LinkDown, RemoteProtocolError
 from expertd.link.mailbox import Mailbox
 from expertd.model.model import Model
@@ -41,6 +41,8 @@ class FakeLayer(KVCache):  # type: ignore[misc]
 
 class FakeModel:
     """The logits are those of the next number."""
+
+    one_by_one = False
 
     def __init__(self) -> None:
         self.layers: list[FakeLayer] = []
@@ -114,6 +116,70 @@ def test_leader_and_follower_do_the_same() -> None:
         follower.follow()
     assert followed.caches == led.caches == [[5, 6, 7, 8, 11], [9, 10, 12]]
     assert followed.splits == led.splits == [SPLIT] * len(PLANS)
+
+
+# Steps that rank 0 takes alone.
+
+SOLO = StepSplit("solo", (0.5, 0.5))
+ALONE = [
+    Plan([1], [[8]], True, SOLO, [], []),
+    Plan([1, 2], [[9], [20]], True, SOLO, [2], []),
+    Plan([1, 2, 3], [[10], [21], [30]], True, SOLO, [3], []),
+    Plan([1, 3], [[11], [31]], True, SOLO, [], [2]),
+]
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_solo_steps_are_told_before_the_next_that_takes_all(one_by_one: bool) -> None:
+    leader, led, box = make()
+    leader.lead(PLANS[0])
+    logits = [leader.lead(plan) for plan in ALONE]
+    assert [x.tolist() for x in logits if x is not None] == [
+        [[9.0]], [[10.0], [21.0]], [[11.0], [22.0], [31.0]], [[12.0], [32.0]],
+    ]  # fmt: skip
+    assert [decode_plan(frame) for frame in box.sent] == PLANS[:1]
+    together = Plan([3, 1], [[32], [12]], True, SPLIT, [], [])
+    leader.catch_up(together)
+    leader.lead(together)
+    assert [decode_plan(frame) for frame in box.sent[1:]] == [CatchUp(ALONE), CatchUp([]), together]
+    follower, followed, _ = make(frames=list(box.sent))
+    followed.one_by_one = one_by_one
+    for _ in box.sent:
+        follower.follow()
+    all_tokens = [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [30, 31, 32]]
+    assert led.caches == all_tokens
+    # Sequence 2 was over before the follower came to it.
+    assert followed.caches == (all_tokens if one_by_one else [all_tokens[0], all_tokens[2]])
+    assert len(followed.splits) == (len(ALONE) if one_by_one else 2) + 2
+
+
+def test_a_prompt_is_read_by_all_at_once_though_solo() -> None:
+    leader, _, box = make()
+    plan = Plan([1], [[5, 6, 7]], False, SOLO, [1], [])
+    leader.lead(plan)
+    assert [decode_plan(frame) for frame in box.sent] == [plan]
+
+
+def test_others_are_never_far_behind() -> None:
+    leader, _, box = make()
+    leader.lead(PLANS[0])
+    steps = [Plan([1], [[i]], True, SOLO, [], []) for i in range(2 * CATCH_UP_STEPS + 1)]
+    for step in steps:
+        leader.lead(step)
+    told = [CatchUp(steps[:CATCH_UP_STEPS]), CatchUp(steps[CATCH_UP_STEPS:-1])]
+    assert [decode_plan(frame) for frame in box.sent[1:]] == told
+
+
+def test_ranks_meet_at_what_was_told() -> None:
+    caches: Caches = {}
+    leader, _, box = make(caches=caches)
+    leader.lead(PLANS[0])
+    for token in range(4):
+        leader.lead(Plan([1], [[token]], True, SOLO, [], []))
+    leader, _, box = make(caches=caches)
+    box.other = masks(0b1000)
+    assert leader.meet() == {1: 3}
+    assert decode_plan(box.sent[-1]) == Meeting({1: [7, 6, 5, 3]})
 
 
 def test_windows_need_no_cache() -> None:
