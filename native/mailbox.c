@@ -47,6 +47,8 @@ struct xd_mailbox {
     uint64_t step_waited_ns;   /* spent waiting since the last frame */
     uint64_t total_waited_ns;
     uint64_t num_exchanges;
+    uint64_t waits[XD_WAIT_BUCKETS]; /* see xd_mailbox_waits; total_waited_ns has the frames as well */
+    uint64_t exchanges_waited_ns;
     uint64_t step_timeout_ns;
     uint64_t pulse_timeout_ns;
     _Atomic bool stop;
@@ -291,6 +293,13 @@ static const char *explain(int code) {
     }
 }
 
+/* No clock is read for this: what was waited is known, and a peer that was there first cost nothing. */
+static void count_wait(xd_mailbox *box, uint64_t waited_ns) {
+    int bucket = waited_ns ? 64 - __builtin_clzll(waited_ns) : 0;
+    box->exchanges_waited_ns += waited_ns;
+    box->waits[bucket < XD_WAIT_BUCKETS ? bucket : XD_WAIT_BUCKETS - 1]++;
+}
+
 /* Wait for a peer inside a step and check that it is at the same exchange. */
 static int meet(xd_mailbox *box, int peer, uint32_t tag, uint64_t digest, uint64_t bytes) {
     uint64_t waited = 0, left = box->step_timeout_ns > box->step_waited_ns
@@ -299,6 +308,7 @@ static int meet(xd_mailbox *box, int peer, uint32_t tag, uint64_t digest, uint64
     box->step_waited_ns += waited;
     box->total_waited_ns += waited;
     if (code) return fail(box, code, peer, tag, explain(code));
+    if (tag) count_wait(box, waited);
     const slot_head *slot = slot_of(box->shared, peer, box->round);
     char what[120];
     if (slot->tag != tag || slot->bytes != bytes) {
@@ -389,4 +399,9 @@ size_t xd_mailbox_slot_bytes(xd_mailbox *box) { return box->shared->slot_bytes; 
 void xd_mailbox_stats(xd_mailbox *box, uint64_t *num_exchanges, double *waited_s) {
     *num_exchanges = box->num_exchanges;
     *waited_s = (double)box->total_waited_ns * 1e-9;
+}
+
+void xd_mailbox_waits(xd_mailbox *box, uint64_t *counts, double *waited_s) {
+    memcpy(counts, box->waits, sizeof box->waits);
+    *waited_s = (double)box->exchanges_waited_ns * 1e-9;
 }

@@ -15,6 +15,7 @@ typedef struct xd_mailbox xd_mailbox;
 
 enum {
     XD_MAX_RANKS = 4,
+    XD_WAIT_BUCKETS = 40,
     XD_OK = 0,
     XD_TIMEOUT = -1,   /* the peer lives but did not come before the deadline */
     XD_PEER_DEAD = -2, /* the peer's pulse has stopped */
@@ -68,3 +69,7 @@ int xd_mailbox_failure(xd_mailbox *box, char *err, size_t errlen);
 int xd_mailbox_num_ranks(xd_mailbox *box);
 size_t xd_mailbox_slot_bytes(xd_mailbox *box);
 void xd_mailbox_stats(xd_mailbox *box, uint64_t *num_exchanges, double *waited_s);
+
+/* How long the waits for peers inside exchanges were, since opening: counts[0] found the peer's bytes there, counts[i]
+ * took at least 2^(i-1) ns and less than 2^i, the last one 275 s and more. counts[XD_WAIT_BUCKETS]; all in seconds. */
+void xd_mailbox_waits(xd_mailbox *box, uint64_t *counts, double *waited_s);

@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -35,6 +36,7 @@ from expertd.engine.messages import (
     Observe,
     Ready,
     Setup,
+    Stats,
     Submit,
     codec,
 )
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
 SEND_TIMEOUT_S = 30.0
 # The mailbox is sent before the Begin that speaks of it.
 MAILBOX_TIMEOUT_S = 5.0
+# How often a leader that works says what it did: as often as people look, and nothing beside a second's steps.
+REPORT_S = 1.0
 
 
 class Control:
@@ -119,6 +123,7 @@ class Rank:
         self._mailbox: Mailbox | None = None
         self._leads = False
         self._caches: Caches = {}
+        self._reported_at, self._said = 0.0, Stats()
 
     def run(self) -> NoReturn:
         begin = self._wait_begin()
@@ -141,11 +146,21 @@ class Rank:
                     return following
                 if self._leads:
                     self._engine.step()
+                    self._report()
                 else:
                     runner.follow()
         except TransportError as e:
             self._control.send(Ended(begin.epoch, type(e).__name__, str(e)))
         return self._wait_begin()
+
+    def _report(self) -> None:
+        """As leader, say Stats every REPORT_S seconds, if there is news."""
+        if (now := time.monotonic()) - self._reported_at < REPORT_S:
+            return
+        self._reported_at = now
+        if (stats := self._engine.stats()) != self._said:
+            self._said = stats
+            self._control.send(stats)
 
     def _enter(self, begin: Begin) -> "Mailbox | MlxLink":
         """Leave the old epoch's mailbox for the new one's; gives the link. Raises TransportError when none comes."""

@@ -35,6 +35,7 @@ from expertd.cluster.epoch import (
     RanksReady,
 )
 from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
+from expertd.cluster.record import Record
 from expertd.cluster.requests import Leader, Requests
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
@@ -49,6 +50,7 @@ from expertd.engine.messages import (
     Ready,
     Rejected,
     Started,
+    Stats,
     Submit,
     Token,
 )
@@ -94,6 +96,7 @@ class Cluster:
         self.group = group
         self._mailbox = load_mailbox()
         self.coordinator = coordinator(self)
+        self.record = Record()
         self._ranks: list[LocalRank] = []
         self._epochs: list[Epoch] = []  # the present one last; before it, those that a rank has not left yet
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -242,6 +245,8 @@ class Cluster:
     def lead_by(self, leader: Leader | None) -> None:
         """From now on requests go to `leader`; None: they wait for the next one."""
         self._leader = leader
+        if not isinstance(leader, LocalRank):
+            self.record.latest = None  # what is open elsewhere, this host does not know
         if leader or self._ended.done():
             self._led.set()
         else:
@@ -274,12 +279,14 @@ class Cluster:
                 rank.join(epoch, number)
         first = members[0] if members and layout.first_rank == 0 and not members[0].dead else None
         self.lead_by(first or leader)
+        self.record.happened("begun", f"epoch {layout.epoch} began with {layout.num_ranks} rank(s)")
 
     def end_epoch(self, reason: str) -> None:
         """Poison the present epoch, if it is not over yet; its ranks wait for the next one."""
         if self.running:
             epoch = self._epochs[-1]
             epoch.over = reason
+            self.record.happened("ended", reason)
             self._mailbox.poison(epoch.mailbox_fd, reason)
 
     async def _coordinate(self) -> None:
@@ -296,6 +303,7 @@ class Cluster:
             return
         number = rank.number
         rank.dead, reason = what, f"rank {number} {what}"
+        self.record.happened("died", reason)
         outlook = self.coordinator.outlook() if self._all_ready.is_set() else None
         if outlook is None:
             self._end(error or ClusterError(f"{reason}; {WHAT_NEXT}"))
@@ -314,6 +322,7 @@ class Cluster:
         """A living rank found its epoch broken; late reports of an epoch that is over change nothing."""
         if not self.running or ended.epoch != self.epoch or not rank.sits_in(self._epochs[-1]):
             return
+        self.record.happened("failed", ended.message)
         epoch = self._epochs[-1]
         young = time.monotonic() - epoch.began < FRUITLESS_S
         fruitless = not epoch.fruitful and (young or self._requests.num_open + self._num_observed > 0)
@@ -397,6 +406,10 @@ class Cluster:
         elif isinstance(message, Choice):
             self._choices[message.work] = message
             _log.info("%s: split %s, %s", message.work, message.split, message.reason)
+            self.record.happened("plan", f"{message.work}: {message.split}, {message.reason}")
+        elif isinstance(message, Stats):
+            if rank is self._leader:
+                self.record.hear(message)
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
         elif isinstance(message, Started | Token | Done | Rejected | Failed):

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -33,8 +33,10 @@ from expertd.engine.messages import (
     Logprobs,
     Message,
     Observe,
+    Reading,
     Rejected,
     Started,
+    Stats,
     Submit,
     Token,
 )
@@ -133,6 +135,22 @@ class Engine:
             sequence.num_computed += len(tokens)
         if logits is not None:
             self._deliver(sequences, logits, plan.split.name)
+
+    def stats(self) -> Stats:
+        """What is open now, and what was done since this was last asked."""
+        assert self._runner is not None
+        served, waiting = self._open[: self.max_streams], self._open[self.max_streams :]
+        return replace(
+            self._runner.report(),
+            num_running=len(served),
+            num_waiting=len(waiting),
+            kv_tokens=sum(s.num_computed for s in self._open),
+            reading=[
+                Reading(s.submit.request_id, s.num_computed, len(s.tokens))
+                for s in served
+                if self._num_to_read(s)
+            ],
+        )
 
     def _meet(self, runner: Runner) -> None:
         held = runner.meet()

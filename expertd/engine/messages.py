@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
 A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Ready (once),
-Joined and Ended (each at most once per epoch) and Fatal (last); as leader also Choice, and per request Started,
-Token..., and one of Done, Rejected (the request is wrong) and Failed (we are, or do not lead any more).
+Joined and Ended (each at most once per epoch) and Fatal (last); as leader also Choice and Stats, and per request
+Started, Token..., and one of Done, Rejected (the request is wrong) and Failed (we are, or do not lead any more).
 """
 
 from dataclasses import dataclass, field
@@ -150,6 +150,53 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """Steps of one kind: their number, the tokens that went in, and the seconds that they took together."""
+
+    split: str
+    decode: bool
+    num_steps: int
+    num_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """How often each expert of a layer was chosen, by its id, in the decode steps that were looked at."""
+
+    layer: int
+    chosen: list[int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A prompt of which `num_read` of `num_tokens` are in the cache."""
+
+    request_id: str
+    num_read: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What the leader's engine holds now, and what it has done since its last Stats; about once a second.
+
+    `kv_bytes` are this rank's caches as allocated. `waits` counts the waits for peers inside exchanges by their length:
+    element 0 took no time, element i 2^(i-1) to 2^i ns (empty: none, or a link that does not count them).
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_tokens: int = 0
+    kv_bytes: int = 0
+    reading: list[Reading] = field(default_factory=list)
+    steps: list[Steps] = field(default_factory=list)
+    waits: list[int] = field(default_factory=list)
+    waited_s: float = 0.0
+    loads: list[Load] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Ended:
     """The rank's epoch failed; it keeps its weights and waits for a Begin. `kind` names a TransportError's class."""
 
@@ -258,6 +305,7 @@ Message = (
     | Ready
     | Joined
     | Choice
+    | Stats
     | Ended
     | Fatal
     | Started

@@ -13,18 +13,22 @@ where a chunk would leave other bits (Model.one_by_one).
 
 import functools
 import operator
+import time
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import TypeVar
 
 import mlx.core as mx
 
+from expertd.engine.messages import Load, Stats
+from expertd.engine.meter import Meter
 from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
 from expertd.errors import TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
 from expertd.model.caches import SequenceCache
 from expertd.model.mlx_link import MlxLink
-from expertd.model.model import Model
+from expertd.model.model import Model, cache_bytes
 
 T = TypeVar("T")
 
@@ -49,6 +53,8 @@ class Runner:
     def __init__(self, model: Model, link: Mailbox | MlxLink, caches: Caches) -> None:
         self._model, self._link, self._caches = model, link, caches
         self._untold: list[Plan] = []
+        self._meter = Meter()
+        self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
             caches.clear()
 
@@ -73,6 +79,12 @@ class Runner:
 
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
+        began = time.monotonic()
+        logits = self._lead(plan)
+        self._meter.took(plan, time.monotonic() - began)
+        return logits
+
+    def _lead(self, plan: Plan) -> mx.array | None:
         if self._is_untold(plan):
             if len(self._untold) >= CATCH_UP_STEPS:
                 self._tell_untold()
@@ -106,6 +118,19 @@ class Runner:
         """Rank 0: as `lead`, for whole windows; Model.observe says what it gives."""
         self._tell(plan)
         return self._observe(plan)
+
+    def report(self) -> Stats:
+        """Rank 0: what was done in this epoch since the last report, and the bytes of all caches."""
+        (before, before_s), self._waits = self._waits, self._link.waits()
+        total, total_s = self._waits
+        waits = [a - b for a, b in zip_longest(total, before, fillvalue=0)]
+        return Stats(
+            kv_bytes=sum(cache_bytes(cache.layers) for cache in self._caches.values()),
+            steps=self._meter.take(),
+            waits=waits if any(waits) else [],
+            waited_s=total_s - before_s,
+            loads=[Load(layer, chosen) for layer, chosen in self._model.expert_load.take()],
+        )
 
     def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting) -> None:
         if self._link.num_ranks > 1:

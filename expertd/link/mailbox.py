@@ -111,6 +111,12 @@ class Mailbox:
         lib.xd_mailbox_stats(self._open, count, waited)
         return {"num_exchanges": count[0], "waited_s": waited[0]}
 
+    def waits(self) -> tuple[list[int], float]:
+        """How many waits inside exchanges took no time, or 2^(i-1) to 2^i ns (element i), and the seconds of all."""
+        counts, waited = ffi.new("uint64_t[]", lib.XD_WAIT_BUCKETS), ffi.new("double *")
+        lib.xd_mailbox_waits(self._open, counts, waited)
+        return list(counts), waited[0]
+
     @property
     def _open(self) -> object:
         if self._box == ffi.NULL:

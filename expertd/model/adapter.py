@@ -52,6 +52,7 @@ class StepState:
     def __init__(self) -> None:
         self.link: Link | None = None
         self.split = StepSplit("solo", (1.0,))
+        self.choices: dict[int, mx.array] | None = None  # by layer, while somebody wants to know them
         self._num_exchanges = 0
 
     def begin(self, split: StepSplit) -> None:
@@ -83,8 +84,11 @@ class _SplitSwitch:
     """`experts`, for a switch module."""
 
     _step: StepState
+    _number: int
 
     def __call__(self, x: mx.array, ids: mx.array) -> mx.array:
+        if self._step.choices is not None:
+            self._step.choices[self._number] = ids
         if self._step.split.name != "experts":
             return super().__call__(x, ids)  # type: ignore[misc, no-any-return]
         pairs, top_k, rows = ids.flatten(), ids.shape[-1], x.reshape(-1, x.shape[-1])
@@ -219,6 +223,7 @@ def _takes_hidden_states_alone(block: nn.Module) -> bool:
 def divide(model: nn.Module, step: StepState) -> list[str]:
     """Make every MoE block of an mlx-lm model follow `step`; give the splits that the family supports."""
     kinds = {SwitchGLU: _SplitGLU, SwitchMLP: _SplitMLP}
+    numbers = {id(m): number for number, layer in enumerate(model.layers) for _, m in layer.named_modules()}
     blocks: list[nn.Module] = []
     for _, parent in model.named_modules():
         for child in _children(parent):
@@ -226,7 +231,7 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
                 if all(parent is not block for block in blocks):  # modules are dicts: `in` compares arrays
                     blocks.append(parent)
                 become(child, mixin)
-                child._step = step
+                child._step, child._number = step, numbers.get(id(child), len(model.layers))
     if not blocks:
         return ["solo"]
     if not all(_takes_hidden_states_alone(block) for block in blocks):

@@ -73,6 +73,10 @@ class MlxLink:
     def check(self) -> None:
         """Nothing to tell: what fails in MLX's engine raises in the evaluation itself, or never ends."""
 
+    def waits(self) -> tuple[list[int], float]:
+        """MLX does not say how long its exchanges wait."""
+        return [], 0.0
+
     def failure(self, e: RuntimeError) -> LinkDown:
         """What MLX raised in an evaluation, as an error of the link."""
         return LinkDown(f"rank {self.rank}, --link mlx: {_one_line(e)}")

@@ -15,6 +15,7 @@ from expertd.model.adapter import StepState, Taps, divide, fast_attention, load,
 from expertd.model.caches import rotates
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
+from expertd.model.load import ExpertLoad
 from expertd.model.swap import native_functions, replaced
 from expertd.model.tiles import one_thread_a_product
 from expertd.model.together import Padded, Together, ragged_attention
@@ -44,6 +45,7 @@ class Model:
         self._taps: Taps | None = None
         self._together: type[Together] | None = None
         self.one_by_one = False  # whether a token's bits depend on how many were computed with it
+        self.expert_load = ExpertLoad()
         if not wide:
             self._together = self._choose_together()
             self.one_by_one = self._try_one_by_one()
@@ -84,6 +86,17 @@ class Model:
     def decode(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array:
         """Append one token to each of several sequences; gives the evaluated float32 logits [num_sequences, vocab] of
         the positions after them."""
+        if not self.expert_load.due():
+            return self._decode(tokens, caches, split)
+        self._state.choices = {}
+        try:
+            logits = self._decode(tokens, caches, split)
+            self.expert_load.add(self._state.choices)
+        finally:
+            self._state.choices = None
+        return logits
+
+    def _decode(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array:
         if len(tokens) > 1 and self._together:
             logits = self._forward_together(tokens, caches, split, self._together).astype(mx.float32)
             mx.eval(logits)
@@ -172,3 +185,8 @@ class Model:
             every = self._state.exchange(mine, counts)
             mx.eval(every)  # the next exchange may not overtake it
             taps.experts[layer] = every.reshape(*shape, -1)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """What a sequence's cache takes, as it is allocated."""
+    return sum(layer.nbytes for layer in cache)

@@ -18,6 +18,7 @@ from expertd.config import ServerConfig
 from expertd.engine.messages import Done, Ready, Started, Submit, Token
 from expertd.errors import ClusterError, ExpertdError
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
+from expertd.server.metrics import Metrics
 from expertd.server.schema import ChatRequest, CompletionRequest, parse_request
 from expertd.server.stream import EventStream, read_body, while_connected
 from expertd.server.wire import ChatFormat, CompletionFormat, Format, encode_event
@@ -39,6 +40,10 @@ class Service:
     hosts: Callable[[], dict[str, Any]] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.monotonic)
+    metrics: Metrics = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self)
 
     def alive(self) -> Cluster:
         """Give the cluster. Raises ClusterError while it loads and after its end."""
@@ -47,6 +52,10 @@ class Service:
         if self.cluster.failure:
             raise ClusterError(self.cluster.failure)
         return self.cluster
+
+    def generate(self, submit: Submit) -> Events:
+        """Cluster.generate, counted. Raises ClusterError as `alive`."""
+        return self.metrics.watch(self.alive().generate(submit))
 
     def check_model(self, name: str) -> None:
         """Raise ApiError (404) unless `name` is the model that is served."""
@@ -70,6 +79,7 @@ def make_app(service: Service) -> Starlette:
         route("/v1/models", "GET", list_models),
         route("/v1/models/{model:path}", "GET", show_model),
         route("/health", "GET", health),
+        route("/metrics", "GET", metrics),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
 
@@ -119,7 +129,7 @@ async def complete(service: Service, request: Request) -> Response:
 async def _respond(
     service: Service, request: Request, shape: Format, submit: Submit, stream: bool
 ) -> Response:
-    events = service.alive().generate(submit)
+    events = service.generate(submit)
     if stream:
         pieces = _stream(events, shape)
         # Awaited here, the first event decides on the status; a later failure is an event of the stream.
@@ -208,3 +218,10 @@ async def health(service: Service, request: Request) -> Response:
     return JSONResponse(
         {**body, "reason": failure} if failure else body, status_code=200 if status == "ok" else 503
     )
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    """GET /metrics, for Prometheus; `?experts=each` gives the counts of every expert of every layer instead."""
+    accept, each = request.headers.get("accept", ""), request.query_params.get("experts") == "each"
+    body, content_type = service.metrics.render(accept, each)
+    return Response(body, media_type=content_type)

@@ -1,11 +1,11 @@
 """A rank without MLX: it speaks the wire protocol and answers with the words of the prompt.
 
 Words that start with @ are switches: `@slow:0.05` (seconds per token), `@repeat:1000`, `@torn` (each byte is a token),
-`@reject:why`, `@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@ended:why`, `@hang`. A file
-`stub.json` in the checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit", "fatal", "mute", "deaf"; or how
-it takes epochs: "unsteady" (each with another rank in it fails), "hopeless" (each fails), "absent" (joins none). Each
-rank writes what it receives to `rank<r>.log`, one JSON object per line. In its epoch it counts beats into the stub
-mailbox; an epoch that ends interrupts no answer.
+`@reject:why`, `@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@ended:why`, `@hang`, `@stats`
+(it reports STATS). A file `stub.json` in the checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit",
+"fatal", "mute", "deaf"; or how it takes epochs: "unsteady" (each with another rank in it fails), "hopeless" (each
+fails), "absent" (joins none). Each rank writes what it receives to `rank<r>.log`, one JSON object per line. In its
+epoch it counts beats into the stub mailbox; an epoch that ends interrupts no answer.
 """
 
 import itertools
@@ -28,18 +28,33 @@ from expertd.engine.messages import (
     Ended,
     Failed,
     Fatal,
+    Load,
     Logprobs,
     Message,
+    Reading,
     Ready,
     Rejected,
     Setup,
     Started,
+    Stats,
+    Steps,
     Submit,
     Token,
     codec,
 )
 
 CONTEXT_LENGTH = 5000
+STATS = Stats(
+    num_running=2,
+    num_waiting=1,
+    kv_tokens=300,
+    kv_bytes=1 << 20,
+    reading=[Reading("other", 512, 2048)],
+    steps=[Steps("experts", True, 10, 20, 0.5), Steps("tokens", False, 1, 512, 0.25)],
+    waits=[5, *[0] * 11, 4, 1],
+    waited_s=2e-5,
+    loads=[Load(0, [3, 0, 1]), Load(1, [1, 1, 1, 5])],
+)
 
 
 class Rank:
@@ -139,6 +154,8 @@ class Rank:
             self.write(b"\0\0\0\x05hello")
         if "fatal" in switches:
             self.say(Fatal(0, switches["fatal"], "rank 1 went away"))
+        if "stats" in switches:
+            self.say(STATS)
         if "ended" in switches:
             assert self.begun
             self.say(Ended(self.begun.epoch, "LinkDown", switches["ended"]))

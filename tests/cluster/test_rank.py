@@ -18,7 +18,7 @@ from expertd.cluster.rank import Control, Rank
 from expertd.config import GroupConfig
 from expertd.engine import runner
 from expertd.engine.engine import Engine
-from expertd.engine.messages import Begin, Cancel, Ended, Failed, Message, Setup, Submit
+from expertd.engine.messages import Begin, Cancel, Ended, Failed, Message, Setup, Stats, Submit
 from expertd.link import mailbox as boxes
 from expertd.model.model import Model
 
@@ -42,6 +42,10 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.reports: list[Stats] = []
+
+    def stats(self) -> Stats:
+        return self.reports.pop(0) if self.reports else Stats()
 
     def begin(self, runner: object, split: str, fractions: tuple[float, ...]) -> None:
         self.calls.append(("begin", split, fractions))
@@ -119,6 +123,17 @@ def test_idle_leader_notices_a_begin_at_once(bench: Bench, monkeypatch: pytest.M
     assert bench.engine.calls == [("begin", "auto", (0.5, 0.5)), SUBMIT]
     assert bench.model.attached == [None, 0]
     assert bench.sent == []
+
+
+def test_leader_reports_what_is_new(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "IDLE_S", 0.001)
+    monkeypatch.setattr("expertd.cluster.rank.REPORT_S", 0.0)
+    first, second = Stats(num_running=1), Stats(num_running=2)
+    bench.engine.reports = [first, first, second]
+    over = Begin(2, 1, "auto", (1.0,), "")
+    monkeypatch.setattr(bench.engine, "step", lambda: bench.engine.reports or bench.inbox.put(over))
+    assert bench.rank._live(bench.begin(1, 0, 1)) is over
+    assert bench.sent == [first, second, Stats()]
 
 
 def test_idle_follower_is_woken_by_poison(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

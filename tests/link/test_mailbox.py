@@ -103,6 +103,24 @@ def test_exchange_is_concatenation(num_ranks: int, slot_bytes: int) -> None:
         assert [box.statistics()["num_exchanges"] for box in boxes] == [num_rounds] * num_ranks
 
 
+def test_waits_are_counted_by_their_length() -> None:
+    """One of each exchange with each peer, none of a frame, and buckets that fit the time of all."""
+    with open_group(3, 8) as boxes:
+
+        def swap(box: Mailbox) -> None:
+            for tag in range(1, 31):
+                if tag % 10 == 1:
+                    box.send_frame(b"step") if box.rank == 0 else box.wait_frame(DEADLINE_S)
+                box.exchange(b"a", [1, 1, 1], tag=tag)
+
+        assert together(*(lambda box=box: swap(box) for box in boxes)) == [None] * 3
+        for counts, waited_s in (box.waits() for box in boxes):
+            assert sum(counts) == 30 * 2
+            least = sum(n * 2 ** (i - 1) for i, n in enumerate(counts) if i)
+            assert least * 1e-9 <= waited_s <= 2 * least * 1e-9
+        assert sum(waited_s for _, waited_s in (box.waits() for box in boxes)) > 0
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_exchange_between_processes(num_ranks: int) -> None:
     num_rounds, slot_bytes, sha = 100, 1000, hashlib.sha256()
