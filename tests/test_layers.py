@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = ("expertd", "native", "topology", "quant", "bench")
 
 # Who may import whom, beside itself; a name is a folder, or a package or module of expertd/.
-_CHECKPOINT = {"errors", "config", "wire", "sampling"}
+_CHECKPOINT = {"errors", "config", "wire", "sampling", "dialect"}
 _LINK = _CHECKPOINT | {"native", "topology"}
 _SPLIT = _CHECKPOINT | {"checkpoint", "link"}
 _MODEL = _SPLIT | {"split", "native"}
@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "wire": {"errors"},
     "sampling": set(),
+    "dialect": set(),
     "checkpoint": _CHECKPOINT,
     "link": _LINK,
     "split": _SPLIT,
@@ -45,8 +46,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": _EVERYTHING | {"quant"},
 }
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
-MAY_IMPORT_MLX_LM = {f"expertd/model/{name}.py" for name in ("adapter", "caches", "classes", "model", "swap")}
-WITHOUT_MLX = ("errors", "config", "wire", "sampling", "checkpoint", "link", "server", "cli")
+MAY_IMPORT_MLX_LM = {
+    f"expertd/model/{name}.py" for name in ("adapter", "caches", "classes", "dialect", "model", "swap")
+}
+WITHOUT_MLX = ("errors", "config", "wire", "sampling", "dialect", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {
     f"expertd/cluster/{path.name}"
     for path in (ROOT / "expertd/cluster").glob("*.py")

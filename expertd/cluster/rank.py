@@ -246,6 +246,7 @@ def _load(setup: Setup, control: Control) -> Rank:
     from expertd.checkpoint.inspect import check_checkpoint
     from expertd.engine.engine import Engine
     from expertd.engine.text import Tokenizer
+    from expertd.model.dialect import find_dialect
     from expertd.model.kernels import open_kernels
     from expertd.model.model import Model
 
@@ -259,6 +260,7 @@ def _load(setup: Setup, control: Control) -> Rank:
     model.require(group.split)
     # Every rank may come to lead, and has no time to spare then.
     tokenizer = Tokenizer(info.folder, info.config)
+    tokenizer.speak(find_dialect(tokenizer.inner))
     engine = Engine(
         tokenizer,
         info.context_length,
@@ -270,7 +272,7 @@ def _load(setup: Setup, control: Control) -> Rank:
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     engine.tries_splits = not group.wide
     engine.one_by_one, engine.first_id = model.one_by_one, secrets.randbits(40) << 20
-    control.send(_ready(setup.rank, info, model, kernels))
+    control.send(replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect))
     return Rank(setup, group, control, model, engine)
 
 

@@ -25,12 +25,12 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from expertd.engine.echo import CHUNK, Echo, logprobs_of
+from expertd.engine.grammar import Grammars
 from expertd.engine.messages import (
     Cancel,
-    Candidate,
     Done,
     Failed,
-    Logprobs,
     Message,
     Observe,
     Reading,
@@ -45,8 +45,8 @@ from expertd.engine.planner import Planner, Work
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
-from expertd.errors import ConfigError
-from expertd.model.sampler import Row, Sampler, logprobs
+from expertd.errors import BusyError, ConfigError
+from expertd.model.sampler import Sampler
 from expertd.split.cut import StepSplit, choose
 
 # The sequence of the steps that an idle engine tries; requests' sequences count from first_id + 1.
@@ -78,6 +78,9 @@ class Engine:
     _num_sequences: int = 0
     _has_decoded: bool = False  # since the last chunk of a prompt
     _has_met: bool = False  # in this epoch
+
+    def __post_init__(self) -> None:
+        self._grammars = Grammars(self.tokenizer, self.vocab_size)
 
     @property
     def idle(self) -> bool:
@@ -133,7 +136,9 @@ class Engine:
         logits = self._run(plan)
         for sequence, tokens in zip(sequences, plan.tokens, strict=True):
             sequence.num_computed += len(tokens)
-        if logits is not None:
+        if plan.logits and logits is not None:
+            self._read(sequences[0], logits)
+        elif logits is not None:
             self._deliver(sequences, logits, plan.split.name)
 
     def stats(self) -> Stats:
@@ -178,22 +183,33 @@ class Engine:
         try:
             check_ids(submit, self.vocab_size)
             prompt = prompt_ids(submit, self.tokenizer, self.context_length)
-        except ConfigError as e:
-            self.send(Rejected(submit.request_id, str(e)))
+            if not submit.resumed and len(self._open) >= self.max_streams + self.max_waiting:
+                raise BusyError(
+                    f"{len(self._open)} requests are being served or wait already. Ask again later."
+                )
+            sequence = self._new_sequence(submit, prompt)
+        except (ConfigError, BusyError) as e:
+            self.send(Rejected(submit.request_id, str(e), busy=isinstance(e, BusyError)))
             return
-        if not submit.resumed and len(self._open) >= self.max_streams + self.max_waiting:
-            message = f"{len(self._open)} requests are being served or wait already. Ask again later."
-            self.send(Rejected(submit.request_id, message, busy=True))
-            return
-        self._num_sequences += 1
-        sequence = self._new_sequence(submit, prompt)
         self._open.append(sequence)
-        self.send(Started(submit.request_id, len(prompt)))
         sequence.replay(submit.generated)
-        if sequence.finish_reason:  # nothing but its Done was lost
+        self._start(sequence)
+
+    def _start(self, sequence: Sequence) -> None:
+        """Say that the answer begins, once what is asked of its prompt is known; that may be all."""
+        if sequence.wants_logits:
+            return
+        self.send(sequence.started)
+        if sequence.max_tokens == 0:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason:  # or nothing but its Done was lost
             self._finish(sequence, "solo")
 
     def _new_sequence(self, submit: Submit, prompt: list[int]) -> Sequence:
+        """Raises ConfigError when the request's grammar, or how much it asks of its prompt, is too much."""
+        self._num_sequences += 1
+        tokenizer, chat = self.tokenizer, submit.messages is not None
+        thinking = chat and tokenizer.opens_reasoning(prompt)
         room = self.context_length - len(prompt)
         seed = submit.sampling.seed
         end_ids = frozenset(submit.stop_ids) | (set() if submit.ignore_end else self.tokenizer.end_ids)
@@ -202,10 +218,16 @@ class Engine:
             submit=submit,
             prompt=prompt,
             end_ids=end_ids,
-            max_tokens=min(room, submit.max_tokens or room),
+            max_tokens=room if submit.max_tokens is None else min(room, submit.max_tokens),
             sampler=Sampler(submit.sampling, secrets.randbits(32) if seed is None else seed, prompt, end_ids),
-            detokenizer=Detokenizer(self.tokenizer),
+            detokenizer=Detokenizer(tokenizer, marks=chat),
             stops=StopStrings(submit.stop),
+            echo=Echo(tokenizer, prompt, submit.prompt_logprobs)
+            if submit.echo and not submit.generated
+            else None,
+            matcher=self._grammars.compile(submit.grammar) if submit.grammar else None,
+            grammar_after=list(tokenizer.think_end) if thinking else [],
+            opening=tokenizer.dialect.think_start if thinking else "",
         )
 
     def _num_to_read(self, sequence: Sequence) -> int:
@@ -226,6 +248,7 @@ class Engine:
             split=self._choose_split(Work.of(decode, sum(map(len, tokens)))),
             started=[s.sequence_id for s in sequences if s.num_computed == 0],
             released=list(self._released),
+            logits=sequences[0].wants_logits and not decode,
         )
 
     def _choose_split(self, work: Work) -> StepSplit:
@@ -236,7 +259,8 @@ class Engine:
         if sequence.num_computed == 0 and not sequence.generated:
             sequence.started_at = time.monotonic()
         at = sequence.num_computed
-        return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), self.prefill_chunk))]
+        chunk = min(self.prefill_chunk, CHUNK) if sequence.wants_logits else self.prefill_chunk
+        return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), chunk))]
 
     # Beat 3: run.
 
@@ -270,6 +294,12 @@ class Engine:
 
     # Beat 4: deliver.
 
+    def _read(self, sequence: Sequence, logits: mx.array) -> None:
+        """Take what a chunk of a prompt tells of the tokens that follow."""
+        assert sequence.echo is not None
+        sequence.echo.take(sequence.num_computed - logits.shape[0], logits)
+        self._start(sequence)
+
     def _deliver(self, sequences: Several[Sequence], logits: mx.array, split: str) -> None:
         rows = np.asarray(logits)  # no copy
         for i, sequence in enumerate(sequences):
@@ -279,25 +309,25 @@ class Engine:
             if submit.logits_file:
                 sequence.logits.append(logits[i])
             token_id = sequence.choose(row)
+            if sequence.failure:
+                self._finish(sequence, split)
+                continue
             text, offset = sequence.append(token_id)
-            found = (
-                [] if submit.logprobs is None else [self._logprobs(row, token_id, submit.logprobs, offset)]
-            )
+            found = []
+            if submit.logprobs is not None:
+                found = [logprobs_of(self.tokenizer, row, token_id, submit.logprobs, offset)]
             self.send(Token(submit.request_id, [token_id], text, found))
             if sequence.finish_reason:
                 self._finish(sequence, split)
-
-    def _logprobs(self, row: Row, token_id: int, num_top: int, offset: int) -> Logprobs:
-        logprob, top = logprobs(row, token_id, num_top)
-        data = self.tokenizer.token_bytes
-        return Logprobs(
-            Candidate(token_id, data(token_id), logprob), [Candidate(i, data(i), p) for i, p in top], offset
-        )
 
     def _finish(self, sequence: Sequence, split: str) -> None:
         self._open.remove(sequence)
         if sequence.num_computed:
             self._released.append(sequence.sequence_id)
+        if sequence.failure:
+            reason = f"the answer can no longer follow its grammar: {sequence.failure}"
+            self.send(Failed(sequence.submit.request_id, reason))
+            return
         if sequence.submit.logits_file and sequence.logits:
             try:
                 with open(sequence.submit.logits_file, "wb") as file:  # given a name, MLX appends a suffix

@@ -8,6 +8,7 @@ Started, Token..., and one of Done, Rejected (the request is wrong) and Failed (
 from dataclasses import dataclass, field
 from typing import Any
 
+from expertd.dialect import Dialect
 from expertd.sampling import Sampling
 from expertd.wire import Codec
 
@@ -51,8 +52,18 @@ class Begin:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like: `text` is a JSON schema, a regular expression or a grammar in Lark's syntax, as
+    `kind` says ("json_schema", "regex" or "lark"); `param` is the name by which the client gave it, for errors."""
+
+    kind: str
+    text: str
+    param: str
+
+
+@dataclass(frozen=True)
 class Submit:
-    """One request; exactly one of `prompt` (raw text) and `messages` (for the chat template) is given.
+    """One request; exactly one of `prompt` (raw text), `messages` (for the chat template) and `prompt_ids` is given.
 
     The answer ends with one of the checkpoint's end tokens (not if `ignore_end`) or of `stop_ids`, neither of which is
     in the text, before one of the strings of `stop`, or with `max_tokens`. Before `min_tokens` are there, end and stop
@@ -63,6 +74,10 @@ class Submit:
     A request that was accepted before, by a leader that is gone, is `resumed`, and `generated` are the tokens that its
     client has: the answer goes on after them, and only new ones are sent. `keep` and `note` are the supervisors': the
     request goes on without a reader and may be read again; the note is the server's, for then.
+
+    `tools` and `template_args` go to the chat template. `echo` asks for the prompt in Started, `prompt_logprobs` 0 to
+    20 also for the log-probability of each of its tokens; with `max_tokens` 0 that is all. `grammar` bounds the answer,
+    or what comes after its reasoning.
     """
 
     request_id: str
@@ -80,6 +95,12 @@ class Submit:
     resumed: bool = False
     keep: bool = False
     note: str = ""
+    prompt_ids: list[int] | None = None
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    template_args: dict[str, Any] = field(default_factory=dict)
+    echo: bool = False
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +129,7 @@ class Ready:
 
     `splits` are those that this model's family supports. Ranks of one `mlx_version` on one `architecture` of one
     `device` ("cpu" or "gpu") by the same `kernels` ("native" or "mlx") with the same `activation_bits` (0: not rounded)
-    compute the same bits. `isa` and `num_threads` of native kernels change none.
+    compute the same bits. `isa` and `num_threads` of native kernels change none. `dialect` is the checkpoint's.
     """
 
     rank: int
@@ -126,6 +147,7 @@ class Ready:
     activation_bits: int = 0
     isa: str = ""
     num_threads: int = 0
+    dialect: Dialect = field(default_factory=Dialect)
 
 
 @dataclass(frozen=True)
@@ -215,12 +237,6 @@ class Fatal:
 
 
 @dataclass(frozen=True)
-class Started:
-    request_id: str
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
 class Candidate:
     """A token that may come next. `data` is what it adds to the text, in UTF-8, maybe a part of a character."""
 
@@ -244,6 +260,24 @@ class Logprobs:
     chosen: Candidate
     top: list[Candidate]
     text_offset: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it. `logprobs`, if asked for, has an element for each token but the first."""
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[Logprobs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request is taken. `prompt` is there if the request asks for an echo."""
+
+    request_id: str
+    prompt_tokens: int
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ class Plan:
     """Append tokens[i] to the sequence sequence_ids[i], for every i, under `split`.
 
     A prefill has one sequence and any number of tokens. With `decode` each sequence gets one token, and the step
-    gives the logits after it, [num_sequences, vocab]. `started` names the sequences whose cache begins here,
+    gives the logits after it, [num_sequences, vocab]; with `logits` a prefill gives those after each of its tokens,
+    [num_tokens, vocab]. `started` names the sequences whose cache begins here,
     `released` those whose caches are no longer needed.
     """
 
@@ -24,6 +25,7 @@ class Plan:
     split: StepSplit
     started: list[int]
     released: list[int]
+    logits: bool = False
 
     @property
     def num_tokens(self) -> int:

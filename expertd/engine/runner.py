@@ -75,7 +75,7 @@ class Runner:
             self._tell(CatchUp([]))  # it is taken when the one before is done
 
     def lead(self, plan: Plan) -> mx.array | None:
-        """Rank 0: give the plan to the others and carry it out; float32 logits [num_sequences, vocab] of a decode step.
+        """Rank 0: give the plan to the others and carry it out; float32 logits where the plan has some.
 
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
@@ -226,6 +226,8 @@ class Runner:
         layers = [cache.layers for cache in caches]
         if plan.decode:
             return self._model.decode([token for (token,) in plan.tokens], layers, plan.split)
+        if plan.logits:
+            return self._model.score(plan.tokens[0], layers[0], plan.split)
         self._model.prefill(plan.tokens[0], layers[0], plan.split)
         return None
 

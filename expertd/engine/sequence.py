@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from expertd.engine.messages import Done, Submit
+from expertd.engine.echo import Echo
+from expertd.engine.grammar import Matcher
+from expertd.engine.messages import Done, Started, Submit
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
 from expertd.model.sampler import Row, Sampler
@@ -15,7 +17,9 @@ from expertd.model.sampler import Row, Sampler
 def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> list[int]:
     """The request's token ids. Raises ConfigError when they are none or more than the context holds."""
     if submit.messages is not None:
-        ids = tokenizer.encode_chat(submit.messages)
+        ids = tokenizer.encode_chat(submit.messages, submit.tools, **submit.template_args)
+    elif submit.prompt_ids is not None:
+        ids = submit.prompt_ids
     else:
         ids = tokenizer.encode(submit.prompt or "")
     if not ids:
@@ -31,7 +35,8 @@ def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> lis
 def check_ids(submit: Submit, vocab_size: int) -> None:
     """Raise ConfigError when the request names a token that the model does not have."""
     biased = [token_id for token_id, _ in submit.sampling.logit_bias]
-    for name, ids in (("logit_bias", biased), ("stop_token_ids", submit.stop_ids)):
+    named = ("logit_bias", biased), ("stop_token_ids", submit.stop_ids), ("prompt", submit.prompt_ids or [])
+    for name, ids in named:
         if wrong := _outside(ids, vocab_size):
             raise ConfigError(
                 f"{name}: token {wrong[0]}, but this model's tokens are 0 to {vocab_size - 1}. Leave it out."
@@ -52,6 +57,10 @@ class Sequence:
     sampler: Sampler
     detokenizer: Detokenizer
     stops: StopStrings
+    echo: Echo | None = None
+    matcher: Matcher | None = None
+    grammar_after: list[int] = field(default_factory=list)  # its grammar begins after these tokens
+    opening: str = ""  # text that belongs before the first token's
     num_computed: int = 0  # tokens in the cache, the same on every rank
     generated: list[int] = field(default_factory=list)
     num_replayed: int = 0  # of `generated`: another leader chose them
@@ -59,6 +68,7 @@ class Sequence:
     logits: list[mx.array] = field(default_factory=list)  # for Submit.logits_file
     cancelled: bool = False
     finish_reason: str | None = None
+    failure: str = ""
     started_at: float = 0.0
     first_token_at: float = 0.0
 
@@ -71,13 +81,32 @@ class Sequence:
         """Tokens known but not yet in the cache; the last of them is the next decode step's."""
         return len(self.prompt) + len(self.generated) - self.num_computed
 
+    @property
+    def wants_logits(self) -> bool:
+        """Whether those of the prompt's next chunk are needed."""
+        return self.echo is not None and self.echo.wanting
+
+    @property
+    def started(self) -> Started:
+        prompt = self.echo.prompt() if self.echo else None
+        return Started(self.submit.request_id, len(self.prompt), prompt)
+
+    @property
+    def _bound(self) -> Matcher | None:
+        """The grammar, once it has begun."""
+        return None if self.grammar_after else self.matcher
+
     def choose(self, row: Row) -> int:
         """The next token, from its logits [vocab]."""
-        position = len(self.generated)
-        return self.sampler.choose(row, position, may_end=position + 1 > self.submit.min_tokens)
+        position, bound = len(self.generated), self._bound
+        may_end = position + 1 > self.submit.min_tokens
+        if bound:
+            row = bound.masked(row)
+            self.failure = bound.error
+        return self.sampler.choose(row, position, may_end)
 
     def append(self, token_id: int) -> tuple[str, int]:
-        """Take a chosen token; sets `finish_reason` at the end.
+        """Take a token, chosen now or before an interruption; sets `finish_reason` at the end.
 
         Gives the text that became final, and how many characters there are before the token's own.
         """
@@ -88,12 +117,15 @@ class Sequence:
         if token_id in self.end_ids:
             self.finish_reason = "stop"
             return self._flush(""), self.num_chars
+        complete = self._follow(token_id)
+        opening, self.opening = self.opening, ""
+        self.num_chars += len(opening)
         offset = self.num_chars
-        text = self._find_stops(self.detokenizer.add(token_id))
+        text = opening + self._find_stops(self.detokenizer.add(token_id))
         if self.stops.found:
             self.finish_reason = "stop"
-        elif len(self.generated) >= self.max_tokens:
-            self.finish_reason = "length"
+        elif complete or len(self.generated) >= self.max_tokens:
+            self.finish_reason = "stop" if complete else "length"
             text = self._flush(text)
         return text, offset
 
@@ -103,6 +135,16 @@ class Sequence:
             self.append(token_id)
         if token_ids:
             self.num_replayed, self.started_at, self.first_token_at = len(token_ids), time.monotonic(), 0.0
+
+    def _follow(self, token_id: int) -> bool:
+        """Take a token into the grammar; gives whether that is complete."""
+        if bound := self._bound:
+            bound.take(token_id)
+            return bound.complete
+        after = self.grammar_after
+        if after and self.generated[-len(after) :] == after:
+            self.grammar_after = []
+        return False
 
     def _flush(self, text: str) -> str:
         text += self._find_stops(self.detokenizer.finish())

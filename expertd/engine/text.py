@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from expertd.dialect import Dialect
 from expertd.errors import CheckpointError, ConfigError
 
 REPLACEMENT = "\ufffd"
@@ -31,42 +32,76 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # it warns of long prompts, which we refuse ourselves
         try:
-            self._inner = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
+            self.inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as e:
             reason = " ".join(str(e).split())[:200]
             raise CheckpointError(f"checkpoint {folder}: its tokenizer cannot be read: {reason}.") from e
         ends = config.get("eos_token_id")
         ids = ends if isinstance(ends, list) else [ends]
-        self.end_ids = {i for i in [*ids, self._inner.eos_token_id] if isinstance(i, int)}
-        self._byte_level = "ByteLevel" in _decoder_steps(self._inner)
+        self.end_ids = {i for i in [*ids, self.inner.eos_token_id] if isinstance(i, int)}
+        self._byte_level = "ByteLevel" in _decoder_steps(self.inner)
+        self.speak(Dialect())
+
+    def speak(self, dialect: Dialect) -> None:
+        """Show the dialect's marks in chat answers, even if they are special tokens."""
+        self.dialect = dialect
+        self._hidden_ids = {i for i, token in self.inner.added_tokens_decoder.items() if token.special}
+        self._hidden_ids -= {i for mark in dialect.marks for i in self._ids_of(mark)}
+        self._think_start, self.think_end = self._ids_of(dialect.think_start), self._ids_of(dialect.think_end)
+
+    def _ids_of(self, mark: str) -> list[int]:
+        ids: list[int] = self.inner.encode(mark, add_special_tokens=False) if mark else []
+        return ids
 
     @property
     def size(self) -> int:
-        return len(self._inner)
+        return len(self.inner)
+
+    def for_grammars(self, vocab_size: int) -> Any:
+        """The vocabulary as llguidance knows it, an LLTokenizer of `vocab_size` tokens. Raises ConfigError."""
+        from llguidance import hf
+
+        try:
+            return hf.from_tokenizer(self.inner, n_vocab=vocab_size, eos_token=sorted(self.end_ids) or None)
+        except Exception as e:
+            reason = " ".join(str(e).split())[:200]
+            raise ConfigError(f"this checkpoint's tokenizer cannot follow grammars: {reason}.") from e
+
+    def opens_reasoning(self, ids: list[int]) -> bool:
+        """Whether a prompt ends inside reasoning, as some chat templates have it."""
+        start, end = _last(self._think_start, ids), _last(self.think_end, ids)
+        return start > end
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._inner.encode(text)
+        ids: list[int] = self.inner.encode(text)
         return ids
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **template_args: Any
+    ) -> list[int]:
         """Apply the chat template. Raises ConfigError when there is none or it refuses the messages."""
-        if not self._inner.chat_template:
+        if not self.inner.chat_template:
             raise ConfigError(
                 "this checkpoint has no chat template. Use /v1/completions, or `expertd run` without --chat."
             )
         try:
-            text: str = self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self.inner.apply_chat_template(
+                messages, tools or None, tokenize=False, add_generation_prompt=True, **template_args
+            )
         except Exception as e:
             raise ConfigError(
                 f"messages: the checkpoint's chat template refuses them: {' '.join(str(e).split())}"
             ) from e
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False)
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        text: str = self._inner.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: list[int], marks: bool = False) -> str:
+        """The text of token ids without special tokens, or, with `marks`, only with those that are marks."""
+        text: str = self.inner.decode(
+            [i for i in ids if i not in self._hidden_ids] if marks else ids,
+            skip_special_tokens=not marks,
+            clean_up_tokenization_spaces=False,
+        )
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -74,7 +109,7 @@ class Tokenizer:
 
         A special token is written as it is in the vocabulary, though `decode` leaves it out.
         """
-        piece: str | None = self._inner.convert_ids_to_tokens(token_id)
+        piece: str | None = self.inner.convert_ids_to_tokens(token_id)
         if piece is None:
             return b""
         # All letters or none, as the library decides it, for added tokens too.
@@ -83,6 +118,12 @@ class Tokenizer:
         if byte := BYTE_PIECE.fullmatch(piece):
             return bytes.fromhex(byte[1])
         return piece.replace(SPACE, " ").encode()
+
+
+def _last(mark: list[int], ids: list[int]) -> int:
+    """Where a mark begins for the last time, -1 if it is not there or is none."""
+    places = range(len(ids) - len(mark), -1, -1)
+    return next((i for i in places if mark and ids[i : i + len(mark)] == mark), -1)
 
 
 def _decoder_steps(inner: Any) -> set[str]:
@@ -101,8 +142,9 @@ class Detokenizer:
     between two decodings of a short tail: [start:] with the new ids and without them.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, marks: bool = False) -> None:
+        """`marks` shows those of the dialect (Tokenizer.decode)."""
+        self._tokenizer, self._marks = tokenizer, marks
         self._ids: list[int] = []
         self._start = self._end = 0  # ids[:end] have been given out; ids[start:end] are their context
 
@@ -122,8 +164,8 @@ class Detokenizer:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._start : self._end])
-        return self._tokenizer.decode(self._ids[self._start :])[len(before) :]
+        before = self._tokenizer.decode(self._ids[self._start : self._end], self._marks)
+        return self._tokenizer.decode(self._ids[self._start :], self._marks)[len(before) :]
 
 
 class StopStrings:

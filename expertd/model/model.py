@@ -83,6 +83,15 @@ class Model:
         self.forward(tokens, cache, split)
         mx.eval([layer.state for layer in cache])
 
+    def score(self, tokens: list[int], cache: Cache, split: StepSplit) -> mx.array:
+        """As `prefill`, and gives the evaluated float32 logits [num_tokens, vocab] of the positions after the tokens.
+
+        Every rank computes them: the last layer's exchange, which `prefill` leaves out, is part of them.
+        """
+        logits = self.forward(tokens, cache, split).astype(mx.float32)
+        mx.eval(logits, [layer.state for layer in cache])
+        return logits
+
     def decode(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array:
         """Append one token to each of several sequences; gives the evaluated float32 logits [num_sequences, vocab] of
         the positions after them."""

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,15 +16,18 @@ from starlette.routing import Route
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
-from expertd.engine.messages import Done, Ready, Started, Submit, Token
+from expertd.dialect import Dialect
+from expertd.engine.messages import Ready, Submit
 from expertd.errors import ClusterError, ExpertdError
+from expertd.server.chat import ChatRequest
+from expertd.server.completions import CompletionRequest
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
+from expertd.server.fan import Event, Events, generate_all
 from expertd.server.metrics import Metrics
-from expertd.server.schema import ChatRequest, CompletionRequest, parse_request
+from expertd.server.parse import parse_request
 from expertd.server.stream import EventStream, read_body, while_connected
-from expertd.server.wire import ChatFormat, CompletionFormat, Format, encode_event
-
-Events = AsyncGenerator[Started | Token | Done, None]
+from expertd.server.tokens import DetokenizeRequest, TokenizeRequest, counted
+from expertd.server.wire import END_OF_STREAM, Answer, Json, encode_event
 
 # nginx's number for "the client left"; nobody reads it.
 CLIENT_LEFT = 499
@@ -53,7 +57,7 @@ class Service:
             raise ClusterError(self.cluster.failure)
         return self.cluster
 
-    def generate(self, submit: Submit) -> Events:
+    def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         """Cluster.generate, counted. Raises ClusterError as `alive`."""
         return self.metrics.watch(self.alive().generate(submit))
 
@@ -62,6 +66,15 @@ class Service:
         if name != self.config.model_id:
             message = f"model: {name!r} is not served here. Use {self.config.model_id!r}."
             raise ApiError(404, message, "model", "model_not_found")
+
+    def head(self, prefix: str) -> Json:
+        """What the objects of a new answer begin with."""
+        request_id = f"{prefix}-{uuid.uuid4().hex}"
+        return {"id": request_id, "created": int(time.time()), "model": self.config.model_id}
+
+    @property
+    def dialect(self) -> Dialect:
+        return self.alive().ready.dialect
 
 
 def make_app(service: Service) -> Starlette:
@@ -76,6 +89,8 @@ def make_app(service: Service) -> Starlette:
     routes = [
         route("/v1/chat/completions", "POST", chat),
         route("/v1/completions", "POST", complete),
+        route("/tokenize", "POST", tokenize),
+        route("/detokenize", "POST", detokenize),
         route("/v1/models", "GET", list_models),
         route("/v1/models/{model:path}", "GET", show_model),
         route("/health", "GET", health),
@@ -113,68 +128,78 @@ def _no_such_endpoint(request: Request, error: Exception) -> Response:
 async def chat(service: Service, request: Request) -> Response:
     """POST /v1/chat/completions."""
     wanted = parse_request(ChatRequest, await read_body(request))
-    shape = ChatFormat(service.config.model_id, wanted.include_usage)
     service.check_model(wanted.model)
-    return await _respond(service, request, shape, wanted.to_submit(shape.request_id), wanted.stream)
+    head, dialect = service.head("chatcmpl"), service.dialect
+    events = generate_all(service, wanted.to_submits(head["id"], dialect))
+    return await _respond(request, wanted, wanted.answer(head, dialect), events)
 
 
 async def complete(service: Service, request: Request) -> Response:
     """POST /v1/completions."""
     wanted = parse_request(CompletionRequest, await read_body(request))
-    shape = CompletionFormat(service.config.model_id, wanted.include_usage)
     service.check_model(wanted.model)
-    return await _respond(service, request, shape, wanted.to_submit(shape.request_id), wanted.stream)
+    head = service.head("cmpl")
+    events = generate_all(service, wanted.to_submits(head["id"]))
+    return await _respond(request, wanted, wanted.answer(head), events)
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """POST /tokenize."""
+    wanted = parse_request(TokenizeRequest, await read_body(request))
+    service.check_model(wanted.model or service.config.model_id)
+    submit = wanted.to_submit(service.head("tokenize")["id"], service.dialect)
+    prompt = await while_connected(request.receive, counted(service.alive(), submit))
+    return JSONResponse(wanted.answer(prompt, service.alive().ready.context_length))
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """POST /detokenize."""
+    wanted = parse_request(DetokenizeRequest, await read_body(request))
+    service.check_model(wanted.model or service.config.model_id)
+    submit = wanted.to_submit(service.head("detokenize")["id"])
+    prompt = await while_connected(request.receive, counted(service.alive(), submit))
+    return JSONResponse({"prompt": prompt.text})
 
 
 async def _respond(
-    service: Service, request: Request, shape: Format, submit: Submit, stream: bool
+    request: Request, wanted: ChatRequest | CompletionRequest, answer: Answer, events: Events
 ) -> Response:
-    events = service.generate(submit)
-    if stream:
-        pieces = _stream(events, shape)
+    if wanted.stream:
+        pieces = _stream(events, answer, wanted.include_usage)
         # Awaited here, the first event decides on the status; a later failure is an event of the stream.
         first = await while_connected(request.receive, _next(pieces))
         return EventStream(first, pieces)
-    tokens, done = await while_connected(request.receive, _collect(events))
-    return JSONResponse(shape.answer(tokens, done))
+    await while_connected(request.receive, _collect(events, answer))
+    return JSONResponse(answer.whole())
 
 
 async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces)
 
 
-async def _collect(events: Events) -> tuple[list[Token], Done]:
-    tokens: list[Token] = []
+async def _collect(events: Events, answer: Answer) -> None:
     async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Token):
-                tokens.append(event)
-            if isinstance(event, Done):
-                return tokens, _check_done(event)
-    raise ClusterError("the answer has no end. This is a bug of expertd.")
+        async for index, event in events:
+            answer.chunks(index, event, False)
 
 
-async def _stream(events: Events, shape: Format) -> AsyncGenerator[bytes, None]:
+async def _stream(events: Events, answer: Answer, usage: bool) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
-        await anext(events)
-        yield shape.opening()
+        index, event = await anext(events)
+        yield _encoded(answer.chunks(index, event, usage))
         try:
-            async for event in events:
-                if isinstance(event, Token):
-                    if piece := shape.text(event):
-                        yield piece
-                elif isinstance(event, Done):
-                    yield shape.closing(_check_done(event))
+            async for index, event in events:
+                if chunks := answer.chunks(index, event, usage):
+                    yield _encoded(chunks)
+            yield (encode_event(answer.usage_chunk()) if usage else b"") + END_OF_STREAM
         except ExpertdError as e:
             yield encode_event(error_body(as_api_error(e)))
         except Exception as e:
             yield encode_event(error_body(_our_bug(e)))
 
 
-def _check_done(done: Done) -> Done:
-    if done.finish_reason == "cancelled":
-        raise ClusterError("the request was cancelled. Send it again.")
-    return done
+def _encoded(chunks: list[Json]) -> bytes:
+    return b"".join(map(encode_event, chunks))
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """Errors as OpenAI clients expect them: a status, and one JSON object that says what to change."""
 
+import re
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
 from expertd.errors import BusyError, ConfigError, ExpertdError
+
+# The engine's messages begin with the parameter that is wrong, if one is.
+_PARAM = re.compile(r"([a-z_]+): ")
 
 
 class ApiError(Exception):
@@ -18,8 +22,12 @@ class ApiError(Exception):
 def as_api_error(error: ExpertdError) -> ApiError:
     """Give the HTTP face of one of our errors: 400 where the request is wrong, 429 where it is one too many, 503
     where we are wrong."""
+    message = str(error)
     status = 400 if isinstance(error, ConfigError) else 429 if isinstance(error, BusyError) else 503
-    return ApiError(status, str(error), code="rate_limit_exceeded" if status == 429 else None)
+    named = _PARAM.match(message) if status == 400 else None
+    return ApiError(
+        status, message, named[1] if named else None, "rate_limit_exceeded" if status == 429 else None
+    )
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

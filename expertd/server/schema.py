@@ -1,91 +1,17 @@
-"""JSON in, Submit out: the requests of OpenAI's API as far as expertd can honour them.
+"""What requests of several APIs share: sampling, where an answer ends, what it must look like."""
 
-A parameter that would change the answer and that we do not implement is refused by name, unless it has the
-value that changes nothing. One that cannot change the answer is accepted. Any other name is refused, with
-the nearest known one. So whatever gets a 200 was honoured in full.
-"""
-
-import difflib
 import json
-from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
-from expertd.engine.messages import Submit
+from expertd.engine.messages import Grammar, Submit
 from expertd.sampling import MAX_LOGPROBS, Sampling
 from expertd.server.errors import ApiError
+from expertd.server.parse import Body, Strict, Text, TokenId, short
 
-# OpenAI's own default for /v1/completions; chat answers run to the end of the context.
-COMPLETION_TOKENS = 16
-
-# Per unsupported parameter, the values that change nothing (absent and null are always fine).
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "modalities": (["text"],),
-    "n": (1,),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "use_beam_search": (False,),
-    "verbosity": (),
-    "web_search_options": (),
-}
-HARMLESS = {
-    "metadata",
-    "parallel_tool_calls",
-    "prediction",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "service_tier",
-    "user",
-}
-
-
-def _check_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("not valid unicode: it holds half of a surrogate pair") from None
-    return text
-
-
-def _join_parts(content: object) -> object:
-    """A message's content as one string; text parts are joined without anything in between."""
-    if not isinstance(content, list):
-        return content
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f"part {i} is {_short(kind or part)}; wanted a string or parts of type 'text'")
-    return "".join(part["text"] for part in content)
-
-
-def _one_prompt(prompt: object) -> object:
-    if not isinstance(prompt, list):
-        return prompt
-    if len(prompt) != 1 or not isinstance(prompt[0], str):
-        raise ValueError("wanted one string; lists of prompts and token ids are not supported")
-    return prompt[0]
+# OpenAI's bound.
+MAX_CHOICES = 128
 
 
 def _as_list(stop: object) -> object:
@@ -98,61 +24,137 @@ def _token_ids(bias: object) -> object:
         return bias
     for name in bias:
         if not (name.isascii() and name.isdigit() and len(name) <= 10):
-            raise ValueError(f"{_short(name)} is no token id; wanted whole numbers as names")
+            raise ValueError(f"{short(name)} is no token id; wanted whole numbers as names")
     return {int(name): value for name, value in bias.items()}
 
 
-Text = Annotated[str, AfterValidator(_check_text)]
 Stop = Annotated[Text, Field(min_length=1)]
 Stops = Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=4)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = Annotated[dict[int, Bias], BeforeValidator(_token_ids)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
+Choices = Annotated[list[Text], Field(min_length=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+class JsonSchema(Strict):
+    """A named schema. It is always followed to the letter, whatever `strict` says."""
+
+    name: Text = ""
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
 
 
-class Message(_Strict):
-    """One turn of a conversation, without tools, images or sound."""
+class ResponseFormat(Strict):
+    """OpenAI's `response_format`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_join_parts)]
-    name: Text | None = None
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _without_empty(cls, values: object) -> object:
-        """Drop what clients echo from an earlier answer: "refusal": null, "tool_calls": [], ..."""
-        if not isinstance(values, dict):
-            return values
-        return {k: v for k, v in values.items() if v not in (None, [])}
+    @model_validator(mode="after")
+    def _schema_where_needed(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("type 'json_schema' and json_schema need each other")
+        return self
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates know it: there, a developer's message is a system message."""
-        named = {"name": self.name} if self.name else {}
-        return {"role": self.role.replace("developer", "system"), "content": self.content, **named}
+    def grammar(self, param: str) -> Grammar | None:
+        if self.json_schema:
+            return Grammar("json_schema", json.dumps(self.json_schema.schema_), param)
+        return any_object(param) if self.type == "json_object" else None
 
 
-class StreamOptions(_Strict):
+class StructuredOutputs(Strict):
+    """vLLM's `structured_outputs`; exactly one of the five."""
+
+    json_: dict[str, Any] | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if len(self.model_fields_set) != 1 or self.json_object is False:
+            raise ValueError("wanted exactly one of json, regex, choice, grammar and json_object")
+        return self
+
+    def to_grammar(self, param: str) -> Grammar:
+        if self.json_ is not None:
+            return schema_grammar(self.json_, param)
+        if self.regex is not None:
+            return Grammar("regex", self.regex, param)
+        if self.choice is not None:
+            return one_of(self.choice, param)
+        return Grammar("lark", self.grammar, param) if self.grammar is not None else any_object(param)
+
+
+def any_object(param: str) -> Grammar:
+    """Any JSON object."""
+    return Grammar("json_schema", '{"type": "object"}', param)
+
+
+def schema_grammar(schema: dict[str, Any] | str, param: str) -> Grammar:
+    """A JSON schema, as an object or as its text. Raises ApiError when the text is no JSON."""
+    if isinstance(schema, str):
+        try:
+            json.loads(schema)
+        except (ValueError, RecursionError) as e:
+            raise ApiError(400, f"{param}: not valid JSON: {e}.", param) from e
+        return Grammar("json_schema", schema, param)
+    return Grammar("json_schema", json.dumps(schema), param)
+
+
+def one_of(choices: list[str], param: str) -> Grammar:
+    """One of several texts; JSON writes them as Lark does."""
+    return Grammar("lark", "start: " + " | ".join(json.dumps(c) for c in choices), param)
+
+
+class StreamOptions(Strict):
     """What a stream holds beside the text. We never pad events, so obfuscation is harmless."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Request(_Strict):
-    """What chat and completion requests share.
+class Request(Body):
+    """What OpenAI's chat and completion requests share.
 
     OpenAI's names first, then those of vLLM's server; expertd.sampling says what each does. `top_k` is 0 or -1 for all.
     """
 
+    neutral: ClassVar = {
+        "audio": (),
+        "best_of": (1,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1, 1.0),
+        "modalities": (["text"],),
+        "skip_special_tokens": (True,),
+        "store": (False,),
+        "suffix": ("",),
+        "use_beam_search": (False,),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+    harmless: ClassVar = frozenset(
+        {
+            "metadata",
+            "prediction",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "user",
+        }
+    )
+
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: MaxTokens | None = None
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -160,12 +162,18 @@ class Request(_Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Biases = {}
+    response_format: ResponseFormat | None = None
     top_k: int = Field(0, ge=-1, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, ge=0.1, le=10)
     stop_token_ids: list[TokenId] = []
     min_tokens: int = Field(0, ge=0, le=2**31)
     ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
@@ -177,25 +185,48 @@ class Request(_Strict):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _submit(self, request_id: str, max_tokens: int | None, logprobs: int | None, **source: Any) -> Submit:
+    def grammars(self) -> list[Grammar]:
+        """What the answer must look like, by each parameter that says so."""
+        found = [
+            self.response_format and self.response_format.grammar("response_format"),
+            self.structured_outputs and self.structured_outputs.to_grammar("structured_outputs"),
+            self.guided_json is not None and schema_grammar(self.guided_json, "guided_json"),
+            self.guided_regex is not None and Grammar("regex", self.guided_regex, "guided_regex"),
+            self.guided_choice is not None and one_of(self.guided_choice, "guided_choice"),
+            self.guided_grammar is not None and Grammar("lark", self.guided_grammar, "guided_grammar"),
+        ]
+        return [grammar for grammar in found if grammar]
+
+    def submits(
+        self, request_id: str, sources: list[dict[str, Any]], max_tokens: int | None, logprobs: int | None
+    ) -> list[Submit]:
+        """One request for each choice, `n` for each of `sources`, the prompts in the words of a Submit."""
         if max_tokens is not None and self.min_tokens > max_tokens:
             message = (
                 f"min_tokens: {self.min_tokens} is more than the {max_tokens} tokens that are asked for."
             )
             raise ApiError(400, message, "min_tokens")
-        return Submit(
-            request_id,
-            sampling=self._sampling(),
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
-            stop=self.stop,
-            stop_ids=self.stop_token_ids,
-            ignore_end=self.ignore_eos,
-            logprobs=logprobs,
-            **source,
-        )
+        if len(sources) * self.n > MAX_CHOICES:
+            message = f"n: {len(sources)} prompts times {self.n}, at most {MAX_CHOICES} choices are given."
+            raise ApiError(400, message, "n")
+        return [
+            Submit(
+                choice_id(request_id, i),
+                sampling=self.sampling(i % self.n),
+                max_tokens=max_tokens,
+                min_tokens=self.min_tokens,
+                stop=self.stop,
+                stop_ids=self.stop_token_ids,
+                ignore_end=self.ignore_eos,
+                logprobs=logprobs,
+                grammar=only(self.grammars()),
+                **sources[i // self.n],
+            )
+            for i in range(len(sources) * self.n)
+        ]
 
-    def _sampling(self) -> Sampling:
+    def sampling(self, choice: int) -> Sampling:
+        """How choice number `choice` of a prompt is drawn: from a seed of its own, if there is one."""
         # top_p 0 keeps only the likeliest token, which is what temperature 0 says.
         greedy = self.top_p == 0
         return Sampling(
@@ -207,102 +238,18 @@ class Request(_Strict):
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple(self.logit_bias.items()),
-            seed=None if self.seed is None else self.seed % 2**63,
+            seed=None if self.seed is None else (self.seed + choice) % 2**63,
         )
 
 
-class ChatRequest(Request):
-    """POST /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    logprobs: bool = False
-    top_logprobs: TopLogprobs = 0
-
-    @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs 'logprobs': true")
-        return self
-
-    def to_submit(self, request_id: str) -> Submit:
-        """The same request in the words of the engine."""
-        messages = [m.for_template() for m in self.messages]
-        max_tokens = self.max_completion_tokens or self.max_tokens
-        logprobs = self.top_logprobs if self.logprobs else None
-        return self._submit(request_id, max_tokens, logprobs, messages=messages)
+def choice_id(request_id: str, index: int) -> str:
+    """The id of one choice's own request."""
+    return f"{request_id}.{index}" if index else request_id
 
 
-class CompletionRequest(Request):
-    """POST /v1/completions."""
-
-    prompt: Annotated[Text, BeforeValidator(_one_prompt)]
-    logprobs: TopLogprobs | None = None
-
-    def to_submit(self, request_id: str) -> Submit:
-        """The same request in the words of the engine."""
-        return self._submit(
-            request_id, self.max_tokens or COMPLETION_TOKENS, self.logprobs, prompt=self.prompt
-        )
-
-
-R = TypeVar("R", bound=Request)
-
-
-def parse_request(cls: type[R], body: bytes) -> R:
-    """Read a request. Raises ApiError (400) that names the parameter and what was wanted."""
-    values = {k: v for k, v in _parse_object(body).items() if v is not None}
-    for name in sorted(set(values) - set(cls.model_fields)):
-        _check_unimplemented(name, values.pop(name), cls)
-    try:
-        return cls.model_validate(values)
-    except ValidationError as e:
-        _refuse(e)
-
-
-def _parse_object(body: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as e:
-        raise ApiError(400, f"The body is not valid JSON: {e}.") from e
-    if not isinstance(values, dict):
-        raise ApiError(400, f"The body is {_short(values)}; wanted a JSON object.")
-    return values
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _check_unimplemented(name: str, value: object, cls: type[Request]) -> None:
-    if name in HARMLESS:
-        return
-    if name not in NEUTRAL:
-        near = difflib.get_close_matches(name, cls.model_fields, n=1)
-        advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(cls.model_fields)}."
-        raise ApiError(400, f"{name}: unknown parameter. {advice}", name, "unknown_parameter")
-    # The types too must be equal: in Python, 0 == False and 1 == True.
-    if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
-        message = f"{name}: {_short(value)} is not supported by expertd. Leave {name} out."
-        raise ApiError(400, message, name, "unsupported_parameter")
-
-
-def _refuse(invalid: ValidationError) -> NoReturn:
-    error = invalid.errors(include_url=False)[0]
-    param = _dotted(error["loc"])
-    what = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("missing", "value_error"):
-        message = f"{param}: {what}." if param else f"{what}."
-    else:
-        message = f"{param}: {what}, found {_short(error['input'])}."
-    raise ApiError(400, message, param or None) from None
-
-
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    parts = (f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc)
-    return "".join(parts).removeprefix(".")
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def only(grammars: list[Grammar]) -> Grammar | None:
+    """The one grammar, or None. Raises ApiError when there are several."""
+    if len(grammars) > 1:
+        message = f"{grammars[1].param}: an answer cannot follow {grammars[0].param} as well. Leave one out."
+        raise ApiError(400, message, grammars[1].param)
+    return grammars[0] if grammars else None

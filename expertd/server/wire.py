@@ -1,128 +1,99 @@
-"""Engine events out, JSON: what chat and completion answers look like, whole and in pieces."""
+"""Engine events out, JSON: what OpenAI's chat and completion answers look like, whole and in pieces.
+
+A Choice turns the events of one Submit into pieces, and keeps what it gave: the whole answer is the sum of the pieces.
+"""
 
 import json
-import time
-import uuid
+from collections.abc import Sequence
 from typing import Any
 
-from expertd.engine.messages import Candidate, Done, Logprobs, Token
+from expertd.engine.messages import Candidate, Done, Logprobs, Started, Token
 
 Json = dict[str, Any]
+Event = Started | Token | Done
 END_OF_STREAM = b"data: [DONE]\n\n"
 
 
-class Format:
-    """One answer's identity and shape. The subclasses say how a choice looks; all else is shared.
+class Choice:
+    """One choice of an answer. The subclasses say how it looks; all else is shared.
 
     Log-probabilities are given for the tokens of the text: not for the one that ended it, and not for what a stop
     string cut off. In a stream they come with their text, which may be held back until it cannot be a stop string's.
     """
 
-    prefix = ""
-    whole = ""
-    piece = ""
-
-    def __init__(self, model_id: str, include_usage: bool = False) -> None:
-        self.request_id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._model_id = model_id
-        self._include_usage = include_usage
-        self._created = int(time.time())
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.done: Done | None = None
         self._num_chars = 0
         self._waiting: list[Logprobs] = []  # those whose text has not come yet
 
-    def answer(self, tokens: list[Token], done: Done) -> Json:
-        """The whole answer of a request without a stream."""
-        text = "".join(token.text for token in tokens)
-        found = [logprobs for token in tokens for logprobs in token.logprobs]
-        shown = self._with_text(found, len(text), done)
-        choice = self._choice(self._content(text), shown if found else None, done.finish_reason)
-        return {**self._head(self.whole), "choices": [choice], "usage": usage_of(done)}
+    def take(self, event: Event) -> list[Json]:
+        """The pieces that an event gives, each the choice of a chunk."""
+        if isinstance(event, Started):
+            return self._opening(event)
+        if isinstance(event, Token):
+            self._waiting += event.logprobs
+            self._num_chars += len(event.text)
+            return self._text(event)
+        self.done = event
+        return self._closing(event)
 
-    def opening(self) -> bytes:
-        """The events before the first text."""
-        return b""
+    def whole(self) -> Json:
+        """The choice of a whole answer, after its last event."""
+        raise NotImplementedError
 
-    def text(self, token: Token) -> bytes:
-        """The event of the text that came with a token, if any did."""
-        self._waiting += token.logprobs
-        if not token.text:
-            return b""
-        self._num_chars += len(token.text)
-        return self._event(self._delta(token.text), self._take(None), None)
+    def _opening(self, started: Started) -> list[Json]:
+        return []
 
-    def closing(self, done: Done) -> bytes:
-        """The events after the last text, `[DONE]` included."""
-        last = self._event(self._delta(""), self._take(done), done.finish_reason)
-        if self._include_usage:
-            last += encode_event({**self._head(self.piece), "choices": [], "usage": usage_of(done)})
-        return last + END_OF_STREAM
+    def _text(self, token: Token) -> list[Json]:
+        raise NotImplementedError
 
-    def _take(self, done: Done | None) -> list[Logprobs] | None:
-        shown = self._with_text(self._waiting, self._num_chars, done)
+    def _closing(self, done: Done) -> list[Json]:
+        raise NotImplementedError
+
+    def _take_logprobs(self) -> list[Logprobs]:
+        """Those of the tokens whose text is among the characters that have come: the first ones."""
+        done = self.done
+        shown = self._waiting
+        if not (done and done.finish_reason == "length"):
+            shown = [found for found in shown if found.text_offset < self._num_chars]
         self._waiting = self._waiting[len(shown) :]
-        return shown or None
+        return shown
 
-    @staticmethod
-    def _with_text(logprobs: list[Logprobs], num_chars: int, done: Done | None) -> list[Logprobs]:
-        """Those of the tokens whose text is among the first `num_chars` characters: the first ones."""
-        if done and done.finish_reason == "length":
-            return logprobs
-        return [found for found in logprobs if found.text_offset < num_chars]
-
-    def _event(self, content: Json, logprobs: list[Logprobs] | None, finish_reason: str | None) -> bytes:
-        choice = self._choice(content, logprobs, finish_reason)
-        usage = {"usage": None} if self._include_usage else {}
-        return encode_event({**self._head(self.piece), "choices": [choice], **usage})
-
-    def _choice(self, content: Json, logprobs: list[Logprobs] | None, finish_reason: str | None) -> Json:
-        shape = None if logprobs is None else self._logprobs(logprobs)
-        return {"index": 0, **content, "logprobs": shape, "finish_reason": finish_reason}
-
-    def _head(self, kind: str) -> Json:
-        return {"id": self.request_id, "object": kind, "created": self._created, "model": self._model_id}
-
-    def _content(self, text: str) -> Json:
-        raise NotImplementedError
-
-    def _delta(self, text: str) -> Json:
-        raise NotImplementedError
-
-    def _logprobs(self, logprobs: list[Logprobs]) -> Json:
-        raise NotImplementedError
+    def _piece(self, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+        return {"index": self.index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-class ChatFormat(Format):
-    prefix, whole, piece = "chatcmpl", "chat.completion", "chat.completion.chunk"
+class Answer:
+    """A response: its identity, and its choices, `n` for each prompt."""
 
-    def opening(self) -> bytes:
-        """The event that says who speaks."""
-        return self._event({"delta": {"role": "assistant", "content": ""}}, None, None)
+    def __init__(self, head: Json, whole: str, piece: str, choices: Sequence[Choice], n: int = 1) -> None:
+        """`head` is what all objects begin with, but for `whole` and `piece`, the names of their kinds."""
+        self._head, self._whole, self._piece, self._n = head, whole, piece, n
+        self.choices = choices
 
-    def _content(self, text: str) -> Json:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def chunks(self, index: int, event: Event, usage: bool) -> list[Json]:
+        """What an event of choice number `index` adds to a stream; with `usage` each chunk says that it has none."""
+        none = {"usage": None} if usage else {}
+        return [self._object(self._piece, [p]) | none for p in self.choices[index].take(event)]
 
-    def _delta(self, text: str) -> Json:
-        return {"delta": {"content": text} if text else {}}
+    def usage_chunk(self) -> Json:
+        return self._object(self._piece, []) | {"usage": self.usage()}
 
-    def _logprobs(self, logprobs: list[Logprobs]) -> Json:
-        content = [{**shape_of(f.chosen), "top_logprobs": [shape_of(c) for c in f.top]} for f in logprobs]
-        return {"content": content, "refusal": None}
+    def whole(self) -> Json:
+        """The answer of a request without a stream, after the last event."""
+        return self._object(self._whole, [c.whole() for c in self.choices]) | {"usage": self.usage()}
 
+    def usage(self) -> Json:
+        dones = [c.done for c in self.choices if c.done]
+        prompts = [c.done for c in self.choices[:: self._n] if c.done]
+        reasoning = sum(getattr(c, "reasoning_tokens", 0) for c in self.choices)
+        return usage_of(dones, prompts, reasoning)
 
-class CompletionFormat(Format):
-    prefix, whole, piece = "cmpl", "text_completion", "text_completion"
-
-    def _content(self, text: str) -> Json:
-        return {"text": text}
-
-    _delta = _content
-
-    def _logprobs(self, logprobs: list[Logprobs]) -> Json:
-        return {
-            "tokens": [_named(found.chosen) for found in logprobs],
-            "token_logprobs": [found.chosen.logprob for found in logprobs],
-            "top_logprobs": [_by_name([*found.top, found.chosen]) for found in logprobs],
-            "text_offset": [found.text_offset for found in logprobs],
+    def _object(self, kind: str, choices: list[Json]) -> Json:
+        head = self._head
+        return {"id": head["id"], "object": kind, **{k: v for k, v in head.items() if k != "id"}} | {
+            "choices": choices
         }
 
 
@@ -131,25 +102,20 @@ def shape_of(candidate: Candidate) -> Json:
     return {"token": candidate.text, "logprob": candidate.logprob, "bytes": list(candidate.data)}
 
 
-def _named(candidate: Candidate) -> str:
-    """A token's name in completions: "bytes:" marks one that is no UTF-8 by itself."""
-    whole = candidate.text.encode() == candidate.data
-    return candidate.text if whole else "bytes:" + candidate.text
+def cached_tokens(done: Done) -> int:
+    """How many tokens of the prompt were in a cache already."""
+    return int(getattr(done, "cached_tokens", 0))
 
 
-def _by_name(candidates: list[Candidate]) -> dict[str, float]:
-    """Likeliest first; of tokens with the same text, such as a word and a special token, the likelier one."""
-    found: dict[str, float] = {}
-    for candidate in candidates:
-        found.setdefault(_named(candidate), candidate.logprob)
-    return found
-
-
-def usage_of(done: Done) -> Json:
-    """The token counts of a request."""
-    total = done.prompt_tokens + done.completion_tokens
-    counts = {"prompt_tokens": done.prompt_tokens, "completion_tokens": done.completion_tokens}
-    return {**counts, "total_tokens": total}
+def usage_of(dones: list[Done], prompts: list[Done], reasoning_tokens: int) -> Json:
+    """The token counts of several choices; `prompts` has one of each prompt."""
+    prompt, completion = sum(d.prompt_tokens for d in prompts), sum(d.completion_tokens for d in dones)
+    usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
+    usage["total_tokens"] = prompt + completion
+    usage["prompt_tokens_details"] = {"cached_tokens": sum(cached_tokens(d) for d in prompts)}
+    if reasoning_tokens:
+        usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return usage
 
 
 def encode_event(value: Json) -> bytes:

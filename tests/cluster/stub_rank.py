@@ -3,23 +3,26 @@
 Words that start with @ are switches: `@slow:0.05` (seconds per token), `@repeat:1000`, `@torn` (each byte is a token),
 `@reject:why`, `@fail:why`, `@exit:3`, `@raise:SIGKILL`, `@garbage`, `@fatal:LinkDown`, `@ended:why`, `@hang`, `@stats`
 (it reports STATS). A file `stub.json` in the checkpoint folder, {"1": "exit"}, changes how rank 1 starts: "exit",
-"fatal", "mute", "deaf"; or how it takes epochs: "unsteady" (each with another rank in it fails), "hopeless" (each
-fails), "absent" (joins none). Each rank writes what it receives to `rank<r>.log`, one JSON object per line. In its
-epoch it counts beats into the stub mailbox; an epoch that ends interrupts no answer.
+"fatal", "mute", "deaf"; or how it speaks: "tools" (a dialect with tools); or how it takes epochs: "unsteady" (each
+with another rank in it fails), "hopeless" (each fails), "absent" (joins none). Each rank writes what it receives to
+`rank<r>.log`, one JSON object per line. In its epoch it counts beats into the stub mailbox; an epoch that ends
+interrupts no answer.
 """
 
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from expertd.dialect import Dialect
 from expertd.engine.messages import (
     Begin,
     Cancel,
@@ -31,6 +34,7 @@ from expertd.engine.messages import (
     Load,
     Logprobs,
     Message,
+    Prompt,
     Reading,
     Ready,
     Rejected,
@@ -55,6 +59,7 @@ STATS = Stats(
     waited_s=2e-5,
     loads=[Load(0, [3, 0, 1]), Load(1, [1, 1, 1, 5])],
 )
+TOOLS = Dialect("<think>", "</think>", "<tool_call>", "</tool_call>", "json_tools", ["messages", "tools"])
 
 
 class Rank:
@@ -89,7 +94,8 @@ class Rank:
         else:
             threading.Thread(target=self.watch_lifeline, daemon=True).start()
         if self.mood != "mute":
-            self.say(Ready(self.setup.rank, "stub", CONTEXT_LENGTH, 1000, 8, 2, ["solo", "experts"], 0.1))
+            ready = Ready(self.setup.rank, "stub", CONTEXT_LENGTH, 1000, 8, 2, ["solo", "experts"], 0.1)
+            self.say(replace(ready, dialect=TOOLS) if self.mood == "tools" else ready)
 
     def watch_lifeline(self) -> None:
         os.read(self.setup.lifeline_fd, 1)
@@ -127,7 +133,8 @@ class Rank:
 
     def answer(self, submit: Submit) -> None:
         text = submit.prompt if submit.messages is None else submit.messages[-1]["content"]
-        assert text is not None
+        if text is None:
+            text = " ".join(map(str, submit.prompt_ids or []))
         switches = dict((w[1:] + ":").split(":")[:2] for w in text.split() if w.startswith("@"))
         words = [w for w in text.split() if not w.startswith("@")]
         if "reject" in switches:
@@ -137,12 +144,21 @@ class Rank:
                 Rejected(submit.request_id, f"prompt: {len(words)} tokens, at most {CONTEXT_LENGTH}. Cut it.")
             )
         else:
-            self.say(Started(submit.request_id, len(words)))
+            self.say(
+                Started(submit.request_id, len(words), self.prompt(submit, text) if submit.echo else None)
+            )
             self.misbehave(submit, switches)
             if "torn" in switches:
                 self.tear(submit, words)
             else:
                 self.generate(submit, words * int(switches.get("repeat", 1)), float(switches.get("slow", 0)))
+
+    def prompt(self, submit: Submit, text: str) -> Prompt:
+        """Each word is a token, and half as likely as the one before it."""
+        logprobs = []
+        for i, match in enumerate(re.finditer(r"\S+\s*", text) if submit.prompt_logprobs is not None else ()):
+            logprobs.append(Logprobs(Candidate(i, match[0].encode(), -float(i)), [], match.start()))
+        return Prompt(list(range(len(text.split()))), text, logprobs[1:])
 
     def misbehave(self, submit: Submit, switches: dict[str, Any]) -> None:
         if "exit" in switches:

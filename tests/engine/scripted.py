@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from expertd.dialect import Dialect
 from expertd.engine.engine import Engine
 from expertd.engine.messages import Done, Message, Submit, Token
 from expertd.engine.plan import Plan, WindowsPlan
@@ -28,16 +29,21 @@ class ByteTokenizer:
     """One token per byte, and the end."""
 
     end_ids = frozenset({END})
+    dialect = Dialect()
+    think_end: tuple[int, ...] = ()
+
+    def opens_reasoning(self, ids: list[int]) -> bool:
+        return False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], tools: Any = None) -> list[int]:
         if not messages:
             raise ConfigError("messages: none")
         return [i for m in messages for i in self.encode(f"{m['role']}:{m['content']}\n")]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], marks: bool = False) -> str:
         return bytes(i for i in ids if i != END).decode(errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -72,9 +78,15 @@ class ScriptedRunner:
         assert plan.started == [i for i in plan.sequence_ids if i not in self.caches]
         assert len(set(plan.sequence_ids)) == len(plan.sequence_ids) == len(plan.tokens)
         assert plan.decode or len(plan.tokens) == 1
+        if plan.logits:
+            assert not plan.decode
+            before, tokens = self.caches.get(plan.sequence_ids[0], []), plan.tokens[0]
+            rows = [self._logits(before + tokens[: i + 1]) for i in range(len(tokens))]
         for sequence_id, tokens in zip(plan.sequence_ids, plan.tokens, strict=True):
             assert tokens and len(tokens) <= (1 if plan.decode else CONTEXT)
             self.caches.setdefault(sequence_id, []).extend(tokens)
+        if plan.logits:
+            return mx.stack(rows)
         return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
 
     def catch_up(self, plan: Plan) -> None:

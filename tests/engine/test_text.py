@@ -95,7 +95,7 @@ def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
 class Words:
     """Decodes as SentencePiece does: a space before every word but the first."""
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], marks: bool = False) -> str:
         return " ".join(f"w{i}" for i in ids)
 
 
@@ -234,7 +234,7 @@ def with_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def test_bytes_of_a_vocabulary_with_byte_fallback(with_fallback: Tokenizer) -> None:
     named = ["▁the", "▁fox", "s", "é", "<0xE4>", "<0xB8>", "<0xAD>", "</s>", "é<0x41>", "<unk>"]
-    ids = with_fallback._inner.convert_tokens_to_ids(named)
+    ids = with_fallback.inner.convert_tokens_to_ids(named)
     assert [with_fallback.token_bytes(i) for i in ids] == [
         *(b" the", b" fox", b"s", "é".encode(), b"\xe4", b"\xb8", b"\xad", b"</s>"),
         *("é<0x41>".encode(), b"<unk>"),

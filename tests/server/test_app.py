@@ -24,10 +24,13 @@ TEXT = {"model": "demo", "prompt": "one two three"}
 
 
 def with_app(
-    folder: Path, test: Callable[[httpx.AsyncClient, Cluster], Awaitable[None]], num_ranks: int = 1
+    folder: Path,
+    test: Callable[[httpx.AsyncClient, Cluster], Awaitable[None]],
+    num_ranks: int = 1,
+    **moods: str,
 ) -> None:
     async def main() -> None:
-        group = group_of(folder, num_ranks)
+        group = group_of(folder, num_ranks, **moods)
         async with asyncio.timeout(LIMIT_S), Cluster.open(group) as cluster:
             service = Service(ServerConfig(model_id="demo", group=group), cluster)
             transport = httpx.ASGITransport(app=make_app(service))
@@ -60,7 +63,12 @@ def test_chat(tmp_path: Path) -> None:
                     "finish_reason": "stop",
                 }
             ],
-            "usage": {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6},
+            "usage": {
+                "prompt_tokens": 3,
+                "completion_tokens": 3,
+                "total_tokens": 6,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
         }
 
     with_app(tmp_path, test)
@@ -127,18 +135,13 @@ def test_parameters_reach_the_rank(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "n": 2,
-    "tools": [{"type": "function"}],
-    "tool_choice": "required",
     "functions": [{}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
     "best_of": 2,
     "use_beam_search": True,
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
     "length_penalty": 0.5,
-    "echo": True,
     "suffix": "end",
     "store": True,
     "modalities": ["audio"],
@@ -157,13 +160,26 @@ def test_parameters_that_change_the_answer_are_refused_by_name(tmp_path: Path) -
                 error = response.json()["error"]
                 assert (response.status_code, error["param"]) == (400, name)
                 assert error["code"] == "unsupported_parameter" and name in error["message"]
-        # A name of chat alone; and 1 == True in Python, but `n` is a number.
-        for name, value in (("top_logprobs", 3), ("n", True)):
+        # Names of chat alone; and 1 == True in Python, but `best_of` is a number.
+        for name, value in (("top_logprobs", 3), ("tools", [{}]), ("best_of", True)):
             response = await client.post("/v1/completions", json={**TEXT, name: value})
             assert response.json()["error"]["code"] == "unsupported_parameter"
         assert received(tmp_path) == []
 
     with_app(tmp_path, test)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+FORCED = {**CHAT, "tools": [TOOL], "tool_choice": "required"}
+CALLED = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 WRONG = [
@@ -175,8 +191,9 @@ WRONG = [
     ({"messages": CHAT["messages"]}, "model", "model: Field required."),
     ({**CHAT, "messages": []}, "messages", "at least 1"),
     ({**CHAT, "messages": "hi"}, "messages", "valid list"),
-    ({**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
-    ({**CHAT, "messages": [{"role": "user"}]}, "messages[0].content", "required"),
+    ({**CHAT, "messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "'tool'"),
+    ({**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "tool_call_id"),
+    ({**CHAT, "messages": [{"role": "user"}]}, "messages[0]", "content: Field required"),
     ({**CHAT, "messages": [{"role": "user", "content": "a\ud800"}]}, "messages[0].content", "unicode"),
     (
         {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
@@ -185,9 +202,22 @@ WRONG = [
     ),
     (
         {**CHAT, "messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
-        "messages[0].tool_calls",
-        "not permitted",
+        "messages[0].tool_calls[0].id",
+        "required",
     ),
+    ({**CHAT, "messages": [{**CALLED, "role": "user"}]}, "messages[0]", "only messages of role 'assistant'"),
+    ({**CHAT, "n": 0}, "n", "greater than or equal to 1"),
+    ({**CHAT, "tools": [TOOL]}, "tools", "knows no tools"),
+    ({**CHAT, "tools": [{**TOOL, "type": "web_search"}]}, "tools[0].type", "'function'"),
+    ({**CHAT, "tool_choice": "required"}, None, "tool_choice needs tools"),
+    ({**FORCED, "tool_choice": named("g")}, "tool_choice", "'g', but no such tool"),
+    ({**FORCED, "response_format": {"type": "json_object"}}, "tools", "response_format as well"),
+    ({**CHAT, "response_format": {"type": "json_schema"}}, "response_format", "need each other"),
+    ({**CHAT, "guided_json": "{"}, "guided_json", "not valid JSON"),
+    ({**CHAT, "guided_json": {}, "guided_regex": "a"}, "guided_regex", "guided_json as well"),
+    ({**CHAT, "structured_outputs": {}}, "structured_outputs", "exactly one of json"),
+    ({**CHAT, "chat_template_kwargs": {"tokenize": 1}}, "chat_template_kwargs.tokenize", "knows no tokenize"),
+    ({**CHAT, "reasoning_effort": "low"}, "reasoning_effort", "not supported"),
     ({**CHAT, "max_tokens": "5"}, "max_tokens", "valid integer, found '5'"),
     ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({**CHAT, "max_tokens": True}, "max_tokens", "valid integer"),
@@ -225,9 +255,15 @@ WRONG = [
     ({**CHAT, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20, found 21"),
 ]
 WRONG_TEXT = [
-    ({"prompt": ["a", "b"]}, "prompt"),
-    ({"prompt": [1, 2]}, "prompt"),
-    ({"prompt": [[1, 2]]}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": "a\ud800"}, "prompt"),
+    ({"prompt": ["a"] * 129}, "prompt"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n"),
+    ({"max_tokens": 0}, None),
     ({"prompt": 5}, "prompt"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
@@ -245,7 +281,7 @@ def test_wrong_requests_get_400_and_the_name_of_the_field(tmp_path: Path) -> Non
             assert found == (400, "invalid_request_error", param), error
             assert words in error["message"] and "\n" not in error["message"], error
         for values, param in WRONG_TEXT:
-            response = await client.post("/v1/completions", json={**TEXT, **values})
+            response = await client.post("/v1/completions", content=json.dumps({**TEXT, **values}))
             assert (response.status_code, response.json()["error"]["param"]) == (400, param)
         assert received(tmp_path) == []
 

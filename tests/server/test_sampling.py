@@ -13,10 +13,14 @@ from pydantic import BaseModel
 from stub_group import received
 
 from expertd.cluster.supervisor import Cluster
-from expertd.engine.messages import Candidate, Done, Logprobs, Token
+from expertd.dialect import Dialect
+from expertd.engine.messages import Candidate, Done, Logprobs, Submit, Token
 from expertd.sampling import Sampling
-from expertd.server.schema import ChatRequest, CompletionRequest, parse_request
-from expertd.server.wire import ChatFormat, CompletionFormat, Format
+from expertd.server.chat import ChatChoice, ChatRequest
+from expertd.server.completions import CompletionRequest, TextChoice
+from expertd.server.parse import parse_request
+from expertd.server.parts import Splitter
+from expertd.server.wire import Choice
 from tests.server.test_app import CHAT, TEXT, events_of, with_app
 from tests.server.test_serve import client_of, with_server
 
@@ -34,6 +38,13 @@ ASKED = {
 WANTED = Sampling(0.5, 0.9, 40, 0.05, 1.1, -1.0, 0.25, ((5, 1.0), (7, -100.0)), 3)
 
 
+def submit_of(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> Submit:
+    wanted = parse_request(kind, body)
+    if isinstance(wanted, ChatRequest):
+        return wanted.to_submits("r", Dialect())[0]
+    return wanted.to_submits("r")[0]
+
+
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
 def test_every_parameter_means_the_same_in_both_apis(
     kind: type[ChatRequest] | type[CompletionRequest],
@@ -42,7 +53,7 @@ def test_every_parameter_means_the_same_in_both_apis(
     body = httpx.Request(
         "POST", "http://x", json={**(CHAT if kind is ChatRequest else TEXT), **ASKED, **ends}
     )
-    submit = parse_request(kind, body.content).to_submit("r")
+    submit = submit_of(kind, body.content)
     assert submit.sampling == WANTED
     assert (submit.stop_ids, submit.min_tokens, submit.ignore_end) == ([5, 6], 2, True)
     assert submit.logprobs is None
@@ -59,7 +70,7 @@ def test_every_parameter_means_the_same_in_both_apis(
 )
 def test_what_changes_nothing(values: dict[str, Any], wanted: Sampling) -> None:
     body = httpx.Request("POST", "http://x", json={**CHAT, **values}).content
-    assert parse_request(ChatRequest, body).to_submit("r").sampling == wanted
+    assert submit_of(ChatRequest, body).sampling == wanted
 
 
 @pytest.mark.parametrize(
@@ -79,7 +90,7 @@ def test_how_logprobs_are_asked_for(
     body = httpx.Request(
         "POST", "http://x", json={**(CHAT if kind is ChatRequest else TEXT), **values}
     ).content
-    assert parse_request(kind, body).to_submit("r").logprobs == wanted
+    assert submit_of(kind, body).logprobs == wanted
 
 
 # Answers. OpenAI's models accept unknown fields, so what they make of a body must be that body again.
@@ -239,28 +250,27 @@ def token(text: str, data: bytes, offset: int) -> Token:
         ([], DONE, [[]]),
     ],
 )
-@pytest.mark.parametrize("kind", [ChatFormat, CompletionFormat])
+@pytest.mark.parametrize("kind", [ChatChoice, TextChoice])
 def test_logprobs_come_with_their_text(
-    kind: type[Format], tokens: list[Token], done: Done, wanted: list[list[str]]
+    kind: type[Choice], tokens: list[Token], done: Done, wanted: list[list[str]]
 ) -> None:
     def names(logprobs: dict[str, Any] | None) -> list[str]:
         if logprobs is None:
             return []
-        if kind is ChatFormat:
+        if kind is ChatChoice:
             return [part["token"] for part in logprobs["content"]]
         return [name.removeprefix("bytes:") for name in logprobs["tokens"]]
 
-    shape = kind("demo")
-    pieces = [shape.text(t) for t in tokens] + [shape.closing(done)]
-    stream = httpx.Response(200, content=b"".join(pieces))
-    assert [names(c["choices"][0]["logprobs"]) for c in events_of(stream)] == wanted
-    whole = kind("demo").answer(tokens, done)["choices"][0]["logprobs"]
-    assert names(whole) == [name for part in wanted for name in part]
+    choice = ChatChoice(0, "r", True, Splitter(Dialect())) if kind is ChatChoice else TextChoice(0)
+    pieces = [piece for event in (*tokens, done) for piece in choice.take(event)]
+    assert [names(piece["logprobs"]) for piece in pieces] == wanted
+    assert names(choice.whole()["logprobs"]) == [name for part in wanted for name in part]
 
 
 def test_equal_texts_are_one_name_in_completions() -> None:
     """The likelier one's: a word, and a special token that is written like it."""
     top = [Candidate(1, b"a", -0.5), Candidate(2, b"a", -1.5)]
-    tokens = [Token("r", [3], "b", [Logprobs(Candidate(3, b"b", -2.5), top, 0)])]
-    found = CompletionFormat("demo").answer(tokens, DONE)["choices"][0]["logprobs"]
-    assert found["top_logprobs"] == [{"a": -0.5, "b": -2.5}]
+    choice = TextChoice(0)
+    for event in (Token("r", [3], "b", [Logprobs(Candidate(3, b"b", -2.5), top, 0)]), DONE):
+        choice.take(event)
+    assert choice.whole()["logprobs"]["top_logprobs"] == [{"a": -0.5, "b": -2.5}]

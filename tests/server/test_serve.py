@@ -98,8 +98,8 @@ def test_the_official_client_understands_our_errors(tmp_path: Path) -> None:
             with pytest.raises(openai.NotFoundError):
                 await client.completions.create(model="other", prompt="x")
             with pytest.raises(openai.BadRequestError) as caught:
-                await client.completions.create(model="demo", prompt="x", n=2)
-            assert caught.value.param == "n"
+                await client.completions.create(model="demo", prompt="x", best_of=2)
+            assert caught.value.param == "best_of"
             stream = await client.completions.create(model="demo", prompt="so fail", stream=True)
             with pytest.raises(openai.APIError, match="the step failed"):
                 async for _ in stream:
