@@ -129,7 +129,7 @@ def test_parameters_reach_the_rank(tmp_path: Path) -> None:
         assert (chat["max_tokens"], sampling["temperature"], sampling["top_p"]) == (1, 0.5, 0.9)
         assert (sampling["seed"], chat["stop"], chat["prompt"]) == (2**63 - 1, ["x"], None)
         assert (text["max_tokens"], text["sampling"]["temperature"], text["stop"]) == (16, 0.0, ["a", "b"])
-        assert text["messages"] is None and text["sampling"]["seed"] is None
+        assert text["messages"] is None and 0 <= text["sampling"]["seed"] < 2**32  # drawn for it
 
     with_app(tmp_path, test)
 
