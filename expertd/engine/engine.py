@@ -27,6 +27,7 @@ import numpy as np
 
 from expertd.engine.echo import CHUNK, Echo, logprobs_of
 from expertd.engine.grammar import Grammars
+from expertd.engine.homes import MAX_BEHIND, SPARE, first_of_each, give_homes, home_of
 from expertd.engine.messages import (
     Cancel,
     Done,
@@ -160,24 +161,34 @@ class Engine:
     def _meet(self, runner: Runner) -> None:
         held = runner.meet()
         for sequence in self._open:
-            sequence.num_computed = held.pop(sequence.sequence_id, 0)
+            sequence.num_computed, sequence.home = held.pop(sequence.sequence_id, 0), None
         self._released = list(held)
         self._has_met = True
 
     # Beat 1: schedule.
 
     def _schedule(self) -> list[Sequence]:
-        """One sequence that has a prompt to read, or all that are ready for their next token."""
+        """One sequence that has a prompt to read (or one for each rank), or all that are ready for their next token."""
         for sequence in [s for s in self._open if s.cancelled]:
             self._finish(sequence, "solo")
         served = self._open[: self.max_streams]
         ready = [s for s in served if s.num_computed and not self._num_to_read(s)]
-        new = next((s for s in served if s not in ready), None)
-        if new is None or (ready and not self._has_decoded):
+        new = [s for s in served if s not in ready]
+        if not new or (ready and not self._has_decoded):
             self._has_decoded = True
             return ready
         self._has_decoded = False
-        return [new]
+        apart = [s for s in new if self._reads_apart(s, len(served))]
+        if new[0] not in apart:
+            return new[:1]
+        give_homes(apart, served, self._fractions)
+        return first_of_each(apart)
+
+    def _reads_apart(self, sequence: Sequence, num_served: int) -> bool:
+        """Whether only its home should read a prompt: where streams will be divided, so are the prompts."""
+        if sequence.wants_logits or not self._num_to_read(sequence):
+            return False
+        return sequence.home is not None or self._planner.preferred(Work.of(True, num_served)) == "sequences"
 
     def _admit(self, submit: Submit) -> None:
         try:
@@ -238,21 +249,40 @@ class Engine:
     # Beat 2: plan.
 
     def _plan(self, sequences: list[Sequence]) -> Plan:
-        """Prompts are prefilled in chunks; the last known token is a decode step."""
-        tokens = [self._next_tokens(sequence) for sequence in sequences]
+        """Prompts are prefilled in chunks; the last known token is a decode step. May change the sequences' order."""
         decode = not self._num_to_read(sequences[0])
+        behind = self._num_behind(sequences)
+        split = self._choose_split(sequences, decode, behind)
+        if split.name == "sequences":
+            give_homes(sequences, self._open[: self.max_streams], self._fractions)
+            sequences.sort(key=home_of)
+        homes = [home_of(s) for s in sequences] if split.name == "sequences" else []
         return Plan(
             sequence_ids=[s.sequence_id for s in sequences],
-            tokens=tokens,
+            tokens=[self._next_tokens(sequence) for sequence in sequences],
             decode=decode,
-            split=self._choose_split(Work.of(decode, sum(map(len, tokens)))),
+            split=split,
             started=[s.sequence_id for s in sequences if s.num_computed == 0],
             released=list(self._released),
             logits=sequences[0].wants_logits and not decode,
+            homes=homes,
+            spare=SPARE if homes and decode and len(sequences) == 1 and behind else 0,
         )
 
-    def _choose_split(self, work: Work) -> StepSplit:
-        return StepSplit(self._planner.choose(work), self._fractions)
+    def _num_behind(self, sequences: list[Sequence]) -> int:
+        assert self._runner is not None
+        return self._runner.num_behind([s.sequence_id for s in sequences])
+
+    def _choose_split(self, sequences: list[Sequence], decode: bool, behind: int) -> StepSplit:
+        read_apart = not decode and self._reads_apart(sequences[0], len(self._open[: self.max_streams]))
+        if read_apart or behind > MAX_BEHIND:
+            return StepSplit("sequences", self._fractions)
+        work = Work.of(decode, sum(len(self._next_tokens(s)) for s in sequences))
+        split = StepSplit(self._planner.choose(work), self._fractions)
+        if split.name != "sequences":
+            for sequence in sequences:
+                sequence.home = None
+        return split
 
     def _next_tokens(self, sequence: Sequence) -> list[int]:
         # After an interruption the generated tokens are prefilled as well: no measure of the prompt's speed.
@@ -288,7 +318,7 @@ class Engine:
             return
         num_tokens = min(work.num_tokens, self.context_length)
         tokens = [i % self.vocab_size for i in range(num_tokens)]
-        split = self._choose_split(work)
+        split = StepSplit(self._planner.choose(work), self._fractions)
         self._run(Plan([TRIAL_ID], [tokens], work.kind == "decode", split, [TRIAL_ID], list(self._released)))
         self._released.append(TRIAL_ID)
 

@@ -1,6 +1,6 @@
 """A step's plan: what rank 0 decided, as a value and as the frame that the other ranks replay."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgpack
@@ -26,6 +26,8 @@ class Plan:
     started: list[int]
     released: list[int]
     logits: bool = False
+    homes: list[int] = field(default_factory=list)
+    spare: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -50,9 +52,11 @@ class WindowsPlan:
 
 @dataclass(frozen=True)
 class CatchUp:
-    """Decode steps that rank 0 has taken alone, in order, for the others to do what they leave in the caches."""
+    """Decode steps that rank 0 has taken alone, in order, for the others to do what they leave in the caches; then each
+    rank reads what it lacks of the sequences `sequence_ids`."""
 
     steps: list[Plan]
+    sequence_ids: list[int] = field(default_factory=list)
 
     def encode(self) -> bytes:
         frame: bytes = msgpack.packb(asdict(self))
@@ -78,7 +82,8 @@ def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting:
         if "lengths" in values:
             return Meeting({int(i): [int(n) for n in ns] for i, ns in Meeting(**values).lengths.items()})
         if "steps" in values:
-            return CatchUp([Plan(**_with_split(step)) for step in CatchUp(**values).steps])
+            told = CatchUp(**values)
+            return CatchUp([Plan(**_with_split(step)) for step in told.steps], told.sequence_ids)
         return WindowsPlan(**_with_split(values)) if "windows" in values else Plan(**_with_split(values))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e

@@ -120,6 +120,10 @@ class Planner:
         record.num_steps += 1
         return _next_trial(record) or record.choice
 
+    def preferred(self, work: Work) -> str:
+        """The choice by now, without a trial."""
+        return self._fixed or self._record(work).choice
+
     def took(self, work: Work, split: str, num_tokens: int, seconds: float, waited_s: float = 0.0) -> None:
         """Say what the step took, from its start to its end. `num_tokens` is what it really had.
 
@@ -128,6 +132,8 @@ class Planner:
         if self._fixed:
             return
         record = self._record(work)
+        if split not in record.samples:  # nobody's choice: sequences stay at their homes for a while
+            return
         if work.kind == "prefill":  # bound by arithmetic: twice the tokens, twice the time
             seconds *= work.num_tokens / num_tokens
         if record.is_measured:
@@ -158,7 +164,11 @@ class Planner:
         if record := self._records.get(work):
             return record
         # One token cannot be divided by rows: `tokens` would leave it to one rank.
-        names = [s for s in self._supported if s != "tokens" or work.num_tokens > 1]
+        # And whole sequences are divided where there are several, which prompts decide by themselves (Engine).
+        alone, reads = work.num_tokens == 1, work.kind == "prefill"
+        unfit = {"tokens"} if alone else set()
+        unfit |= {"sequences"} if alone or reads else set()
+        names = [s for s in self._supported if s not in unfit]
         record = self._records[work] = _Record(("solo", *names))
         near = [w for w, r in self._records.items() if w.kind == work.kind and r.is_measured]
         if near:

@@ -9,6 +9,9 @@ Under `solo` nobody needs the other ranks, and a group must not be slower than r
 take memory bandwidth from it. So rank 0 takes decode steps without a word, and lets the others catch up before the
 next step that needs them, or after CATCH_UP_STEPS. They then read many tokens at once, which is cheap, or decode them
 where a chunk would leave other bits (Model.one_by_one).
+
+Under `sequences` each sequence has a home, the rank that alone computes it. The others get its tokens with the plans
+and keep them (SequenceCache.pending), so that a step of any other split only has to read first what is pending.
 """
 
 import functools
@@ -26,9 +29,10 @@ from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
 from expertd.errors import TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
-from expertd.model.caches import SequenceCache
+from expertd.model.caches import Piece, SequenceCache
 from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Model, cache_bytes
+from expertd.split.cut import StepSplit
 
 T = TypeVar("T")
 
@@ -43,6 +47,8 @@ MAX_OFFERED = 4096
 
 # When rank 0 dies, what the others have not caught up with is read from the transcripts: a small chunk.
 CATCH_UP_STEPS = 32
+
+SOLO = StepSplit("solo", (1.0,))
 
 Caches = dict[int, SequenceCache]  # by sequence
 
@@ -69,10 +75,20 @@ class Runner:
         return self._meet(meeting)
 
     def catch_up(self, plan: Plan) -> None:
-        """Rank 0, before a step that takes all ranks: wait until they have what it did alone. Else it does nothing."""
-        if self._untold and not self._is_untold(plan):
-            self._tell_untold()
+        """Rank 0, before a step that takes all ranks: wait until all have what some did alone. Else it does nothing."""
+        known = [] if plan.homes else [i for i in plan.sequence_ids if i in self._caches]
+        pending = [i for i in known if self._caches[i].pending]
+        if self._is_untold(plan) or not (pending or self._untold):
+            return
+        self._tell_untold(pending)
+        self._settle(pending)
+        if not plan.homes:
             self._tell(CatchUp([]))  # it is taken when the one before is done
+
+    def num_behind(self, sequence_ids: list[int]) -> int:
+        """Rank 0: how many tokens of these sequences only their homes have."""
+        known = [self._caches[i] for i in sequence_ids if i in self._caches]
+        return sum(cache.num_pending for cache in known)
 
     def lead(self, plan: Plan) -> mx.array | None:
         """Rank 0: give the plan to the others and carry it out; float32 logits where the plan has some.
@@ -103,16 +119,16 @@ class Runner:
         known = [self._caches[i] for i in plan.sequence_ids if i not in plan.started]
         return all(cache.forgets for cache in known)
 
-    def _tell_untold(self) -> None:
+    def _tell_untold(self, pending: list[int] | None = None) -> None:
         steps, self._untold = self._untold, []
-        self._tell(CatchUp(steps))
+        self._tell(CatchUp(steps, pending or []))
         for step in steps:
             self._note_told(step)
 
     def _note_told(self, plan: Plan) -> None:
-        for sequence_id in plan.sequence_ids:
+        for sequence_id in [] if plan.homes else plan.sequence_ids:
             if cache := self._caches.get(sequence_id):
-                cache.num_told = len(cache)
+                cache.share()
 
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
         """Rank 0: as `lead`, for whole windows; Model.observe says what it gives."""
@@ -148,6 +164,7 @@ class Runner:
             self._observe(plan)
         elif isinstance(plan, CatchUp):
             self._redo(plan.steps)
+            self._settle(plan.sequence_ids)
         else:
             self._execute(plan)
 
@@ -177,7 +194,7 @@ class Runner:
             if mask:
                 length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
                 self._caches[sequence_id].cut(length)
-                self._caches[sequence_id].num_told = length
+                self._caches[sequence_id].share()
             else:
                 self._caches.pop(sequence_id, None)
         for sequence_id in self._caches.keys() - meeting.lengths.keys():
@@ -209,12 +226,18 @@ class Runner:
             self._caches.pop(sequence_id, None)
         for sequence_id in plan.started:
             self._caches[sequence_id] = SequenceCache(self._model.new_cache())
-        caches = [self._caches[sequence_id] for sequence_id in plan.sequence_ids]
+        if plan.homes:
+            mine = self._go_home(plan)
+        else:
+            mine = plan.sequence_ids
+            self._settle(mine)
+        caches = [self._caches[sequence_id] for sequence_id in mine]
+        tokens = [plan.tokens[plan.sequence_ids.index(sequence_id)] for sequence_id in mine]
         lengths = [len(cache) for cache in caches]
-        for cache, tokens in zip(caches, plan.tokens, strict=True):
-            cache.extend(tokens)
+        for cache, appended in zip(caches, tokens, strict=True):
+            cache.extend(appended)
         try:
-            logits = self._guarded(lambda: self._compute(plan, caches))
+            logits = self._guarded(lambda: self._compute(plan, tokens, caches))
             self._link.check()
         except TransportError:
             for cache, length in zip(caches, lengths, strict=True):
@@ -222,13 +245,49 @@ class Runner:
             raise
         return logits
 
-    def _compute(self, plan: Plan, caches: list[SequenceCache]) -> mx.array | None:
+    def _go_home(self, plan: Plan) -> list[int]:
+        """Note what every sequence's home will compute in this step; gives those whose home is here.
+
+        When a sequence changes its home, what was pending is read by all others first.
+        """
+        mine = []
+        for sequence_id, home, tokens in zip(plan.sequence_ids, plan.homes, plan.tokens, strict=True):
+            cache = self._caches[sequence_id]
+            if cache.home != home:
+                self._settle([sequence_id])
+                cache.home = home
+            elif plan.spare:
+                self._settle([sequence_id], plan.spare)
+            cache.pending.append(Piece(tokens, plan.decode))
+            if home == self._link.rank:
+                mine.append(sequence_id)
+        return mine
+
+    def _settle(self, sequence_ids: list[int], limit: int | None = None) -> None:
+        """Read what is pending of these sequences, `limit` tokens of each; at their home it is there already."""
+        for sequence_id in sequence_ids:
+            cache = self._caches[sequence_id]
+            if not cache.pending:
+                continue
+            for piece in cache.take_pending(limit, merge=not self._model.one_by_one):
+                if cache.home == self._link.rank:
+                    continue
+                cache.extend(piece.tokens)
+                if piece.decode:
+                    self._model.decode(piece.tokens, [cache.layers], SOLO)
+                else:
+                    self._model.prefill(piece.tokens, cache.layers, SOLO)
+            cache.num_shared = len(cache) - (cache.num_pending if cache.home == self._link.rank else 0)
+
+    def _compute(self, plan: Plan, tokens: list[list[int]], caches: list[SequenceCache]) -> mx.array | None:
         layers = [cache.layers for cache in caches]
         if plan.decode:
-            return self._model.decode([token for (token,) in plan.tokens], layers, plan.split)
+            counts = [plan.homes.count(rank) for rank in range(self._link.num_ranks)] if plan.homes else None
+            return self._model.decode([token for (token,) in tokens], layers, plan.split, counts)
         if plan.logits:
-            return self._model.score(plan.tokens[0], layers[0], plan.split)
-        self._model.prefill(plan.tokens[0], layers[0], plan.split)
+            return self._model.score(tokens[0], layers[0], plan.split)
+        for appended, of_one in zip(tokens, layers, strict=True):
+            self._model.prefill(appended, of_one, plan.split)
         return None
 
     def _guarded(self, compute: Callable[[], T]) -> T:

@@ -61,7 +61,8 @@ class Sequence:
     matcher: Matcher | None = None
     grammar_after: list[int] = field(default_factory=list)  # its grammar begins after these tokens
     opening: str = ""  # text that belongs before the first token's
-    num_computed: int = 0  # tokens in the cache, the same on every rank
+    num_computed: int = 0  # tokens in the cache, of every rank or of its home's
+    home: int | None = None  # engine/homes.py
     generated: list[int] = field(default_factory=list)
     num_replayed: int = 0  # of `generated`: another leader chose them
     num_chars: int = 0  # of the text of `generated`, but for the bytes of an unfinished character

@@ -11,6 +11,7 @@ For recurrent layers that costs memory alone. A window is copied at each step, b
 a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -20,20 +21,35 @@ from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache
 # The leader may have begun the step after one that another rank has not finished, and no further one.
 NUM_STEPS_BACK = 2
 
+# What was computed in many steps is read in chunks of so many tokens, the default of --prefill-chunk.
+MERGED = 512
+
 State = list[Any]  # of each layer; None where the layer forgets by itself
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that one step appended to a sequence."""
+
+    tokens: list[int]
+    decode: bool
 
 
 class SequenceCache:
     """The caches of all layers, as mlx-lm makes them, and the tokens that are in them.
 
-    `num_told` of these the other ranks know of. `forgets`: it can forget any number of its last tokens.
+    All ranks have the first `num_shared` of these. Under the split `sequences` a sequence has a `home`, the one rank
+    that computes it; `pending` is what all others lack, in pieces as the home took them, the same list on every rank.
+    `forgets`: it can forget any number of its last tokens.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.forgets = all(map(_forgets, layers))
         self.tokens: list[int] = []
-        self.num_told = 0
+        self.num_shared = 0
+        self.home: int | None = None
+        self.pending: list[Piece] = []
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
 
     def __len__(self) -> int:
@@ -46,10 +62,31 @@ class SequenceCache:
             del self._before[length]
         self.tokens += tokens
 
+    @property
+    def num_pending(self) -> int:
+        return sum(len(piece.tokens) for piece in self.pending)
+
+    def share(self) -> None:
+        """Note that every rank now has what this one has."""
+        self.num_shared, self.pending = len(self), []
+
+    def take_pending(self, limit: int | None, merge: bool) -> list[Piece]:
+        """Take pieces out of `pending`, of `limit` tokens in all or of one piece more than that.
+
+        `merge` joins them to chunks of MERGED tokens; else they stay as they were computed.
+        """
+        taken: list[Piece] = []
+        while self.pending and (limit is None or sum(len(piece.tokens) for piece in taken) < limit):
+            taken.append(self.pending.pop(0))
+        if not merge:
+            return taken
+        tokens = [token for piece in taken for token in piece.tokens]
+        return [Piece(tokens[at : at + MERGED], False) for at in range(0, len(tokens), MERGED)]
+
     def lengths(self) -> list[int]:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
-        told = {self.num_told} if self.forgets else set()
-        return sorted({len(self), *told, *self._before} - {0}, reverse=True)
+        shared = {self.num_shared} if self.forgets else set()
+        return sorted({len(self), *shared, *self._before} - {0}, reverse=True)
 
     def can_cut(self, length: int) -> bool:
         """Whether its first `length` tokens can be had."""
@@ -62,7 +99,7 @@ class SequenceCache:
             for layer, kept in zip(self.layers, state, strict=True):
                 _go_back(layer, length, kept)
         del self.tokens[length:]
-        self.num_told = min(self.num_told, length)
+        self.num_shared = min(self.num_shared, length)
         self._before = {n: state for n, state in self._before.items() if n < length}
 
     def evaluate(self) -> None:

@@ -41,9 +41,10 @@ class Model:
         self._state = StepState()
         self._model = load(folder, config, wide, kernels)
         self._functions = native_functions(kernels) if kernels and not wide else []
-        self.splits = divide(self._model, self._state)
+        self.splits = [*divide(self._model, self._state), "sequences"]
         self._taps: Taps | None = None
         self._together: type[Together] | None = None
+        self._no_logits = mx.zeros((0, 0))  # [0, vocab], of the model's type, from the first decode step on
         self.one_by_one = False  # whether a token's bits depend on how many were computed with it
         self.expert_load = ExpertLoad()
         if not wide:
@@ -92,29 +93,47 @@ class Model:
         mx.eval(logits, [layer.state for layer in cache])
         return logits
 
-    def decode(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array:
+    def decode(
+        self, tokens: list[int], caches: list[Cache], split: StepSplit, counts: list[int] | None = None
+    ) -> mx.array:
         """Append one token to each of several sequences; gives the evaluated float32 logits [num_sequences, vocab] of
-        the positions after them."""
+        the positions after them.
+
+        Under `sequences` the tokens and caches are this rank's alone, maybe none, and `counts` are every rank's number
+        of them; all ranks get all logits, in the ranks' order.
+        """
         if not self.expert_load.due():
-            return self._decode(tokens, caches, split)
+            return self._decode(tokens, caches, split, counts)
         self._state.choices = {}
         try:
-            logits = self._decode(tokens, caches, split)
+            logits = self._decode(tokens, caches, split, counts)
             self.expert_load.add(self._state.choices)
         finally:
             self._state.choices = None
         return logits
 
-    def _decode(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array:
-        if len(tokens) > 1 and self._together:
-            logits = self._forward_together(tokens, caches, split, self._together).astype(mx.float32)
-            mx.eval(logits)
-            return logits
-        rows = []
-        for token, cache in zip(tokens, caches, strict=True):
-            rows.append(self.forward([token], cache, split).astype(mx.float32))
-            mx.eval(rows[-1])  # one after the other on every rank: the next one's exchanges may not overtake
-        return mx.concatenate(rows)
+    def _decode(
+        self, tokens: list[int], caches: list[Cache], split: StepSplit, counts: list[int] | None
+    ) -> mx.array:
+        if not tokens:
+            logits = self._no_logits
+        elif len(tokens) > 1 and self._together:
+            logits = self._forward_together(tokens, caches, split, self._together)
+        else:
+            rows = []
+            for token, cache in zip(tokens, caches, strict=True):
+                rows.append(self.forward([token], cache, split))
+                mx.eval(
+                    rows[-1]
+                )  # one after the other on every rank: the next one's exchanges may not overtake
+            logits = mx.concatenate(rows)
+        self._no_logits = mx.zeros((0, logits.shape[1]), logits.dtype)
+        if counts:
+            self._state.begin(split)
+            logits = self._state.exchange(logits, counts)
+        logits = logits.astype(mx.float32)
+        mx.eval(logits)
+        return logits
 
     def _forward_together(
         self, tokens: list[int], caches: list[Cache], split: StepSplit, kind: type[Together]

@@ -92,6 +92,9 @@ class ScriptedRunner:
     def catch_up(self, plan: Plan) -> None:
         pass
 
+    def num_behind(self, sequence_ids: list[int]) -> int:
+        return 0
+
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Any]:
         self.before_windows(plan)
         tokens = mx.array(plan.windows)

@@ -60,7 +60,9 @@ class FakeModel:
         cache[0].tokens += tokens
         self.splits.append(split)
 
-    def decode(self, tokens: list[int], caches: list[list[FakeLayer]], split: StepSplit) -> mx.array:
+    def decode(
+        self, tokens: list[int], caches: list[list[FakeLayer]], split: StepSplit, counts: Any = None
+    ) -> mx.array:
         for token, cache in zip(tokens, caches, strict=True):
             cache[0].tokens.append(token)
         self.splits.append(split)
@@ -73,6 +75,8 @@ class FakeModel:
 
 class FakeMailbox:
     """Brings frames, takes frames, and may break."""
+
+    rank = 0
 
     def __init__(self, num_ranks: int, frames: list[bytes | None]) -> None:
         self.num_ranks, self.frames = num_ranks, frames

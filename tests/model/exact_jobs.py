@@ -40,7 +40,7 @@ def run_briefly(mailbox: Mailbox, checkpoint: str) -> dict[str, str]:
     model = _load(Path(checkpoint), mailbox.rank, "native")
     model.attach(mailbox)
     shares = SHARES[mailbox.num_ranks][0]
-    splits = [StepSplit(name, (1.0,) if name == "solo" else shares) for name in model.splits]
+    splits = [StepSplit(name, (1.0,) if name == "solo" else shares) for name in _splits(model)]
     return {split.name: _digest(model, mailbox, split, [4, 3], num_decoded=1) for split in splits}
 
 
@@ -58,13 +58,18 @@ def _load(folder: Path, rank: int, kernels: str) -> Model:
     return Model(folder, config, kernels=open_kernels(kernels, ACTIVATION_BITS, num_threads=1 + rank % 2))
 
 
+def _splits(model: Model) -> list[str]:
+    """Those that divide one sequence (tests/engine/test_wild.py has the other)."""
+    return [name for name in model.splits if name != "sequences"]
+
+
 def _all_splits(
     mailbox: Mailbox, link: Link | None, folder: Path, cases: dict[str, list[int]], kernels: str
 ) -> dict[str, str]:
     model = _load(folder, mailbox.rank, kernels)
     model.attach(link)
     digests = {}
-    for name in model.splits if link else ["solo"]:
+    for name in _splits(model) if link else ["solo"]:
         shares = SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]
         for fractions, label, chunks in _cases(shares, cases):
             digest = _digest(model, mailbox, StepSplit(name, fractions), chunks)

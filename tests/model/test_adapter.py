@@ -66,7 +66,7 @@ def test_bfloat16_weights_give_bfloat16_logits_and_float32_rows(tmp_path: Path) 
 
 def test_require_names_the_choices(tmp_path: Path) -> None:
     model = load(make_tiny(tmp_path, "qwen3_moe"))
-    assert model.splits == ["solo", "experts", "tokens"]
+    assert model.splits == ["solo", "experts", "tokens", "sequences"]
     for split in ("auto", *model.splits):
         model.require(split)
     model.splits = ["solo", "experts"]

@@ -1,0 +1,105 @@
+"""An engine on real ranks whose planner is wild: each step takes any split, and streams come and go meanwhile."""
+
+import random
+from pathlib import Path
+from typing import Any, cast
+
+from expertd.checkpoint.inspect import check_checkpoint
+from expertd.config import ACTIVATION_BITS
+from expertd.engine import engine as engine_module
+from expertd.engine.engine import Engine
+from expertd.engine.messages import Message, Submit, Token
+from expertd.engine.plan import Meeting
+from expertd.engine.planner import Planner, Work
+from expertd.engine.runner import Runner
+from expertd.engine.text import Tokenizer
+from expertd.link.mailbox import Mailbox
+from expertd.model.kernels import open_kernels
+from expertd.model.model import Model
+from expertd.sampling import Sampling
+from tests.engine.scripted import ByteTokenizer
+
+# After so many steps comes so much of a prompt, and its answer has so many tokens.
+REQUESTS = (
+    (0, "a prompt that is longer than the window of any family", 16),
+    (0, "short", 8),
+    (2, "x", 6),
+    (6, "another that comes later, when the others are at it", 8),
+    (12, "and one more", 4),
+    (24, "the last one is alone for a while, and divided again", 24),
+)
+
+
+class WildPlanner(Planner):
+    def __init__(self, splits: list[str], seed: int) -> None:
+        super().__init__("auto", splits, 2)
+        self._random, self._splits = random.Random(seed), splits
+        self.taken: set[tuple[str, str]] = set()
+
+    def choose(self, work: Work) -> str:
+        return self._random.choice([s for s in self._splits if s != "sequences" or work.kind == "decode"])
+
+    def preferred(self, work: Work) -> str:
+        return self._random.choice(["solo", "sequences"])
+
+    def took(self, work: Work, split: str, *more: Any) -> None:
+        self.taken.add((work.kind, split))
+
+    def wanted_trial(self) -> None:
+        return None
+
+
+class Counting(Runner):
+    num_meetings = 0
+
+    def _meet(self, meeting: Meeting) -> dict[int, int]:
+        self.num_meetings += 1
+        return super()._meet(meeting)
+
+
+def serve(
+    mailbox: Mailbox, checkpoints: list[str], seed: int, kernels: str = "native"
+) -> dict[str, list[Any]]:
+    """Tokens and log-probabilities of every request, by checkpoint; {} from followers."""
+    engine_module.MAX_BEHIND, engine_module.SPARE = 12, 2
+    found = {}
+    for folder in checkpoints:
+        info = check_checkpoint(Path(folder))
+        native = open_kernels(kernels, ACTIVATION_BITS, num_threads=1)
+        model = Model(info.folder, info.config, kernels=native)
+        model.attach(mailbox if mailbox.num_ranks > 1 else None)
+        runner = Counting(model, mailbox, {})
+        if mailbox.rank == 0:
+            found[Path(folder).name] = _lead(runner, model, seed)
+            runner.meet()
+        else:
+            while runner.num_meetings < 2:
+                runner.follow()
+    return found
+
+
+def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
+    events: list[Message] = []
+    engine = Engine(cast(Tokenizer, ByteTokenizer()), 512, model.splits, 16, events.append, 257)
+    engine.one_by_one = model.one_by_one
+    num_ranks = runner._link.num_ranks
+    engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
+    planner = WildPlanner(model.splits, seed)
+    if num_ranks > 1:
+        engine._planner = planner
+    pending, step = list(REQUESTS), 0
+    while pending or not engine.idle:
+        for request in [r for r in pending if r[0] <= step]:
+            pending.remove(request)
+            name, sampling = request[1], Sampling(temperature=0.7, seed=5)
+            engine.take(
+                Submit(name, name, sampling=sampling, max_tokens=request[2], ignore_end=True, logprobs=2)
+            )
+        engine.step()
+        step += 1
+    if num_ranks > 1:
+        assert {split for kind, split in planner.taken if kind == "decode"} == set(model.splits)
+        assert ("prefill", "sequences") in planner.taken
+    tokens = [e for e in events if isinstance(e, Token)]
+    return [[e.request_id, e.token_ids, [p.chosen.logprob for p in e.logprobs]] for e in sorted(
+        tokens, key=lambda e: e.request_id)]  # fmt: skip
