@@ -2,6 +2,7 @@
 
     ExpertdError
     ├── ConfigError         a flag, a request or a file the user wrote is wrong       exit 2, HTTP 400
+    │   └── NotFoundError   it names what is not known here, or not any more          exit 2, HTTP 404
     ├── CheckpointError     a checkpoint is missing, damaged or of an unknown kind    exit 2
     ├── BusyError           too many requests are open                                exit 1, HTTP 429
     ├── ClusterError        a rank or link process died or never came up              exit 1, HTTP 503
@@ -23,6 +24,10 @@ class ExpertdError(Exception):
 
 class ConfigError(ExpertdError):
     exit_code = 2
+
+
+class NotFoundError(ConfigError):
+    pass
 
 
 class CheckpointError(ExpertdError):

@@ -1,8 +1,9 @@
 """What two supervisors say to each other over the control channel (channel.py).
 
     host -> leader   Join (first), Loaded, Measured, Prepared, Linked, Running, Ended, Ranks; Submit and Cancel
-                     of its own clients
-    leader -> host   Welcome or Refused; Measure, Prepare, Connect, Start, Stop; the events of that host's requests
+                     of its own clients; Held; a Hold of what it knew when it came
+    leader -> host   Welcome or Refused; Measure, Prepare, Connect, Start, Stop; the events of that host's requests;
+                     Hold, with those of others
     either           Bye (last)
 
 A second channel, opened with Fetch, copies the checkpoint: Want and Piece.
@@ -19,7 +20,7 @@ from expertd.link.messages import LinkPeer, LinkReport
 from expertd.wire import Codec
 
 # Raised whenever a message changes its meaning; hosts with different numbers refuse each other.
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_FRAME_BYTES = 64 << 20
 
 
@@ -184,6 +185,38 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """What is new of a kept request. `num_tokens` are those before; `submit` comes with the first event.
+
+    `error` is why it ended without a Done, "" while it did not; nobody works on one that is not led.
+    """
+
+    request_id: str
+    num_tokens: int
+    submit: Submit | None
+    started: Started | None
+    tokens: list[Token]
+    done: Done | None
+    error: str
+    is_led: bool
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Copies to hold for whoever asks for these requests, here and after the leader's end; answered by Held."""
+
+    number: int
+    copies: list[Copy]
+
+
+@dataclass(frozen=True)
+class Held:
+    """This host holds everything up to Hold `number`."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Bye:
     reason: str
 
@@ -223,6 +256,8 @@ Message = (
     | Running
     | Stop
     | Ended
+    | Hold
+    | Held
     | Bye
     | Fetch
     | Want

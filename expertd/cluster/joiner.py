@@ -27,6 +27,8 @@ from expertd.cluster.host_messages import (
     Bye,
     Connect,
     Ended,
+    Held,
+    Hold,
     Join,
     Linked,
     Loaded,
@@ -208,10 +210,14 @@ class Joiner:
         same = self._welcome and replace(welcome, probe_secret=self._welcome.probe_secret) == self._welcome
         if not same or self._cluster is None or self._cluster.failure:
             await self._load_ranks(welcome)
-        assert self._facts is not None and self._site is not None
+        assert self._facts is not None and self._site is not None and self._cluster is not None
         self.state, self.reason = "following", f"following {channel.peer.name}"
         self._said = ""
         await channel.send(replace(self._facts, num_ranks=self._site.num_ranks))
+        for (
+            copy
+        ) in self._cluster.requests.snapshot():  # a leader that was started again knows nothing of these
+            await channel.send(Hold(0, [copy]))
 
     async def _load_ranks(self, welcome: Welcome) -> None:
         self.state, self.reason = "loading", f"loading {welcome.model_id}"
@@ -247,8 +253,10 @@ class Joiner:
             )
             _log.warning("%s %s.", reason if reason.endswith((".", "?")) else f"{reason}.", then)
         self.state, self.reason = "looking", reason
-        if self._cluster and self._is_led:
-            self._cluster.lead_by(None)
+        if self._cluster:
+            self._cluster.requests.lose_leaders()
+            if self._is_led:
+                self._cluster.lead_by(None)
         for reply in self._replies.values():
             reply.put(Failed(reply.request_id, reason, lost=True))
         try:
@@ -274,6 +282,10 @@ class Joiner:
                 reply.put(message)
         elif isinstance(message, Prepare | Connect | Start):
             self._start(self._obey(message))
+        elif isinstance(message, Hold):
+            if self._cluster:
+                self._cluster.requests.hold(message.copies)
+                await self._say(Held(message.number))
         elif isinstance(message, Stop):
             if self._site:
                 await self._site.stop(message.epoch, message.reason)

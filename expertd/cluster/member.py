@@ -12,6 +12,8 @@ from expertd.cluster.channel import Channel
 from expertd.cluster.host_messages import (
     Connect,
     Ended,
+    Held,
+    Hold,
     Join,
     Linked,
     Loaded,
@@ -143,6 +145,8 @@ class Member:
             self._answer(Measured, message.host_id, message)
         elif isinstance(message, Loaded):
             self.num_ranks, self.state, self.reason = message.num_ranks, "ready", ""
+            requests = self._cluster.requests
+            requests.copies.add(self.host_id, self.channel.send, requests.kept.all())
             self._changed()
         elif isinstance(message, Ranks):
             self.num_ranks, self.reason = message.num_ranks, message.reason
@@ -150,6 +154,10 @@ class Member:
         elif isinstance(message, Ended):
             self._fail_setup(message)
             self._ended(self, message)
+        elif isinstance(message, Held):
+            self._cluster.requests.copies.held(self.host_id, message.number)
+        elif isinstance(message, Hold):
+            self._cluster.requests.hold(message.copies)
         elif isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Cancel):
@@ -180,7 +188,7 @@ class Member:
     async def _answer_request(self, submit: Submit) -> None:
         try:
             try:
-                async with aclosing(self._cluster.generate(submit)) as events:
+                async with aclosing(self._cluster.requests.carry(submit, self.host_id)) as events:
                     async for event in events:
                         await self.channel.send(event)
             except (ConfigError, BusyError) as e:
@@ -194,6 +202,7 @@ class Member:
     def leave(self, reason: str) -> None:
         """The channel is gone: nobody here waits for this host any longer."""
         self.num_ranks, self.state, self.reason = 0, "gone", reason
+        self._cluster.requests.copies.remove(self.host_id)
         self.reports = []
         for future in self._answers.values():
             if not future.done():

@@ -104,7 +104,7 @@ class Cluster:
         self._leader: Leader | None = None
         self._led = asyncio.Event()
         self._all_ready = asyncio.Event()
-        self._requests = Requests(self._find_leader)
+        self.requests = Requests(self._find_leader)
         self._num_observed = 0
         self._num_fruitless = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -210,7 +210,14 @@ class Cluster:
         Raises ConfigError when the rank rejects the request, ClusterError when the group is dead, has
         MAX_OPEN_REQUESTS open, has no leader for LEADER_TIMEOUT_S seconds, or lost too many (requests.py).
         """
-        return self._requests.generate(submit)
+        return self.requests.generate(submit)
+
+    def resume(self, request_id: str) -> AsyncGenerator[Started | Token | Done, None]:
+        """Give all events of a request with `keep`, from its first on; those to come, too. Leaving ends nothing.
+
+        Raises NotFoundError when it is not known here, or not any more; what ended it; else as `generate`.
+        """
+        return self.requests.resume(request_id)
 
     async def observe(self, observe: Observe) -> Done:
         """Let the ranks read whole windows, for evaluation; rank 0 must be this host's.
@@ -325,7 +332,7 @@ class Cluster:
         self.record.happened("failed", ended.message)
         epoch = self._epochs[-1]
         young = time.monotonic() - epoch.began < FRUITLESS_S
-        fruitless = not epoch.fruitful and (young or self._requests.num_open + self._num_observed > 0)
+        fruitless = not epoch.fruitful and (young or self.requests.num_open + self._num_observed > 0)
         self._num_fruitless = self._num_fruitless + 1 if fruitless else 0
         self.end_epoch(ended.message)
         self._events.put_nowait(EpochEnded(ended.epoch, ended.message, self._num_fruitless))
@@ -475,7 +482,7 @@ class Cluster:
             await self._teardown
             raise
         finally:
-            await self._requests.close()
+            await self.requests.close()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
-from expertd.errors import BusyError, ConfigError, ExpertdError
+from expertd.errors import BusyError, ConfigError, ExpertdError, NotFoundError
 
 # The engine's messages begin with the parameter that is wrong, if one is.
 _PARAM = re.compile(r"([a-z_]+): ")
@@ -20,9 +20,11 @@ class ApiError(Exception):
 
 
 def as_api_error(error: ExpertdError) -> ApiError:
-    """Give the HTTP face of one of our errors: 400 where the request is wrong, 429 where it is one too many, 503
-    where we are wrong."""
+    """Give the HTTP face of one of our errors: 400 where the request is wrong, 404 where it names nothing that we know,
+    429 where it is one too many, 503 where we are wrong."""
     message = str(error)
+    if isinstance(error, NotFoundError):
+        return ApiError(404, message)
     status = 400 if isinstance(error, ConfigError) else 429 if isinstance(error, BusyError) else 503
     named = _PARAM.match(message) if status == 400 else None
     return ApiError(

@@ -10,6 +10,8 @@ from expertd.cluster.host_messages import (
     PROTOCOL,
     Bye,
     Connect,
+    Held,
+    Hold,
     HostAddress,
     Join,
     Linked,
@@ -23,6 +25,7 @@ from expertd.cluster.host_messages import (
     Start,
     Welcome,
 )
+from expertd.cluster.requests import Requests
 from expertd.config import GroupConfig
 from expertd.errors import LinkDown
 from expertd.link.messages import LinkReport
@@ -43,6 +46,8 @@ class StubCluster:
         self.running = True
         self.failure: str | None = None
         self.mlx_link = ""
+        self.leader: Any = None
+        self.requests = Requests(self.find_leader)
         self.coordinator: Any = None
         self._failed = asyncio.Event()
 
@@ -53,6 +58,15 @@ class StubCluster:
     async def begin(self, layout: Layout, leader: Any = None) -> None:
         self.layouts.append(layout)
         self.running = True
+        self.lead_by(leader)
+
+    def lead_by(self, leader: Any) -> None:
+        self.leader = leader
+
+    async def find_leader(self) -> Any:
+        while self.leader is None:
+            await asyncio.sleep(0)
+        return self.leader
 
     def end_epoch(self, reason: str) -> None:
         self.running = False
@@ -144,6 +158,8 @@ def good_host(message: Any) -> Any:
         return Measured(message.host_id, [PathReport(LO, LO, 64, 5.0, 9.0, 100.0)])
     if isinstance(message, Prepare):
         return Prepared(message.epoch, 1)
+    if isinstance(message, Hold):
+        return Held(message.number)
     if isinstance(message, Connect):
         return Linked(message.epoch, [])
     return Running(message.epoch) if isinstance(message, Start) else None

@@ -109,7 +109,7 @@ def test_next_rank_leads_when_the_leader_dies(tmp_path: Path) -> None:
             assert await answer == list(range(1, 51))
             assert await text_of(cluster, "a b") == "a b "
             first, again = received(tmp_path)[0], received(tmp_path, 1)[0]
-            assert (again["request_id"], again["resumed"]) == ("r~1", True)
+            assert again["request_id"].startswith("r~") and again["resumed"]
             assert again["generated"] == list(range(1, len(again["generated"]) + 1))
             assert again["sampling"] == first["sampling"] and first["sampling"]["seed"] is not None
             await told(tmp_path, 1, 2, 0, [0.5, 0.5])

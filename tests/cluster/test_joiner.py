@@ -10,10 +10,13 @@ from typing import Any, cast
 import pytest
 
 from expertd.cluster import joiner as joiner_module
+from expertd.cluster.copies import copy_of
 from expertd.cluster.host_messages import (
     Bye,
     Connect,
     Ended,
+    Held,
+    Hold,
     Join,
     Loaded,
     Measure,
@@ -25,7 +28,10 @@ from expertd.cluster.host_messages import (
 )
 from expertd.cluster.joiner import Joiner
 from expertd.cluster.site import LinkSettings
+from expertd.cluster.transcripts import Transcript
+from expertd.engine.messages import Submit
 from expertd.errors import CheckpointError, ClusterError, ConfigError, LinkDown
+from tests.cluster.answering import ANSWER, EVENTS, Leaders
 from tests.cluster.hosts import finish, until
 from tests.cluster.stub_hosts import FACTS, WELCOME, StubChannel, StubCluster, byes
 
@@ -208,6 +214,31 @@ def test_the_leader_is_told_of_changes_and_rounds_that_fail() -> None:
         channel.say(Stop(8, "it was not set up"))
         channel.say(WELCOME)  # has no place here
         await until(lambda: follow.num_calls == 2)
+        await follow.end()
+
+    finish(main())
+
+
+def test_what_the_leader_had_kept_goes_on_without_it() -> None:
+    async def main() -> None:
+        channel = lets_in()
+        follow = Follow(channel)
+        await following(follow, channel)
+        transcript = Transcript(Submit("r", prompt="x", keep=True))
+        for event in EVENTS[:4]:
+            transcript.add(event)
+        channel.say(Hold(7, [copy_of(transcript)]))
+        await until(lambda: channel.saw(Held) == [Held(7)])
+        second = lets_in()
+        follow._answers = [second]
+        channel.hang_up()
+        await following(follow, second)
+        [hold] = second.saw(Hold)  # it may be another leader, who knows nothing of it
+        assert hold.copies[0].request_id == "r" and not hold.copies[0].is_led
+        leaders = Leaders()
+        follow.clusters[0].lead_by(leaders)
+        assert [e async for e in follow.clusters[0].requests.resume("r")] == EVENTS
+        assert leaders.asked[0].generated == ANSWER[:3]
         await follow.end()
 
     finish(main())

@@ -17,6 +17,7 @@ from expertd.cluster.host_messages import (
     Bye,
     Connect,
     Ended,
+    Hold,
     Loaded,
     Measure,
     Measured,
@@ -29,6 +30,8 @@ from expertd.cluster.host_messages import (
 from expertd.cluster.leader import Leader
 from expertd.cluster.route_table import RouteTable
 from expertd.cluster.site import LinkSettings
+from expertd.engine.messages import Submit
+from tests.cluster.answering import EVENTS, Leaders
 from tests.cluster.hosts import finish, until
 from tests.cluster.stub_hosts import FACTS, JOIN, WELCOME, StubChannel, StubCluster, StubSite, good_host
 
@@ -122,6 +125,26 @@ def test_an_unlike_host_stays_alone(change: dict[str, Any], names: tuple[str, ..
             assert all(n in refused.reason for n in names), refused
             assert not channel.is_closed and channel.saw(Prepare) == []
             assert (lead.host()["state"], lead.host()["reason"]) == ("alone", refused.reason)
+
+    finish(main())
+
+
+def test_what_is_kept_is_copied_to_those_who_joined_and_waits_for_none_who_left() -> None:
+    async def main() -> None:
+        async with leading() as lead:
+            b = lead.join(StubChannel("b", good_host))
+            c = lead.join(StubChannel("c", but(Hold, None)))
+            await lead.formed("b", "c")
+            lead.cluster.lead_by(Leaders())
+            requests = lead.cluster.requests
+            events = requests.generate(Submit("r", prompt="x", keep=True))
+            first = asyncio.create_task(anext(events))
+            await until(lambda: b.saw(Hold) and c.saw(Hold))
+            await asyncio.sleep(0)
+            assert not first.done()
+            c.hang_up()
+            assert [await first, *[e async for e in events]] == EVENTS
+            assert {copy.request_id for hold in b.saw(Hold) for copy in hold.copies} == {"r"}
 
     finish(main())
 

@@ -1,7 +1,6 @@
 """A request and its leaders, who are lists of events here: what the client gets when they are lost."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -9,39 +8,10 @@ import pytest
 
 from expertd.cluster import requests
 from expertd.cluster.reply import LeaderLost
-from expertd.cluster.requests import Requests
-from expertd.engine.messages import Done, Started, Submit, Token
+from expertd.engine.messages import Submit
 from expertd.errors import ClusterError, ConfigError
+from tests.cluster.answering import ANSWER, EVENTS, Leaders
 from tests.cluster.hosts import finish
-
-ANSWER = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-class Leaders:
-    """Each leader gives so many tokens and is lost, or raises what the list has; the last one sees it through."""
-
-    def __init__(self, *lives: "int | Exception", num_said: int = len(ANSWER)) -> None:
-        self._lives, self._num_said = [*lives], num_said
-        self.asked: list[Submit] = []
-        self.requests = Requests(self.find)
-
-    async def find(self) -> Any:
-        return self
-
-    async def generate(self, submit: Submit) -> AsyncGenerator[Any, None]:
-        self.asked.append(submit)
-        life = self._lives.pop(0) if self._lives else len(ANSWER)
-        if isinstance(life, Exception):
-            raise life
-        yield Started(submit.request_id, 2)
-        for token_id in ANSWER[len(submit.generated) :][:life]:
-            yield Token(submit.request_id, [token_id], str(token_id))
-        if len(submit.generated) + life < len(ANSWER):
-            raise LeaderLost("rank 0 died")
-        yield Done(submit.request_id, "stop", 2, self._num_said, 1.0, 1.0, "solo", 1)
-
-    async def answer(self) -> list[Any]:
-        return [e async for e in self.requests.generate(Submit("r", prompt="x"))]
 
 
 def test_it_goes_on_with_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +19,9 @@ def test_it_goes_on_with_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> Non
 
     async def main() -> None:
         leaders = Leaders(0, 3, LeaderLost("gone"), 0, 4)
-        started, *tokens, done = await leaders.answer()
-        assert started == Started("r", 2) and done.completion_tokens == len(ANSWER)
-        assert tokens == [Token("r", [i], str(i)) for i in ANSWER]
-        assert [s.request_id for s in leaders.asked] == ["r", "r~1", "r~2", "r~3", "r~4", "r~5"]
+        assert await leaders.answer() == EVENTS
+        ids = [s.request_id for s in leaders.asked]
+        assert ids[0] == "r" and len(set(ids)) == len(ids) == 6 and all(i.startswith("r~") for i in ids[1:])
         assert [s.generated for s in leaders.asked] == [ANSWER[:n] for n in (0, 0, 3, 3, 3, 7)]
         assert (
             len({s.sampling.seed for s in leaders.asked}) == 1 and leaders.asked[0].sampling.seed is not None
