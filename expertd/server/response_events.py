@@ -100,8 +100,7 @@ class ResponseEvents:
             return self._begin("function_call", item)
         events = []
         if isinstance(part, Reasoning) and not self._is_open("reasoning"):
-            item = {"id": self._id("rs"), "type": "reasoning", "status": "in_progress", "summary": []}
-            events = self._begin("reasoning", item)
+            events = self._begin("reasoning", self._reasoning())
         elif isinstance(part, Content) and not self._is_open("message"):
             events = self._begin("message", self._message())
         return [*events, self._delta(part)]
@@ -115,6 +114,15 @@ class ResponseEvents:
             "content": [],
         }
 
+    def _reasoning(self) -> Json:
+        return {
+            "id": self._id("rs"),
+            "type": "reasoning",
+            "status": "in_progress",
+            "summary": [],
+            "content": [],
+        }
+
     def _is_open(self, kind: str) -> bool:
         return self._open is not None and self._open.kind == kind
 
@@ -125,8 +133,7 @@ class ResponseEvents:
     def _begin(self, kind: str, item: Json) -> list[Json]:
         events = self._close("completed")
         self._open = _Open(kind, item, len(self._output))
-        content = {} if kind == "message" else {"content": []} if kind == "reasoning" else {}
-        events.append(self._of_item("response.output_item.added", item={**item, **content}))
+        events.append(self._of_item("response.output_item.added", item=dict(item)))
         if kind != "function_call":
             part = self._part(kind, "", [])
             events.append(self._of_content("response.content_part.added", part=part))

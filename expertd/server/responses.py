@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from expertd.dialect import Dialect
 from expertd.engine.messages import Submit
 from expertd.server.chat import ChatRequest, check_object, join_parts
-from expertd.server.parse import Body, Strict, Text
+from expertd.server.parse import Body, Strict, Text, parse_values
 from expertd.server.response_events import ResponseEvents
 from expertd.server.schema import MaxTokens, TopLogprobs
 from expertd.server.tools import ToolName
@@ -205,7 +205,7 @@ class ResponsesRequest(Body):
         messages += before
         for item in self.input:
             item.add_to(messages)
-        return ChatRequest.model_validate({"model": self.model, "messages": messages} | self._options())
+        return parse_values(ChatRequest, {"model": self.model, "messages": messages} | self._options())
 
     def _options(self) -> Json:
         options: Json = {
@@ -245,7 +245,7 @@ class ResponsesRequest(Body):
     def base(self, response_id: str, created_at: int, model_id: str) -> Json:
         """The response object without what the answer decides."""
         chosen = self.tool_choice or "auto"
-        shape = self.text.format if self.text and self.text.format else TextFormat(type="text")
+        shape = self.text.format if self.text and self.text.format else TextFormat(type="text", schema=None)
         return {
             "id": response_id,
             "object": "response",
