@@ -299,7 +299,7 @@ class Done:
 
     `prefill_tokens_per_s` counts prompt tokens until the first token is sampled, `decode_tokens_per_s` the tokens
     after the first (0 when there is none), interruptions included; of a resumed request, both since then. `split` and
-    `ranks` are those of the end.
+    `ranks` are those of the end. `stop` is the stop string that ended the answer, if one did.
     """
 
     request_id: str
@@ -310,6 +310,7 @@ class Done:
     decode_tokens_per_s: float
     split: str
     ranks: int
+    stop: str = ""
 
 
 @dataclass(frozen=True)

@@ -169,4 +169,5 @@ class Sequence:
             decode_tokens_per_s=later / max(now - first, 1e-9) if later else 0.0,
             split=split,
             ranks=num_ranks,
+            stop=self.stops.match,
         )

@@ -175,14 +175,16 @@ class StopStrings:
         self._stops = [s for s in stops if s]
         self._held = ""
         self.found = False
+        self.match = ""  # the one that was found
 
     def add(self, text: str) -> str:
         """Give the text that can no longer be part of a stop string; sets `found` when one is complete."""
         text = self._held + text
-        found = [(i + len(s), i) for s in self._stops if (i := text.find(s)) >= 0]
+        found = [(i + len(s), i, s) for s in self._stops if (i := text.find(s)) >= 0]
         if found:  # the first to be complete wins: the answer then depends on no token's boundaries
+            _, at, self.match = min(found)
             self.found, self._held = True, ""
-            return text[: min(found)[1]]
+            return text[:at]
         keep = max((self._overlap(text, s) for s in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

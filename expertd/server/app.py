@@ -1,11 +1,8 @@
 """The endpoints: a request in, events from the cluster out, in OpenAI's words."""
 
-import logging
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -14,81 +11,41 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from expertd.cluster.supervisor import Cluster
-from expertd.config import ServerConfig
-from expertd.dialect import Dialect
-from expertd.engine.messages import Ready, Submit
-from expertd.errors import ClusterError, ExpertdError
+from expertd.engine.messages import Ready
+from expertd.errors import ExpertdError
+from expertd.server import anthropic_api
 from expertd.server.chat import ChatRequest
 from expertd.server.completions import CompletionRequest
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
-from expertd.server.fan import Event, Events, generate_all
-from expertd.server.metrics import Metrics
+from expertd.server.fan import Events, generate_all
 from expertd.server.parse import parse_request
+from expertd.server.service import Service, our_bug
 from expertd.server.stream import EventStream, read_body, while_connected
 from expertd.server.tokens import DetokenizeRequest, TokenizeRequest, counted
 from expertd.server.wire import END_OF_STREAM, Answer, Json, encode_event
 
+Endpoint = Callable[[Service, Request], Awaitable[Response]]
+
 # nginx's number for "the client left"; nobody reads it.
 CLIENT_LEFT = 499
-
-_log = logging.getLogger(__name__)
-
-
-@dataclass
-class Service:
-    """What the endpoints serve. `cluster` is None while its ranks load; `hosts` describes the other hosts, if any."""
-
-    config: ServerConfig
-    cluster: Cluster | None = None
-    hosts: Callable[[], dict[str, Any]] | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-    started: float = field(default_factory=time.monotonic)
-    metrics: Metrics = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.metrics = Metrics(self)
-
-    def alive(self) -> Cluster:
-        """Give the cluster. Raises ClusterError while it loads and after its end."""
-        if self.cluster is None:
-            raise ClusterError("the model is still loading. Try again later.")
-        if self.cluster.failure:
-            raise ClusterError(self.cluster.failure)
-        return self.cluster
-
-    def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
-        """Cluster.generate, counted. Raises ClusterError as `alive`."""
-        return self.metrics.watch(self.alive().generate(submit))
-
-    def check_model(self, name: str) -> None:
-        """Raise ApiError (404) unless `name` is the model that is served."""
-        if name != self.config.model_id:
-            message = f"model: {name!r} is not served here. Use {self.config.model_id!r}."
-            raise ApiError(404, message, "model", "model_not_found")
-
-    def head(self, prefix: str) -> Json:
-        """What the objects of a new answer begin with."""
-        request_id = f"{prefix}-{uuid.uuid4().hex}"
-        return {"id": request_id, "created": int(time.time()), "model": self.config.model_id}
-
-    @property
-    def dialect(self) -> Dialect:
-        return self.alive().ready.dialect
 
 
 def make_app(service: Service) -> Starlette:
     """Build the ASGI app over a service, whose cluster may come later."""
 
-    def route(path: str, method: str, endpoint: Callable[[Service, Request], Awaitable[Response]]) -> Route:
+    def route(
+        path: str, method: str, endpoint: Endpoint, refuse: Callable[[ApiError], Response] = error_response
+    ) -> Route:
         async def handle(request: Request) -> Response:
-            return await _answer_errors(endpoint(service, request))
+            return await _answer_errors(endpoint(service, request), refuse)
 
         return Route(path, handle, methods=[method])
 
     routes = [
         route("/v1/chat/completions", "POST", chat),
         route("/v1/completions", "POST", complete),
+        route("/v1/messages", "POST", anthropic_api.messages, anthropic_api.error_response),
+        route("/v1/messages/count_tokens", "POST", anthropic_api.count_tokens, anthropic_api.error_response),
         route("/tokenize", "POST", tokenize),
         route("/detokenize", "POST", detokenize),
         route("/v1/models", "GET", list_models),
@@ -99,24 +56,17 @@ def make_app(service: Service) -> Starlette:
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
 
 
-async def _answer_errors(answer: Awaitable[Response]) -> Response:
+async def _answer_errors(answer: Awaitable[Response], refuse: Callable[[ApiError], Response]) -> Response:
     try:
         return await answer
     except ApiError as e:
-        return error_response(e)
+        return refuse(e)
     except ExpertdError as e:
-        return error_response(as_api_error(e))
+        return refuse(as_api_error(e))
     except ClientDisconnect:
         return Response(status_code=CLIENT_LEFT)
     except Exception as e:
-        return error_response(_our_bug(e))
-
-
-def _our_bug(error: Exception) -> ApiError:
-    _log.error(
-        "bug of expertd: %s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG)
-    )
-    return ApiError(500, f"{type(error).__name__}: {error}. This is a bug of expertd.")
+        return refuse(our_bug(e))
 
 
 def _no_such_endpoint(request: Request, error: Exception) -> Response:
@@ -195,7 +145,7 @@ async def _stream(events: Events, answer: Answer, usage: bool) -> AsyncGenerator
         except ExpertdError as e:
             yield encode_event(error_body(as_api_error(e)))
         except Exception as e:
-            yield encode_event(error_body(_our_bug(e)))
+            yield encode_event(error_body(our_bug(e)))
 
 
 def _encoded(chunks: list[Json]) -> bytes:

@@ -34,19 +34,24 @@ def as_api_error(error: ExpertdError) -> ApiError:
 
 def error_body(error: ApiError) -> dict[str, Any]:
     """The JSON object that carries an error, in a response or in an event of a stream."""
-    message, param = _sendable(error.message), _sendable(error.param) if error.param else None
+    message, param = sendable(error.message), sendable(error.param) if error.param else None
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     if error.status == 429:
         kind = "rate_limit_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": error.code}}
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
+    """A text of the client's as UTF-8 can carry it."""
     # A name from the client's JSON may hold half of a surrogate pair, which UTF-8 cannot carry.
     return text.encode(errors="replace").decode()
 
 
 def error_response(error: ApiError) -> Response:
     """The response that carries an error."""
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return JSONResponse(error_body(error), status_code=error.status, headers=retry_headers(error.status))
+
+
+def retry_headers(status: int) -> dict[str, str]:
+    """When to ask again, if that may help."""
+    return {"retry-after": "1"} if status in (429, 503) else {}

@@ -39,7 +39,7 @@ from expertd.engine.messages import Done, Started, Token
 from expertd.errors import BusyError, ConfigError
 
 if TYPE_CHECKING:
-    from expertd.server.app import Service
+    from expertd.server.service import Service
 
 Events = AsyncGenerator[Started | Token | Done, None]
 

@@ -47,7 +47,11 @@ B = TypeVar("B", bound=Body)
 
 def parse_request(cls: type[B], body: bytes) -> B:
     """Read a request. Raises ApiError (400) that names the parameter and what was wanted."""
-    values = {k: v for k, v in _parse_object(body).items() if v is not None}
+    return parse_values(cls, {k: v for k, v in _parse_object(body).items() if v is not None})
+
+
+def parse_values(cls: type[B], values: dict[str, Any]) -> B:
+    """As parse_request, of an object that was parsed; it loses what changes nothing."""
     for name in sorted(set(values) - _names(cls)):
         _check_unimplemented(name, values.pop(name), cls)
     try:

@@ -15,7 +15,8 @@ from expertd.cluster.leader import Leader
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
 from expertd.errors import ClusterError, ConfigError
-from expertd.server.app import Service, make_app
+from expertd.server.app import make_app
+from expertd.server.service import Service
 
 # Streams get their last event as soon as the cluster ends; this is for clients that do not read it.
 DRAIN_TIMEOUT_S = 1

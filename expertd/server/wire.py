@@ -118,6 +118,15 @@ def usage_of(dones: list[Done], prompts: list[Done], reasoning_tokens: int) -> J
     return usage
 
 
+def json_of(text: str) -> Json:
+    """The JSON object that a text is, {} if it was cut off before it became one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def encode_event(value: Json) -> bytes:
     """One server-sent event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

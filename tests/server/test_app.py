@@ -17,7 +17,8 @@ from stub_group import LIMIT_S, group_of, received, until
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
 from expertd.server import stream
-from expertd.server.app import Service, make_app
+from expertd.server.app import make_app
+from expertd.server.service import Service
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "one two three"}]}
 TEXT = {"model": "demo", "prompt": "one two three"}

@@ -15,7 +15,8 @@ from stub_group import LIMIT_S, group_of, until
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
-from expertd.server.app import Service, make_app
+from expertd.server.app import make_app
+from expertd.server.service import Service
 
 DASHBOARD = Path(__file__).parents[2] / "docs/grafana.json"
 HOSTS = {
