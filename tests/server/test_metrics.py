@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +135,7 @@ def test_metrics_while_loading_and_after_a_death(tmp_path: Path) -> None:
         cluster, service.cluster = service.cluster, None
         assert cluster and value(await scrape(client), "ready") == 0
         service.cluster = cluster
-        await client.post("/v1/completions", json=ask("@raise:SIGKILL x"))
+        os.kill(cluster.describe()["ranks"][0]["pid"], signal.SIGKILL)
         await until(lambda: cluster.epoch == 2)
         found = await scrape(client)
         assert value(found, "failovers_total") == 1 and value(found, "epoch") == 2
