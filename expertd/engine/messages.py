@@ -297,9 +297,10 @@ class Token:
 class Done:
     """The end of a request; `finish_reason` is "stop", "length" or "cancelled".
 
-    `prefill_tokens_per_s` counts prompt tokens until the first token is sampled, `decode_tokens_per_s` the tokens
-    after the first (0 when there is none), interruptions included; of a resumed request, both since then. `split` and
-    `ranks` are those of the end. `stop` is the stop string that ended the answer, if one did.
+    `cached_tokens` of the prompt were in another request's cache. `prefill_tokens_per_s` counts the rest until the
+    first token is sampled, `decode_tokens_per_s` the tokens after the first (0 when there is none), interruptions
+    included; of a resumed request, both since then. `split` and `ranks` are those of the end. `stop` is the stop string
+    that ended the answer, if one did.
     """
 
     request_id: str
@@ -311,6 +312,7 @@ class Done:
     split: str
     ranks: int
     stop: str = ""
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

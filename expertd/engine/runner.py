@@ -57,7 +57,7 @@ class Runner:
     """One rank's part in an epoch, over that epoch's link; `caches` are the rank's, from the epochs before."""
 
     def __init__(self, model: Model, link: Mailbox | MlxLink, caches: Caches) -> None:
-        self._model, self._link, self._caches = model, link, caches
+        self._model, self._link, self.caches = model, link, caches
         self._untold: list[Plan] = []
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
@@ -69,25 +69,25 @@ class Runner:
 
         Gives the number of tokens in the cache of each sequence that has one.
         """
-        offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self._caches.items()]
+        offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self.caches.items()]
         meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]))
         self._tell(meeting)
         return self._meet(meeting)
 
     def catch_up(self, plan: Plan) -> None:
         """Rank 0, before a step that takes all ranks: wait until all have what some did alone. Else it does nothing."""
-        known = [] if plan.homes else [i for i in plan.sequence_ids if i in self._caches]
-        pending = [i for i in known if self._caches[i].pending]
+        known = [] if plan.homes else [i for i in plan.sequence_ids if i in self.caches]
+        pending = [i for i in known if self.caches[i].pending]
         if self._is_untold(plan) or not (pending or self._untold):
             return
         self._tell_untold(pending)
-        self._settle(pending)
+        self._read_pending(pending)
         if not plan.homes:
             self._tell(CatchUp([]))  # it is taken when the one before is done
 
     def num_behind(self, sequence_ids: list[int]) -> int:
         """Rank 0: how many tokens of these sequences only their homes have."""
-        known = [self._caches[i] for i in sequence_ids if i in self._caches]
+        known = [self.caches[i] for i in sequence_ids if i in self.caches]
         return sum(cache.num_pending for cache in known)
 
     def lead(self, plan: Plan) -> mx.array | None:
@@ -114,9 +114,9 @@ class Runner:
         return logits
 
     def _is_untold(self, plan: Plan) -> bool:
-        if not plan.decode or plan.split.name != "solo" or self._link.num_ranks == 1:
+        if not plan.decode or plan.forks or plan.split.name != "solo" or self._link.num_ranks == 1:
             return False
-        known = [self._caches[i] for i in plan.sequence_ids if i not in plan.started]
+        known = [self.caches[i] for i in plan.sequence_ids if i not in plan.started]
         return all(cache.forgets for cache in known)
 
     def _tell_untold(self, pending: list[int] | None = None) -> None:
@@ -127,7 +127,7 @@ class Runner:
 
     def _note_told(self, plan: Plan) -> None:
         for sequence_id in [] if plan.homes else plan.sequence_ids:
-            if cache := self._caches.get(sequence_id):
+            if cache := self.caches.get(sequence_id):
                 cache.share()
 
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
@@ -141,7 +141,7 @@ class Runner:
         total, total_s = self._waits
         waits = [a - b for a, b in zip_longest(total, before, fillvalue=0)]
         return Stats(
-            kv_bytes=sum(cache_bytes(cache.layers) for cache in self._caches.values()),
+            kv_bytes=sum(cache_bytes(cache.layers) for cache in self.caches.values()),
             steps=self._meter.take(),
             waits=waits if any(waits) else [],
             waited_s=total_s - before_s,
@@ -164,7 +164,7 @@ class Runner:
             self._observe(plan)
         elif isinstance(plan, CatchUp):
             self._redo(plan.steps)
-            self._settle(plan.sequence_ids)
+            self._read_pending(plan.sequence_ids)
         else:
             self._execute(plan)
 
@@ -178,7 +178,7 @@ class Runner:
         for step in steps:
             for sequence_id in step.released:
                 last.pop(sequence_id, None)
-                self._caches.pop(sequence_id, None)
+                self.caches.pop(sequence_id, None)
             for sequence_id, tokens in zip(step.sequence_ids, step.tokens, strict=True):
                 started = [sequence_id] if sequence_id in step.started else []
                 whole = last.setdefault(
@@ -187,23 +187,25 @@ class Runner:
                 whole.tokens[0].extend(tokens)
         for whole in last.values():
             self._execute(whole)
+        for sequence_id in {i for step in steps for i in step.settled} & self.caches.keys():
+            self.caches[sequence_id].settle()
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         common = self._common([self._mask(i, lengths) for i, lengths in meeting.lengths.items()])
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if mask:
                 length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
-                self._caches[sequence_id].cut(length)
-                self._caches[sequence_id].share()
+                self.caches[sequence_id].cut(length)
+                self.caches[sequence_id].share()
             else:
-                self._caches.pop(sequence_id, None)
-        for sequence_id in self._caches.keys() - meeting.lengths.keys():
-            del self._caches[sequence_id]
-        return {sequence_id: len(cache) for sequence_id, cache in self._caches.items()}
+                self.caches.pop(sequence_id, None)
+        for sequence_id in self.caches.keys() - meeting.lengths.keys():
+            del self.caches[sequence_id]
+        return {sequence_id: len(cache) for sequence_id, cache in self.caches.items()}
 
     def _mask(self, sequence_id: int, lengths: list[int]) -> int:
         """Which of these numbers of tokens this rank has in a sequence's cache, the first one as bit 0."""
-        cache = self._caches.get(sequence_id)
+        cache = self.caches.get(sequence_id)
         return sum(1 << bit for bit, n in enumerate(lengths) if cache and cache.can_cut(n))
 
     def _common(self, masks: list[int]) -> list[int]:
@@ -222,20 +224,17 @@ class Runner:
         return found
 
     def _execute(self, plan: Plan) -> mx.array | None:
-        for sequence_id in plan.released:
-            self._caches.pop(sequence_id, None)
-        for sequence_id in plan.started:
-            self._caches[sequence_id] = SequenceCache(self._model.new_cache())
+        self._prepare(plan)
         if plan.homes:
             mine = self._go_home(plan)
         else:
             mine = plan.sequence_ids
-            self._settle(mine)
-        caches = [self._caches[sequence_id] for sequence_id in mine]
+            self._read_pending(mine)
+        caches = [self.caches[sequence_id] for sequence_id in mine]
         tokens = [plan.tokens[plan.sequence_ids.index(sequence_id)] for sequence_id in mine]
         lengths = [len(cache) for cache in caches]
         for cache, appended in zip(caches, tokens, strict=True):
-            cache.extend(appended)
+            cache.extend(appended, plan.decode)
         try:
             logits = self._guarded(lambda: self._compute(plan, tokens, caches))
             self._link.check()
@@ -243,6 +242,9 @@ class Runner:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.cut(length)
             raise
+        if plan.mark:
+            for cache in caches:
+                cache.mark()
         return logits
 
     def _go_home(self, plan: Plan) -> list[int]:
@@ -252,32 +254,45 @@ class Runner:
         """
         mine = []
         for sequence_id, home, tokens in zip(plan.sequence_ids, plan.homes, plan.tokens, strict=True):
-            cache = self._caches[sequence_id]
+            cache = self.caches[sequence_id]
             if cache.home != home:
-                self._settle([sequence_id])
+                self._read_pending([sequence_id])
                 cache.home = home
             elif plan.spare:
-                self._settle([sequence_id], plan.spare)
+                self._read_pending([sequence_id], plan.spare)
+            if not cache.pending:
+                cache.share()
             cache.pending.append(Piece(tokens, plan.decode))
+            cache.uneven = True
             if home == self._link.rank:
                 mine.append(sequence_id)
         return mine
 
-    def _settle(self, sequence_ids: list[int], limit: int | None = None) -> None:
+    def _read_pending(self, sequence_ids: list[int], limit: int | None = None) -> None:
         """Read what is pending of these sequences, `limit` tokens of each; at their home it is there already."""
         for sequence_id in sequence_ids:
-            cache = self._caches[sequence_id]
+            cache = self.caches[sequence_id]
             if not cache.pending:
                 continue
             for piece in cache.take_pending(limit, merge=not self._model.one_by_one):
                 if cache.home == self._link.rank:
                     continue
-                cache.extend(piece.tokens)
+                cache.extend(piece.tokens, piece.decode)
                 if piece.decode:
                     self._model.decode(piece.tokens, [cache.layers], SOLO)
                 else:
                     self._model.prefill(piece.tokens, cache.layers, SOLO)
             cache.num_shared = len(cache) - (cache.num_pending if cache.home == self._link.rank else 0)
+
+    def _prepare(self, plan: Plan) -> None:
+        for sequence_id in plan.settled:
+            self.caches[sequence_id].settle()
+        for sequence_id, source, length in plan.forks:
+            self.caches[sequence_id] = self.caches[source].fork(length)
+        for sequence_id in plan.released:
+            self.caches.pop(sequence_id, None)
+        for sequence_id in plan.started:
+            self.caches[sequence_id] = SequenceCache(self._model.new_cache())
 
     def _compute(self, plan: Plan, tokens: list[list[int]], caches: list[SequenceCache]) -> mx.array | None:
         layers = [cache.layers for cache in caches]
@@ -297,5 +312,5 @@ class Runner:
         except RuntimeError as e:
             if not isinstance(self._link, MlxLink):
                 raise
-            self._caches.clear()  # MLX may have computed any part of them
+            self.caches.clear()  # MLX may have computed any part of them
             raise self._link.failure(e) from e

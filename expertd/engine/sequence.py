@@ -62,6 +62,7 @@ class Sequence:
     grammar_after: list[int] = field(default_factory=list)  # its grammar begins after these tokens
     opening: str = ""  # text that belongs before the first token's
     num_computed: int = 0  # tokens in the cache, of every rank or of its home's
+    num_cached: int = 0  # of the prompt: those that another sequence's cache had
     home: int | None = None  # engine/homes.py
     generated: list[int] = field(default_factory=list)
     num_replayed: int = 0  # of `generated`: another leader chose them
@@ -165,9 +166,10 @@ class Sequence:
             finish_reason="cancelled" if self.cancelled else self.finish_reason or "stop",
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.generated),
-            prefill_tokens_per_s=len(self.prompt) / max(first - self.started_at, 1e-9),
+            prefill_tokens_per_s=(len(self.prompt) - self.num_cached) / max(first - self.started_at, 1e-9),
             decode_tokens_per_s=later / max(now - first, 1e-9) if later else 0.0,
             split=split,
             ranks=num_ranks,
             stop=self.stops.match,
+            cached_tokens=self.num_cached,
         )

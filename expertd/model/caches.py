@@ -7,19 +7,24 @@ means to have kept what was there. MLX's arrays never change, and a second handl
 is such a handle. `a` itself is not, because mlx-lm's `keys[...] = new` makes the same Python object stand for another
 array.
 
-For recurrent layers that costs memory alone. A window is copied at each step, because its array is in use twice: for
-a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
+Other sequences may begin with the first tokens of this one (`fork`). Keys and values are shared until one of both
+writes; for windows and recurrent states, marks are kept at some ends of a prompt's chunks.
+
+For recurrent layers all this costs memory alone. A window is copied at each step, because its array is in use twice:
+for a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache
 
 # The leader may have begun the step after one that another rank has not finished, and no further one.
 NUM_STEPS_BACK = 2
+# States kept for other sequences: in Qwen3-Next-80B one is 75 MB.
+MAX_MARKS = 4
 
 # What was computed in many steps is read in chunks of so many tokens, the default of --prefill-chunk.
 MERGED = 512
@@ -38,29 +43,51 @@ class Piece:
 class SequenceCache:
     """The caches of all layers, as mlx-lm makes them, and the tokens that are in them.
 
-    All ranks have the first `num_shared` of these. Under the split `sequences` a sequence has a `home`, the one rank
-    that computes it; `pending` is what all others lack, in pieces as the home took them, the same list on every rank.
-    `forgets`: it can forget any number of its last tokens.
+    All ranks have the first `num_shared` of these; the first `num_read` were read in chunks. Under the split
+    `sequences` a sequence has a `home`, the one rank that computes it; `pending` is what all others lack, in pieces as
+    the home took them, the same list on every rank. `forgets`: it can forget any number of its last tokens.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.forgets = all(map(_forgets, layers))
         self.tokens: list[int] = []
-        self.num_shared = 0
+        self.num_shared = self.num_read = 0
         self.home: int | None = None
         self.pending: list[Piece] = []
+        self.uneven = False  # whether ranks may have been able to go back to unlike lengths
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
+        self._marks: dict[int, State] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def extend(self, tokens: list[int]) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Marks included, which may share arrays with each other: at most this much."""
+        marked: Any = tree_flatten(list(self._marks.values()))
+        sizes = [layer.nbytes for layer in self.layers] + [getattr(a, "nbytes", 0) for _, a in marked]
+        return sum(sizes)
+
+    def extend(self, tokens: list[int], decode: bool) -> None:
         """Note that a step appends `tokens`; `cut` takes it back."""
+        if self.num_read == len(self) and not decode:
+            self.num_read += len(tokens)
         self._before[len(self)] = self._state()
         for length in sorted(self._before)[:-NUM_STEPS_BACK]:
             del self._before[length]
         self.tokens += tokens
+
+    @property
+    def known(self) -> list[int]:
+        """The tokens of the sequence, those included that are at its home alone."""
+        if not self.pending:
+            return self.tokens
+        return self.tokens[: self.num_shared] + [token for piece in self.pending for token in piece.tokens]
+
+    def can_begin(self, length: int) -> bool:
+        """Whether another sequence can begin with its first `length` tokens."""
+        return self.can_cut(length) or (bool(self.pending) and self.forgets and 0 < length <= len(self.known))
 
     @property
     def num_pending(self) -> int:
@@ -86,7 +113,7 @@ class SequenceCache:
     def lengths(self) -> list[int]:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
         shared = {self.num_shared} if self.forgets else set()
-        return sorted({len(self), *shared, *self._before} - {0}, reverse=True)
+        return sorted({len(self), *shared, *self._before, *self._marks} - {0}, reverse=True)
 
     def can_cut(self, length: int) -> bool:
         """Whether its first `length` tokens can be had."""
@@ -95,12 +122,50 @@ class SequenceCache:
     def cut(self, length: int) -> None:
         """Go back to the first `length` tokens: what `can_cut`, or what there was before the last step."""
         if length < len(self):
-            state = self._before.get(length) or [None] * len(self.layers)
+            nothing = [None] * len(self.layers)
+            state = self._before.get(length) or self._marks.get(length) or nothing
             for layer, kept in zip(self.layers, state, strict=True):
                 _go_back(layer, length, kept)
         del self.tokens[length:]
         self.num_shared = min(self.num_shared, length)
+        self.num_read = min(self.num_read, length)
         self._before = {n: state for n, state in self._before.items() if n < length}
+        self._marks = {n: state for n, state in self._marks.items() if n <= length}
+
+    def mark(self) -> None:
+        """Let other sequences begin with the present state; thins out earlier marks."""
+        if not self.forgets:
+            self._marks[len(self)] = self._state()
+            if len(self._marks) > MAX_MARKS:
+                ends = [0, *sorted(self._marks)]
+                gaps = {ends[i]: ends[i + 1] - ends[i - 1] for i in range(1, len(ends) - 1)}
+                del self._marks[min(gaps, key=gaps.__getitem__)]
+
+    def settle(self) -> None:
+        """Its sequence is finished: no step will be taken back."""
+        self._before.clear()
+
+    def fork(self, length: int) -> "SequenceCache":
+        """Another sequence's cache, with the first `length` tokens of this one; `can_begin` must be true.
+
+        What is pending of these stays so, and the fork has the same home.
+        """
+        fork = SequenceCache([type(layer).from_state(_handles(layer.state)) for layer in self.layers])
+        fork.tokens, fork.num_read = self.tokens[:], self.num_read
+        fork._before, fork._marks = self._before, self._marks
+        fork.cut(min(length, len(fork)))
+        fork.num_shared = min(length, self.num_shared) if self.pending else length
+        fork.home, left = self.home, length - fork.num_shared
+        for piece in self.pending if left else ():
+            fork.pending.append(Piece(piece.tokens[:left], piece.decode))
+            left -= len(fork.pending[-1].tokens)
+            if not left:
+                break
+        fork.uneven = self.uneven
+        fork._before = {}
+        for layer in fork.layers:
+            _shrink(layer)
+        return fork
 
     def evaluate(self) -> None:
         """Compute what is still lazy, while the link is there that it may need."""
@@ -140,6 +205,16 @@ def _go_back(layer: Any, length: int, kept: Any) -> None:
             _go_back(each, length, None)
     else:
         layer.trim(layer.offset - length)
+
+
+def _shrink(layer: Any) -> None:
+    """Let go of the room behind the last token, and of the tokens that were there."""
+    if isinstance(layer, CacheList):
+        for each in layer.caches:
+            _shrink(each)
+    elif isinstance(layer, KVCache | QuantizedKVCache) and layer.keys is not None:
+        pair = (layer.keys, layer.values)
+        layer.keys, layer.values = tree_map(lambda a: a[..., : layer.offset, :], pair)
 
 
 def _handles(state: Any) -> Any:

@@ -8,9 +8,10 @@ from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
 from expertd.engine import engine as engine_module
 from expertd.engine.engine import Engine
-from expertd.engine.messages import Message, Submit, Token
+from expertd.engine.messages import Done, Message, Submit, Token
 from expertd.engine.plan import Meeting
 from expertd.engine.planner import Planner, Work
+from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import Runner
 from expertd.engine.text import Tokenizer
 from expertd.link.mailbox import Mailbox
@@ -24,9 +25,11 @@ REQUESTS = (
     (0, "a prompt that is longer than the window of any family", 16),
     (0, "short", 8),
     (2, "x", 6),
+    (5, "a prompt that is longer than most and begins alike", 9),
     (6, "another that comes later, when the others are at it", 8),
     (12, "and one more", 4),
     (24, "the last one is alone for a while, and divided again", 24),
+    (26, "another that comes later still", 5),
 )
 
 
@@ -81,7 +84,7 @@ def serve(
 def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
     events: list[Message] = []
     engine = Engine(cast(Tokenizer, ByteTokenizer()), 512, model.splits, 16, events.append, 257)
-    engine.one_by_one = model.one_by_one
+    engine.prefixes = Prefixes(1 << 30, 16, model.one_by_one, min_tokens=4)
     num_ranks = runner._link.num_ranks
     engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
     planner = WildPlanner(model.splits, seed)
@@ -100,6 +103,7 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
     if num_ranks > 1:
         assert {split for kind, split in planner.taken if kind == "decode"} == set(model.splits)
         assert ("prefill", "sequences") in planner.taken
+    assert sum(e.cached_tokens for e in events if isinstance(e, Done)) >= 20
     tokens = [e for e in events if isinstance(e, Token)]
     return [[e.request_id, e.token_ids, [p.chosen.logprob for p in e.logprobs]] for e in sorted(
         tokens, key=lambda e: e.request_id)]  # fmt: skip
