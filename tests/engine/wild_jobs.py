@@ -15,6 +15,7 @@ from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import Runner
 from expertd.engine.text import Tokenizer
 from expertd.link.mailbox import Mailbox
+from expertd.model.caches import SequenceCache
 from expertd.model.kernels import open_kernels
 from expertd.model.model import Model
 from expertd.sampling import Sampling
@@ -103,7 +104,8 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
     if num_ranks > 1:
         assert {split for kind, split in planner.taken if kind == "decode"} == set(model.splits)
         assert ("prefill", "sequences") in planner.taken
-    assert sum(e.cached_tokens for e in events if isinstance(e, Done)) >= 20
+    if SequenceCache(model.new_cache()).forgets and not model.one_by_one:
+        assert sum(e.cached_tokens for e in events if isinstance(e, Done)) >= 20
     tokens = [e for e in events if isinstance(e, Token)]
     return [[e.request_id, e.token_ids, [p.chosen.logprob for p in e.logprobs]] for e in sorted(
         tokens, key=lambda e: e.request_id)]  # fmt: skip
