@@ -309,9 +309,8 @@ class Engine:
     def _next_tokens(self, sequence: Sequence) -> list[int]:
         """Chunks end at multiples of their length, so that prompts that begin alike have the same ones."""
         at = sequence.num_computed
-        chunk = self.prefill_chunk - at % self.prefill_chunk
-        if sequence.wants_logits:
-            chunk = min(chunk, CHUNK)
+        chunk = min(self.prefill_chunk, CHUNK) if sequence.wants_logits else self.prefill_chunk
+        chunk -= at % chunk
         return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), chunk))]
 
     # Beat 3: run.

@@ -235,6 +235,8 @@ class Runner:
         lengths = [len(cache) for cache in caches]
         for cache, appended in zip(caches, tokens, strict=True):
             cache.extend(appended, plan.decode)
+        if plan.logits:
+            caches[0].num_read = -1
         try:
             logits = self._guarded(lambda: self._compute(plan, tokens, caches))
             self._link.check()
