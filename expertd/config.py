@@ -1,5 +1,6 @@
 """Settings as frozen values, checked once, at the edge; nothing below reads flags or the environment."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,23 @@ KERNELS = ("auto", "native", "mlx")
 # (bench/LOG.md).
 ACTIVATION_BITS = 8
 
+UNITS = {
+    "": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40,
+}  # fmt: skip
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]i?)?b?", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "128GB" (10^9), "120GiB" (2^30) or "9500000000". Raises ConfigError."""
+    match = SIZE.fullmatch(text.strip())
+    num_bytes = int(float(match[1]) * UNITS[(match[2] or "").upper()]) if match else 0
+    if match and not match[2] and "." not in match[1]:
+        num_bytes = int(match[1])
+    if num_bytes < 1:
+        raise ConfigError(f"size {text[:40]!r}: wanted bytes or a size such as 128GB or 120GiB.")
+    return num_bytes
+
 
 @dataclass(frozen=True)
 class GroupConfig:
@@ -28,7 +46,9 @@ class GroupConfig:
     whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
     on one host and the fastest link between two, "mlx" is MLX's own engine. Up to `max_streams` requests are
-    answered at once, `max_waiting` more wait. `kernels` are what computes on a CPU:
+    answered at once, `max_waiting` more wait. The caches of finished requests stay, for others that begin alike, in
+    `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays). `kernels` are what computes on a
+    CPU:
     "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
     CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
     compute.
@@ -41,6 +61,7 @@ class GroupConfig:
     prefill_chunk: int = 512
     max_streams: int = 16
     max_waiting: int = 256
+    prefix_cache_bytes: int | None = None
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0
     pulse_timeout_s: float = 1.5
@@ -78,6 +99,8 @@ class GroupConfig:
             raise ConfigError(
                 f"--max-streams {self.max_streams}, --max-waiting {self.max_waiting}: wanted at least 1 and 0."
             )
+        if (self.prefix_cache_bytes or 0) < 0:
+            raise ConfigError(f"--prefix-cache {self.prefix_cache_bytes}: wanted 0 or more.")
 
     @property
     def fractions(self) -> tuple[float, ...]:

@@ -9,7 +9,6 @@ away the most error per byte comes first. Equal scores are told apart by the exe
 is lowered first and raised last. Nothing depends on time, threads or the order of dictionaries.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,12 +31,6 @@ CACHE_TOKENS = 32_768
 # ... and activations, MLX's buffer cache and Python: 512 tokens per prefill step through a block 16 KiB wide
 # with 8 experts each make about 0.2 GB per array, and a handful are alive at a time.
 ACTIVATION_BYTES = 2 * 10**9
-
-UNITS = {
-    "": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-    "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40,
-}  # fmt: skip
-SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]i?)?b?", re.ASCII | re.IGNORECASE)
 
 # The error that rounding a module to so many bits makes: an absolute, weighted squared error.
 ErrorOf = Callable[[str, int], float]
@@ -62,17 +55,6 @@ class Allocation:
 
     def copy(self) -> "Allocation":
         return Allocation(dict(self.blocks), dict(self.outer), dict(self.single))
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "128GB" (10^9), "120GiB" (2^30) or "9500000000". Raises ConfigError."""
-    match = SIZE.fullmatch(text.strip())
-    num_bytes = int(float(match[1]) * UNITS[(match[2] or "").upper()]) if match else 0
-    if match and not match[2] and "." not in match[1]:
-        num_bytes = int(match[1])
-    if num_bytes < 1:
-        raise ConfigError(f"size {text[:40]!r}: wanted bytes or a size such as 128GB or 120GiB.")
-    return num_bytes
 
 
 def size_in_words(num_bytes: int) -> str:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from expertd.config import ACTIVATION_BITS, KERNELS, LINKS, MAX_RANKS, SPLITS, GroupConfig, HostsConfig
+from expertd.config import (
+    ACTIVATION_BITS,
+    KERNELS,
+    LINKS,
+    MAX_RANKS,
+    SPLITS,
+    GroupConfig,
+    HostsConfig,
+    parse_size,
+)
 from expertd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +71,16 @@ def activation_bits_option(command: F) -> F:
 
 def kernels_option(text: str) -> Callable[[F], F]:
     return click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, help=text)
+
+
+def prefix_cache_option(command: F) -> F:
+    return click.option(
+        "--prefix-cache",
+        "prefix_cache_bytes",
+        metavar="SIZE",
+        callback=lambda context, parameter, value: value and (0 if value == "0" else parse_size(value)),
+        help="Memory for prompts' beginnings that came before, such as 2GB; 0: none [default: a tenth of it].",
+    )(command)
 
 
 def hosts_options(command: F) -> F:

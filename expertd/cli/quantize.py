@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from expertd.cli.options import cache_folder, find_model
+from expertd.config import parse_size
 from expertd.errors import ConfigError
 
 EFFORTS = ("plain", "fast", "normal", "best")
@@ -74,7 +75,7 @@ def quantize_command(src: str, dst: Path, dry_run: bool, cache_bytes: str | None
     convert = importlib.import_module("expertd.quant.convert")
     budget = importlib.import_module("expertd.quant.budget")
     cache = cache_folder()
-    limit = budget.parse_size(cache_bytes) if cache_bytes else None
+    limit = parse_size(cache_bytes) if cache_bytes else None
     with Progress() as progress:
         if dry_run:
             click.echo(convert.describe(src, settings, progress, cache, limit))
@@ -98,15 +99,14 @@ def _settings(
 ) -> Any:  # fmt: skip
     """The flags as Settings, which checks them. Raises ConfigError."""
     module = importlib.import_module("expertd.quant.settings")
-    size = importlib.import_module("expertd.quant.budget").parse_size
     if options["calibrate"] and options["effort"] in ("plain", "fast"):
         raise ConfigError(
             f"--calibrate: --effort {options['effort']} uses no text. Leave one of them out, or use --effort normal."
         )
     return module.Settings(
         trunk=module.parse_menu(trunk),
-        target_bytes=size(target_bytes) if target_bytes else None,
-        fit_bytes=size(fit) if fit else None,
+        target_bytes=parse_size(target_bytes) if target_bytes else None,
+        fit_bytes=parse_size(fit) if fit else None,
         experts_bits=int(experts_bits),
         group_size=int(group_size),
         num_windows=windows,

@@ -20,6 +20,7 @@ from expertd.cli.options import (
     hosts_config,
     hosts_options,
     make_group,
+    prefix_cache_option,
     warn_of_link,
 )
 from expertd.config import HostsConfig, ServerConfig
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-waiting", type=int, default=256, show_default=True, help="Requests that may wait; more get a 429."
 )
+@prefix_cache_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
 @hosts_options

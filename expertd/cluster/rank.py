@@ -24,6 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import psutil
+
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
     Begin,
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
 
 # The supervisor reads at once; one that does not for this long is stuck, and its ranks must not be.
 SEND_TIMEOUT_S = 30.0
+# What caches of finished requests may take unless the user says otherwise.
+PREFIX_PART_OF_MEMORY = 0.1
 # The mailbox is sent before the Begin that speaks of it.
 MAILBOX_TIMEOUT_S = 5.0
 # How often a leader that works says what it did: as often as people look, and nothing beside a second's steps.
@@ -245,6 +249,7 @@ class Rank:
 def _load(setup: Setup, control: Control) -> Rank:
     from expertd.checkpoint.inspect import check_checkpoint
     from expertd.engine.engine import Engine
+    from expertd.engine.prefix import Prefixes
     from expertd.engine.text import Tokenizer
     from expertd.model.dialect import find_dialect
     from expertd.model.kernels import open_kernels
@@ -271,9 +276,18 @@ def _load(setup: Setup, control: Control) -> Rank:
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     engine.tries_splits = not group.wide
-    engine.one_by_one, engine.first_id = model.one_by_one, secrets.randbits(40) << 20
+    engine.first_id = secrets.randbits(40) << 20
+    engine.prefixes = Prefixes(_prefix_bytes(group), group.prefill_chunk, model.one_by_one)
     control.send(replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect))
     return Rank(setup, group, control, model, engine)
+
+
+def _prefix_bytes(group: GroupConfig) -> int:
+    """This rank's part of what its host keeps for later requests."""
+    budget = group.prefix_cache_bytes
+    if budget is None:
+        budget = int(PREFIX_PART_OF_MEMORY * psutil.virtual_memory().total)
+    return budget // group.num_ranks
 
 
 def _vocab_size(info: "CheckpointInfo") -> int:

@@ -12,7 +12,7 @@ all of them still have in their caches (runner.py). The rest of each sequence is
 prompt and what was generated) like a new prompt, and it goes on with the next token. None is repeated and none is
 missing, because a token counts only once its whole step has succeeded, and what is sampled depends on the logits, the
 seed, the position and the sequence's own tokens alone. Where a token's logits depend on how many were computed with
-it (`one_by_one`), generated tokens are decoded again, one in each step, as they were the first time.
+it (`Prefixes.one_by_one`), generated tokens are decoded again, one in each step, as they were the first time.
 """
 
 import secrets
@@ -42,6 +42,7 @@ from expertd.engine.messages import (
 )
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.planner import Planner, Work
+from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
@@ -66,7 +67,7 @@ class Engine:
     max_streams: int = 16
     max_waiting: int = 256
     tries_splits: bool = True  # when it is idle, for the planner
-    one_by_one: bool = False
+    prefixes: Prefixes = field(default_factory=Prefixes)
     first_id: int = 0  # of its sequences: no two leaders may give the same, for caches outlive them
     _runner: Runner | None = None
     _split: str = "solo"
@@ -75,6 +76,7 @@ class Engine:
     _open: list[Sequence] = field(default_factory=list)
     _to_observe: deque[Observe] = field(default_factory=deque)
     _released: list[int] = field(default_factory=list)
+    _settled: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _has_decoded: bool = False  # since the last chunk of a prompt
     _has_met: bool = False  # in this epoch
@@ -161,7 +163,8 @@ class Engine:
         held = runner.meet()
         for sequence in self._open:
             sequence.num_computed = held.pop(sequence.sequence_id, 0)
-        self._released = list(held)
+        self._settled, self._released = [], [TRIAL_ID] if held.pop(TRIAL_ID, 0) else []
+        self.prefixes.meet(held, runner.caches)
         self._has_met = True
 
     # Beat 1: schedule.
@@ -231,14 +234,15 @@ class Engine:
         )
 
     def _num_to_read(self, sequence: Sequence) -> int:
-        """Tokens to prefill: all but the last known one, or, if `one_by_one`, but the last of the prompt."""
-        known = sequence.prompt if self.one_by_one else sequence.tokens
+        """Tokens to prefill: all but the last known one, or all but the prompt's last where chunks matter."""
+        known = sequence.prompt if self.prefixes.one_by_one else sequence.tokens
         return max(0, len(known) - 1 - sequence.num_computed)
 
     # Beat 2: plan.
 
     def _plan(self, sequences: list[Sequence]) -> Plan:
         """Prompts are prefilled in chunks; the last known token is a decode step."""
+        forks = [self._fork(sequence) for sequence in sequences if not sequence.num_computed]
         tokens = [self._next_tokens(sequence) for sequence in sequences]
         decode = not self._num_to_read(sequences[0])
         return Plan(
@@ -249,17 +253,31 @@ class Engine:
             started=[s.sequence_id for s in sequences if s.num_computed == 0],
             released=list(self._released),
             logits=sequences[0].wants_logits and not decode,
+            settled=list(self._settled),
+            forks=[fork for fork in forks if fork[2]],
+            mark=not decode and self.prefixes.budget_bytes > 0,
         )
+
+    def _fork(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Begin a sequence: with what another one has in its cache, if one begins alike."""
+        assert self._runner is not None
+        source, length = 0, 0
+        if not sequence.wants_logits:
+            source, length = self.prefixes.find(len(sequence.prompt), sequence.tokens, self._runner.caches)
+        # After an interruption the generated tokens are read as well: no measure of the prompt's speed.
+        if not sequence.generated:
+            sequence.started_at, sequence.num_cached = time.monotonic(), length
+        sequence.num_computed = length
+        return sequence.sequence_id, source, length
 
     def _choose_split(self, work: Work) -> StepSplit:
         return StepSplit(self._planner.choose(work), self._fractions)
 
     def _next_tokens(self, sequence: Sequence) -> list[int]:
-        # After an interruption the generated tokens are prefilled as well: no measure of the prompt's speed.
-        if sequence.num_computed == 0 and not sequence.generated:
-            sequence.started_at = time.monotonic()
+        """Chunks end at multiples of their length, so that prompts that begin alike have the same ones."""
         at = sequence.num_computed
         chunk = min(self.prefill_chunk, CHUNK) if sequence.wants_logits else self.prefill_chunk
+        chunk -= at % chunk
         return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), chunk))]
 
     # Beat 3: run.
@@ -276,7 +294,7 @@ class Engine:
         self._planner.took(work, plan.split.name, plan.num_tokens, seconds, waited_s)
         for choice in self._planner.news():
             self.send(choice)
-        self._released = []
+        self._released, self._settled = [], []
         return logits
 
     def _wanted_trial(self) -> Work | None:
@@ -322,8 +340,9 @@ class Engine:
 
     def _finish(self, sequence: Sequence, split: str) -> None:
         self._open.remove(sequence)
-        if sequence.num_computed:
-            self._released.append(sequence.sequence_id)
+        if sequence.num_computed and self._runner:
+            self._settled.append(sequence.sequence_id)
+            self._released += self.prefixes.keep(sequence.sequence_id, self._runner.caches)
         if sequence.failure:
             reason = f"the answer can no longer follow its grammar: {sequence.failure}"
             self.send(Failed(sequence.submit.request_id, reason))

@@ -297,9 +297,9 @@ class Token:
 class Done:
     """The end of a request; `finish_reason` is "stop", "length" or "cancelled".
 
-    `prefill_tokens_per_s` counts prompt tokens until the first token is sampled, `decode_tokens_per_s` the tokens
-    after the first (0 when there is none), interruptions included; of a resumed request, both since then. `split` and
-    `ranks` are those of the end.
+    `cached_tokens` of the prompt were in another request's cache. `prefill_tokens_per_s` counts the rest until the
+    first token is sampled, `decode_tokens_per_s` the tokens after the first (0 when there is none), interruptions
+    included; of a resumed request, both since then. `split` and `ranks` are those of the end.
     """
 
     request_id: str
@@ -310,6 +310,7 @@ class Done:
     decode_tokens_per_s: float
     split: str
     ranks: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A step's plan: what rank 0 decided, as a value and as the frame that the other ranks replay."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import msgpack
@@ -15,8 +15,10 @@ class Plan:
 
     A prefill has one sequence and any number of tokens. With `decode` each sequence gets one token, and the step
     gives the logits after it, [num_sequences, vocab]; with `logits` a prefill gives those after each of its tokens,
-    [num_tokens, vocab]. `started` names the sequences whose cache begins here,
-    `released` those whose caches are no longer needed.
+    [num_tokens, vocab]. `started` names the sequences whose cache begins here, `released` those whose caches are no
+    longer needed, `settled` those that are finished and whose caches are. Each fork (sequence, source, length) is a
+    sequence that begins here with the first `length` tokens of the cache of another, the source. With `mark`, others
+    may begin with what there is after the step.
     """
 
     sequence_ids: list[int]
@@ -26,6 +28,9 @@ class Plan:
     started: list[int]
     released: list[int]
     logits: bool = False
+    settled: list[int] = field(default_factory=list)
+    forks: list[tuple[int, int, int]] = field(default_factory=list)
+    mark: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -78,12 +83,15 @@ def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting:
         if "lengths" in values:
             return Meeting({int(i): [int(n) for n in ns] for i, ns in Meeting(**values).lengths.items()})
         if "steps" in values:
-            return CatchUp([Plan(**_with_split(step)) for step in CatchUp(**values).steps])
-        return WindowsPlan(**_with_split(values)) if "windows" in values else Plan(**_with_split(values))
+            return CatchUp([Plan(**_typed(step)) for step in CatchUp(**values).steps])
+        return WindowsPlan(**_typed(values)) if "windows" in values else Plan(**_typed(values))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e
 
 
-def _with_split(values: Any) -> dict[str, Any]:
-    split = values["split"]
-    return {**values, "split": StepSplit(split["name"], tuple(split["fractions"]))}
+def _typed(values: Any) -> dict[str, Any]:
+    split, forks = values["split"], values.get("forks", ())
+    typed: dict[str, Any] = {"split": StepSplit(split["name"], tuple(split["fractions"]))}
+    if forks:
+        typed["forks"] = [(sequence_id, source, length) for sequence_id, source, length in forks]
+    return {**values, **typed}

@@ -51,7 +51,7 @@ class Runner:
     """One rank's part in an epoch, over that epoch's link; `caches` are the rank's, from the epochs before."""
 
     def __init__(self, model: Model, link: Mailbox | MlxLink, caches: Caches) -> None:
-        self._model, self._link, self._caches = model, link, caches
+        self._model, self._link, self.caches = model, link, caches
         self._untold: list[Plan] = []
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
@@ -63,7 +63,7 @@ class Runner:
 
         Gives the number of tokens in the cache of each sequence that has one.
         """
-        offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self._caches.items()]
+        offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self.caches.items()]
         meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]))
         self._tell(meeting)
         return self._meet(meeting)
@@ -98,9 +98,9 @@ class Runner:
         return logits
 
     def _is_untold(self, plan: Plan) -> bool:
-        if not plan.decode or plan.split.name != "solo" or self._link.num_ranks == 1:
+        if not plan.decode or plan.forks or plan.split.name != "solo" or self._link.num_ranks == 1:
             return False
-        known = [self._caches[i] for i in plan.sequence_ids if i not in plan.started]
+        known = [self.caches[i] for i in plan.sequence_ids if i not in plan.started]
         return all(cache.forgets for cache in known)
 
     def _tell_untold(self) -> None:
@@ -111,7 +111,7 @@ class Runner:
 
     def _note_told(self, plan: Plan) -> None:
         for sequence_id in plan.sequence_ids:
-            if cache := self._caches.get(sequence_id):
+            if cache := self.caches.get(sequence_id):
                 cache.num_told = len(cache)
 
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
@@ -125,7 +125,7 @@ class Runner:
         total, total_s = self._waits
         waits = [a - b for a, b in zip_longest(total, before, fillvalue=0)]
         return Stats(
-            kv_bytes=sum(cache_bytes(cache.layers) for cache in self._caches.values()),
+            kv_bytes=sum(cache_bytes(cache.layers) for cache in self.caches.values()),
             steps=self._meter.take(),
             waits=waits if any(waits) else [],
             waited_s=total_s - before_s,
@@ -161,7 +161,7 @@ class Runner:
         for step in steps:
             for sequence_id in step.released:
                 last.pop(sequence_id, None)
-                self._caches.pop(sequence_id, None)
+                self.caches.pop(sequence_id, None)
             for sequence_id, tokens in zip(step.sequence_ids, step.tokens, strict=True):
                 started = [sequence_id] if sequence_id in step.started else []
                 whole = last.setdefault(
@@ -176,17 +176,17 @@ class Runner:
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if mask:
                 length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
-                self._caches[sequence_id].cut(length)
-                self._caches[sequence_id].num_told = length
+                self.caches[sequence_id].cut(length)
+                self.caches[sequence_id].num_told = length
             else:
-                self._caches.pop(sequence_id, None)
-        for sequence_id in self._caches.keys() - meeting.lengths.keys():
-            del self._caches[sequence_id]
-        return {sequence_id: len(cache) for sequence_id, cache in self._caches.items()}
+                self.caches.pop(sequence_id, None)
+        for sequence_id in self.caches.keys() - meeting.lengths.keys():
+            del self.caches[sequence_id]
+        return {sequence_id: len(cache) for sequence_id, cache in self.caches.items()}
 
     def _mask(self, sequence_id: int, lengths: list[int]) -> int:
         """Which of these numbers of tokens this rank has in a sequence's cache, the first one as bit 0."""
-        cache = self._caches.get(sequence_id)
+        cache = self.caches.get(sequence_id)
         return sum(1 << bit for bit, n in enumerate(lengths) if cache and cache.can_cut(n))
 
     def _common(self, masks: list[int]) -> list[int]:
@@ -205,14 +205,13 @@ class Runner:
         return found
 
     def _execute(self, plan: Plan) -> mx.array | None:
-        for sequence_id in plan.released:
-            self._caches.pop(sequence_id, None)
-        for sequence_id in plan.started:
-            self._caches[sequence_id] = SequenceCache(self._model.new_cache())
-        caches = [self._caches[sequence_id] for sequence_id in plan.sequence_ids]
+        self._prepare(plan)
+        caches = [self.caches[sequence_id] for sequence_id in plan.sequence_ids]
         lengths = [len(cache) for cache in caches]
         for cache, tokens in zip(caches, plan.tokens, strict=True):
-            cache.extend(tokens)
+            cache.extend(tokens, plan.decode)
+        if plan.logits:
+            caches[0].num_read = -1
         try:
             logits = self._guarded(lambda: self._compute(plan, caches))
             self._link.check()
@@ -220,7 +219,20 @@ class Runner:
             for cache, length in zip(caches, lengths, strict=True):
                 cache.cut(length)
             raise
+        if plan.mark:
+            for cache in caches:
+                cache.mark()
         return logits
+
+    def _prepare(self, plan: Plan) -> None:
+        for sequence_id in plan.settled:
+            self.caches[sequence_id].settle()
+        for sequence_id, source, length in plan.forks:
+            self.caches[sequence_id] = self.caches[source].fork(length)
+        for sequence_id in plan.released:
+            self.caches.pop(sequence_id, None)
+        for sequence_id in plan.started:
+            self.caches[sequence_id] = SequenceCache(self._model.new_cache())
 
     def _compute(self, plan: Plan, caches: list[SequenceCache]) -> mx.array | None:
         layers = [cache.layers for cache in caches]
@@ -238,5 +250,5 @@ class Runner:
         except RuntimeError as e:
             if not isinstance(self._link, MlxLink):
                 raise
-            self._caches.clear()  # MLX may have computed any part of them
+            self.caches.clear()  # MLX may have computed any part of them
             raise self._link.failure(e) from e

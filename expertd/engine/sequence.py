@@ -62,6 +62,7 @@ class Sequence:
     grammar_after: list[int] = field(default_factory=list)  # its grammar begins after these tokens
     opening: str = ""  # text that belongs before the first token's
     num_computed: int = 0  # tokens in the cache, the same on every rank
+    num_cached: int = 0  # of the prompt: those that another sequence's cache had
     generated: list[int] = field(default_factory=list)
     num_replayed: int = 0  # of `generated`: another leader chose them
     num_chars: int = 0  # of the text of `generated`, but for the bytes of an unfinished character
@@ -164,8 +165,9 @@ class Sequence:
             finish_reason="cancelled" if self.cancelled else self.finish_reason or "stop",
             prompt_tokens=len(self.prompt),
             completion_tokens=len(self.generated),
-            prefill_tokens_per_s=len(self.prompt) / max(first - self.started_at, 1e-9),
+            prefill_tokens_per_s=(len(self.prompt) - self.num_cached) / max(first - self.started_at, 1e-9),
             decode_tokens_per_s=later / max(now - first, 1e-9) if later else 0.0,
             split=split,
             ranks=num_ranks,
+            cached_tokens=self.num_cached,
         )

@@ -7,18 +7,23 @@ means to have kept what was there. MLX's arrays never change, and a second handl
 is such a handle. `a` itself is not, because mlx-lm's `keys[...] = new` makes the same Python object stand for another
 array.
 
-For recurrent layers that costs memory alone. A window is copied at each step, because its array is in use twice: for
-a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
+Other sequences may begin with the first tokens of this one (`fork`). Keys and values are shared until one of both
+writes; for windows and recurrent states, marks are kept at some ends of a prompt's chunks.
+
+For recurrent layers all this costs memory alone. A window is copied at each step, because its array is in use twice:
+for a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
 """
 
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache
 
 # The leader may have begun the step after one that another rank has not finished, and no further one.
 NUM_STEPS_BACK = 2
+# States kept for other sequences: in Qwen3-Next-80B one is 75 MB.
+MAX_MARKS = 4
 
 State = list[Any]  # of each layer; None where the layer forgets by itself
 
@@ -26,21 +31,32 @@ State = list[Any]  # of each layer; None where the layer forgets by itself
 class SequenceCache:
     """The caches of all layers, as mlx-lm makes them, and the tokens that are in them.
 
-    `num_told` of these the other ranks know of. `forgets`: it can forget any number of its last tokens.
+    `num_told` of these the other ranks know of; the first `num_read` were read in the usual chunks (-1: in others).
+    `forgets`: it can forget any number of its last tokens.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
         self.forgets = all(map(_forgets, layers))
         self.tokens: list[int] = []
-        self.num_told = 0
+        self.num_told = self.num_read = 0
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
+        self._marks: dict[int, State] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def extend(self, tokens: list[int]) -> None:
+    @property
+    def num_bytes(self) -> int:
+        """Marks included, which may share arrays with each other: at most this much."""
+        marked: Any = tree_flatten(list(self._marks.values()))
+        sizes = [layer.nbytes for layer in self.layers] + [getattr(a, "nbytes", 0) for _, a in marked]
+        return sum(sizes)
+
+    def extend(self, tokens: list[int], decode: bool) -> None:
         """Note that a step appends `tokens`; `cut` takes it back."""
+        if self.num_read == len(self) and not decode:
+            self.num_read += len(tokens)
         self._before[len(self)] = self._state()
         for length in sorted(self._before)[:-NUM_STEPS_BACK]:
             del self._before[length]
@@ -49,7 +65,7 @@ class SequenceCache:
     def lengths(self) -> list[int]:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
         told = {self.num_told} if self.forgets else set()
-        return sorted({len(self), *told, *self._before} - {0}, reverse=True)
+        return sorted({len(self), *told, *self._before, *self._marks} - {0}, reverse=True)
 
     def can_cut(self, length: int) -> bool:
         """Whether its first `length` tokens can be had."""
@@ -58,12 +74,39 @@ class SequenceCache:
     def cut(self, length: int) -> None:
         """Go back to the first `length` tokens: what `can_cut`, or what there was before the last step."""
         if length < len(self):
-            state = self._before.get(length) or [None] * len(self.layers)
+            nothing = [None] * len(self.layers)
+            state = self._before.get(length) or self._marks.get(length) or nothing
             for layer, kept in zip(self.layers, state, strict=True):
                 _go_back(layer, length, kept)
         del self.tokens[length:]
         self.num_told = min(self.num_told, length)
+        self.num_read = min(self.num_read, length)
         self._before = {n: state for n, state in self._before.items() if n < length}
+        self._marks = {n: state for n, state in self._marks.items() if n <= length}
+
+    def mark(self) -> None:
+        """Let other sequences begin with the present state; thins out earlier marks."""
+        if not self.forgets:
+            self._marks[len(self)] = self._state()
+            if len(self._marks) > MAX_MARKS:
+                ends = [0, *sorted(self._marks)]
+                gaps = {ends[i]: ends[i + 1] - ends[i - 1] for i in range(1, len(ends) - 1)}
+                del self._marks[min(gaps, key=gaps.__getitem__)]
+
+    def settle(self) -> None:
+        """Its sequence is finished: no step will be taken back."""
+        self._before.clear()
+
+    def fork(self, length: int) -> "SequenceCache":
+        """Another sequence's cache, with the first `length` tokens of this one; `can_cut` must be true."""
+        fork = SequenceCache([type(layer).from_state(_handles(layer.state)) for layer in self.layers])
+        fork.tokens, fork.num_read = self.tokens[:], self.num_read
+        fork._before, fork._marks = self._before, self._marks
+        fork.cut(length)
+        fork._before = {}
+        for layer in fork.layers:
+            _shrink(layer)
+        return fork
 
     def evaluate(self) -> None:
         """Compute what is still lazy, while the link is there that it may need."""
@@ -103,6 +146,16 @@ def _go_back(layer: Any, length: int, kept: Any) -> None:
             _go_back(each, length, None)
     else:
         layer.trim(layer.offset - length)
+
+
+def _shrink(layer: Any) -> None:
+    """Let go of the room behind the last token, and of the tokens that were there."""
+    if isinstance(layer, CacheList):
+        for each in layer.caches:
+            _shrink(each)
+    elif isinstance(layer, KVCache | QuantizedKVCache) and layer.keys is not None:
+        pair = (layer.keys, layer.values)
+        layer.keys, layer.values = tree_map(lambda a: a[..., : layer.offset, :], pair)
 
 
 def _handles(state: Any) -> Any:

@@ -70,6 +70,16 @@ def test_wrong_flags_are_named(args: list[str], words: str) -> None:
     assert words in said and isinstance(result.exception, ConfigError | SystemExit)
 
 
+def test_sizes_of_serve_are_read() -> None:
+    for wrong in ("much", "-1"):
+        result = CliRunner().invoke(cli, ["serve", "/no/such/model", "--prefix-cache", wrong])
+        assert f"size {wrong!r}: wanted bytes or a size" in f"{result.exception}"
+    with serve.serve_command.make_context("serve", ["m", "--prefix-cache", "0"]) as context:
+        assert context.params["prefix_cache_bytes"] == 0
+    with serve.serve_command.make_context("serve", ["m", "--prefix-cache", "2GB"]) as context:
+        assert context.params["prefix_cache_bytes"] == 2 * 10**9
+
+
 def test_quantize_checks_its_flags_and_says_what_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

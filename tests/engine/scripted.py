@@ -1,7 +1,7 @@
 """An engine without a model: a runner that answers by script, and everything around it."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,6 +14,7 @@ from expertd.dialect import Dialect
 from expertd.engine.engine import Engine
 from expertd.engine.messages import Done, Message, Submit, Token
 from expertd.engine.plan import Plan, WindowsPlan
+from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import Runner
 from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError, LinkDown
@@ -50,13 +51,35 @@ class ByteTokenizer:
         return b"<end>" if token_id == END else bytes([token_id])
 
 
+class ScriptedCache(list[int]):
+    """A sequence's tokens, with a SequenceCache's face."""
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        super().__init__(tokens)
+        self.num_read = len(self)
+
+    @property
+    def tokens(self) -> list[int]:
+        return list(self)
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self)
+
+    def lengths(self) -> list[int]:
+        return [len(self)] if self else []
+
+    def can_cut(self, length: int) -> bool:
+        return 0 < length <= len(self)
+
+
 class ScriptedRunner:
     """Keeps tokens for caches and answers each prompt with its script; checks what every plan promises.
 
     A prompt without a script has logits that all of its tokens decide, as a model's do.
     """
 
-    def __init__(self, scripts: dict[str, list[int]], caches: dict[int, list[int]]) -> None:
+    def __init__(self, scripts: dict[str, list[int]], caches: dict[int, ScriptedCache]) -> None:
         self.plans: list[Plan] = []
         self.caches = caches
         self.num_meetings = 0
@@ -73,6 +96,10 @@ class ScriptedRunner:
         self.before_step(plan)
         assert self.num_meetings == 1
         self.plans.append(plan)
+        for sequence_id, source, length in plan.forks:
+            assert sequence_id not in self.caches and 0 < length <= len(self.caches[source])
+            self.caches[sequence_id] = ScriptedCache(self.caches[source][:length])
+        assert all(sequence_id in self.caches for sequence_id in plan.settled)
         for sequence_id in plan.released:
             del self.caches[sequence_id]
         assert plan.started == [i for i in plan.sequence_ids if i not in self.caches]
@@ -84,7 +111,9 @@ class ScriptedRunner:
             rows = [self._logits(before + tokens[: i + 1]) for i in range(len(tokens))]
         for sequence_id, tokens in zip(plan.sequence_ids, plan.tokens, strict=True):
             assert tokens and len(tokens) <= (1 if plan.decode else CONTEXT)
-            self.caches.setdefault(sequence_id, []).extend(tokens)
+            cache = self.caches.setdefault(sequence_id, ScriptedCache())
+            cache.num_read += len(tokens) if cache.num_read == len(cache) and not plan.decode else 0
+            cache.extend(tokens)
         if plan.logits:
             return mx.stack(rows)
         return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
@@ -125,6 +154,7 @@ class Bench:
         max_streams: int = 16,
         max_waiting: int = 256,
         one_by_one: bool = False,
+        prefix_tokens: int = 0,
     ) -> None:
         self.scripts: dict[str, list[int]] = {}
         self.events: list[Message] = []
@@ -137,7 +167,7 @@ class Bench:
             vocab_size=VOCAB,
             max_streams=max_streams,
             max_waiting=max_waiting,
-            one_by_one=one_by_one,
+            prefixes=Prefixes(prefix_tokens, prefill_chunk, one_by_one, min_tokens=1),
         )
         self.begin(split, shares)
 
@@ -148,7 +178,7 @@ class Bench:
         held: dict[int, int] | None = None,
     ) -> None:
         """A new epoch; of the last one's caches all ranks have the beginnings of these lengths."""
-        caches = {i: self.runner.caches[i][:n] for i, n in (held or {}).items()}
+        caches = {i: ScriptedCache(self.runner.caches[i][:n]) for i, n in (held or {}).items()}
         self.runner = ScriptedRunner(self.scripts, caches)
         self.engine.begin(cast(Runner, self.runner), split, shares)
 

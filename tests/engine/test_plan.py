@@ -13,6 +13,7 @@ PLANS = [
     Plan([1], [[1, 2, 3]], False, StepSplit("tokens", (0.5, 0.5)), [1], []),
     Plan([2**40], [[2**31]], True, StepSplit("experts", (0.1, 0.2, 0.7)), [], [1, 2]),
     Plan([3], [list(range(512))], False, StepSplit("solo", (1.0,)), [3], []),
+    Plan([7], [[1]], False, StepSplit("solo", (1.0,)), [], [3], True, [4], [(7, 2**40, 12)], True),
     Plan([4, 5, 6], [[0], [7], [8]], True, StepSplit("experts", (1 / 3, 1 / 3, 1 / 3)), [], []),
 ]
 
@@ -57,6 +58,8 @@ def test_garbage_is_refused(frame: bytes) -> None:
         {"split": {"name": "solo"}},
         {"more": 1},
         {"split": {"name": 1, "fractions": 2}},
+        {"forks": [[1, 2]]},
+        {"forks": 1},
     ],
 )
 def test_other_fields_are_refused(change: dict[str, object]) -> None:

@@ -11,6 +11,7 @@ from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
 from expertd.engine.engine import Engine
 from expertd.engine.messages import Message, Submit, Token
+from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import MASK_BYTES, Caches, Runner
 from expertd.engine.text import Tokenizer
 from expertd.errors import LinkDown
@@ -23,6 +24,7 @@ from tests.tiny import make_tiny
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "gpt_oss", "minimax", "qwen3_next")
 PROMPTS = ("a prompt that is longer than the window of any family", "short", "x")
 NUM_TOKENS = 20
+CHUNK = 16
 
 
 class FlakyLink:
@@ -65,9 +67,9 @@ class Served:
         folder.mkdir(parents=True)
         self.events: list[Message] = []
         self.engine = Engine(
-            cast(Tokenizer, ByteTokenizer()), 512, model.splits, 16, self.events.append, 257, max_streams=3
+            cast(Tokenizer, ByteTokenizer()), 512, model.splits, CHUNK, self.events.append, 257, max_streams=3
         )
-        self.engine.one_by_one = model.one_by_one
+        self.engine.prefixes = Prefixes(0, CHUNK, model.one_by_one)
         self.caches: Caches = {}
 
     def ask(self, name: str, prompt: str, **options: Any) -> None:

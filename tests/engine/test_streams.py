@@ -75,9 +75,10 @@ def test_next_epoch_reads_only_what_some_rank_lacks() -> None:
     bench = Bench(shares=(0.5, 0.5), prefill_chunk=4)
     for name in "ab":
         bench.ask(name, f"the prompt {name}", name * 12)
-    break_off(bench, 10)
+    break_off(bench, 11)
     first, second = (12 + len(bench.ids(name)) - 1 for name in "ab")
-    bench.begin(held={1: first, 2: second - 5})
+    assert second == 13
+    bench.begin(held={1: first, 2: 8})
     bench.finish()
     assert [(p.sequence_ids, p.num_tokens, p.started) for p in bench.runner.plans[:5]] == [
         ([1], 1, []),

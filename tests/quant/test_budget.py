@@ -3,12 +3,12 @@ from typing import Any
 
 import pytest
 
+from expertd.config import parse_size
 from expertd.errors import ConfigError
 from expertd.quant.budget import (
     Allocation,
     bytes_per_token,
     cache_bytes,
-    parse_size,
     size_in_words,
     smallest_bytes,
     target_bytes,
