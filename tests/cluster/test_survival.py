@@ -32,9 +32,11 @@ def mailbox() -> None:
 
 @asynccontextmanager
 async def open_group(num_ranks: int) -> AsyncIterator[Cluster]:
-    """By MLX's kernels: slow enough that something can happen in the middle."""
+    """By MLX's kernels, and every token with all ranks: slow enough that something can happen in the middle."""
     demo = str(find_checkpoint("demo"))
-    group = GroupConfig(demo, num_ranks=num_ranks, prefill_chunk=4, kernels="mlx")
+    group = GroupConfig(
+        demo, num_ranks, split="experts", prefill_chunk=4, kernels="mlx", prefix_cache_bytes=0
+    )
     async with asyncio.timeout(100), Cluster.open(group) as cluster:
         yield cluster
     assert children() == []
