@@ -129,9 +129,9 @@ async def _measure_splits(
 
 
 def with_ranks(group: GroupConfig, num_ranks: int, split: str) -> GroupConfig:
-    """The same group with so many ranks, each pinned to a core of its own."""
+    """The same group with so many ranks, each pinned to a core of its own; every request reads its whole prompt."""
     cpus = tuple((core,) for core in own_cores(num_ranks))
-    return replace(group, num_ranks=num_ranks, split=split, cpus=cpus)
+    return replace(group, num_ranks=num_ranks, split=split, cpus=cpus, prefix_cache_bytes=0)
 
 
 def _check_split(split: str, supported: list[str]) -> None:
