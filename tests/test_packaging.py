@@ -39,11 +39,12 @@ def _pip(command: str, *args: str | Path) -> None:
 
 def _expected() -> set[str]:
     """Every Python file of the five folders, the type checkers' marker, the demo model, the benchmark's loops,
-    the report's page."""
+    the report's page, the server's."""
     files = {p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if "__pycache__" not in p.parts}
     files |= {p for p in (ROOT / "expertd/demo").iterdir() if p.suffix in DEMO_FILES}
     files |= {p for p in (ROOT / "bench").iterdir() if p.suffix in (".c", ".h")}
     files |= set((ROOT / "quant").glob("*.jinja"))
+    files |= set((ROOT / "expertd/server/page").iterdir())
     names = {p.relative_to(ROOT).as_posix() for p in files}
     return {n if n.startswith("expertd/") else f"expertd/{n}" for n in names} | {"expertd/py.typed"}
 

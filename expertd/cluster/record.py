@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from expertd.engine.messages import Stats, Steps
 
-MAX_EVENTS = 200
+MAX_EVENTS = 50
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,31 @@ class Record:
         self.waits: list[int] = []
         self.waited_s = 0.0
         self.loads: dict[int, list[int]] = {}
-        self.events: deque[Happening] = deque(maxlen=MAX_EVENTS)
         self.num_events: Counter[str] = Counter()
+        self._events: dict[
+            str, deque[Happening]
+        ] = {}  # by kind: plans are many, and must not crowd out a death
+        self._last = ""
+        self._splits: dict[bool, str] = {}
+
+    @property
+    def events(self) -> list[Happening]:
+        """The last MAX_EVENTS of each kind, in their order."""
+        return sorted((e for kind in self._events.values() for e in kind), key=lambda e: e.number)
 
     def happened(self, kind: str, text: str) -> None:
         """Note what happened; a consequence that says the same as its cause is counted, not told again."""
         self.num_events[kind] += 1
-        if not self.events or self.events[-1].text != text:
-            self.events.append(Happening(self.num_events.total(), time.time(), kind, text))
+        if text != self._last:
+            of_kind = self._events.setdefault(kind, deque(maxlen=MAX_EVENTS))
+            of_kind.append(Happening(self.num_events.total(), time.time(), kind, text))
+        self._last = text
 
     def hear(self, stats: Stats) -> None:
         """Add up what the leader has done since its last report."""
         self.latest = stats
+        for new in sorted(stats.steps, key=lambda s: s.num_steps):
+            self._splits[new.decode] = new.split
         for new in stats.steps:
             key = (new.split, new.decode)
             old = self.steps.get(key, Steps(*key, 0, 0, 0.0))
@@ -58,9 +71,8 @@ class Record:
             self.loads[load.layer] = _added(self.loads.get(load.layer, []), load.chosen)
 
     def split_of(self, decode: bool) -> str | None:
-        """The split of most of the latest steps of a kind, by the leader's own report."""
-        steps = [s for s in self.latest.steps if s.decode == decode] if self.latest else []
-        return max(steps, key=lambda s: s.num_steps).split if steps else None
+        """The split of most steps of a kind in the latest report that had any; None while no rank here leads."""
+        return self._splits.get(decode) if self.latest else None
 
 
 def _added(old: list[int], new: list[int]) -> list[int]:

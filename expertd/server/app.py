@@ -18,8 +18,10 @@ from expertd.server.chat import ChatRequest
 from expertd.server.completions import CompletionRequest
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
 from expertd.server.fan import Events, generate_all
+from expertd.server.page import page_response
 from expertd.server.parse import parse_request
 from expertd.server.service import Service, our_bug
+from expertd.server.status import status
 from expertd.server.stream import EventStream, read_body, while_connected
 from expertd.server.tokens import DetokenizeRequest, TokenizeRequest, counted
 from expertd.server.wire import END_OF_STREAM, Answer, Json, encode_event
@@ -52,6 +54,8 @@ def make_app(service: Service) -> Starlette:
         route("/v1/models/{model:path}", "GET", show_model),
         route("/health", "GET", health),
         route("/metrics", "GET", metrics),
+        route("/status.json", "GET", show_status),
+        route("/", "GET", show_page),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
 
@@ -200,3 +204,19 @@ async def metrics(service: Service, request: Request) -> Response:
     accept, each = request.headers.get("accept", ""), request.query_params.get("experts") == "each"
     body, content_type = service.metrics.render(accept, each)
     return Response(body, media_type=content_type)
+
+
+async def show_status(service: Service, request: Request) -> Response:
+    """GET /status.json: all that the page shows; `?since=N&experts=no` leaves out what a reader has already."""
+    since = request.query_params.get("since", "0")
+    if not (since.isascii() and since.isdigit() and len(since) < 10):
+        raise ApiError(
+            400, f"since: {since[:20]!r} is no number of a point. Leave it out to get all.", "since"
+        )
+    experts = request.query_params.get("experts") != "no"
+    return JSONResponse(status(service, int(since), experts), headers={"cache-control": "no-store"})
+
+
+async def show_page(service: Service, request: Request) -> Response:
+    """GET /: the page that shows what /status.json says, and a chat box."""
+    return page_response()

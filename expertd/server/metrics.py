@@ -13,7 +13,6 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -37,6 +36,7 @@ from expertd.cluster.record import Record, quantile_s
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Done, Started, Token
 from expertd.errors import BusyError, ConfigError
+from expertd.server.status import resident_bytes
 
 if TYPE_CHECKING:
     from expertd.server.service import Service
@@ -44,47 +44,8 @@ if TYPE_CHECKING:
 Events = AsyncGenerator[Started | Token | Done, None]
 
 # vLLM's, and below them what a small model on a fast machine needs.
-FIRST_TOKEN_S = (
-    0.001,
-    0.005,
-    0.01,
-    0.02,
-    0.04,
-    0.06,
-    0.08,
-    0.1,
-    0.25,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-    7.5,
-    10,
-    20,
-    40,
-    80,
-    160,
-)
-BETWEEN_TOKENS_S = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.075,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-    0.4,
-    0.5,
-    0.75,
-    1,
-    2.5,
-    5,
-)
+FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
+BETWEEN_TOKENS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
 WHOLE_ANSWER_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 # Exchanges wait for 1 us (two ranks at one pace) to seconds (a peer about to be given up): powers of two in ns.
 WAIT_BUCKETS = range(10, 33)
@@ -121,6 +82,8 @@ class Metrics:
             "expertd_request_failure", "Requests without an answer.", ["reason"], registry=registry
         )
         self.open = Gauge("expertd_open_requests", "Requests of this host's clients.", registry=registry)
+        # The same as plain numbers, for the page's history.
+        self.num_generated = self.num_read = self.num_open = 0
 
     async def watch(self, events: Events) -> Events:
         """Hand on a request's events and count them."""
@@ -153,12 +116,14 @@ class _RequestMeter:
         self._last = 0.0
         self._over = False
         metrics.open.inc()
+        metrics.num_open += 1
 
     def saw(self, event: Started | Token | Done) -> None:
         if isinstance(event, Token):
             self._token(len(event.token_ids))
         elif isinstance(event, Started):
             self._metrics.prompt_tokens.inc(event.prompt_tokens)
+            self._metrics.num_read += event.prompt_tokens
         elif event.finish_reason == "cancelled":
             self.end("abort")
         else:
@@ -167,6 +132,7 @@ class _RequestMeter:
     def _token(self, num_tokens: int) -> None:
         now, metrics = time.monotonic(), self._metrics
         metrics.generation_tokens.inc(num_tokens)
+        metrics.num_generated += num_tokens
         if self._last:
             metrics.between.observe((now - self._last) / max(1, num_tokens))
         else:
@@ -187,6 +153,7 @@ class _RequestMeter:
         first, self._over = not self._over, True
         if first:
             self._metrics.open.dec()
+            self._metrics.num_open -= 1
         return first
 
 
@@ -253,15 +220,10 @@ def _of_group(cluster: Cluster) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "expertd_link_errors", "Epochs that a living rank found broken.", num_events["failed"]
     )
-    memory = {(str(r["id"]),): _resident(r["pid"]) for r in described["ranks"] if r["state"] != "dead"}
+    memory = {
+        (str(r["id"]),): float(resident_bytes(r["pid"])) for r in described["ranks"] if r["state"] != "dead"
+    }
     yield _gauge("rank_memory_bytes", "Resident memory of a rank.", memory, ("rank",))
-
-
-def _resident(pid: int) -> float:
-    try:
-        return float(psutil.Process(pid).memory_info().rss)
-    except psutil.Error:
-        return 0.0
 
 
 def _of_engine(record: Record) -> Iterator[Metric]:

@@ -140,9 +140,11 @@ async def _running_server(
     )
     server = _Server(config)
     served = asyncio.create_task(server.serve([listener]))
+    ticking = asyncio.create_task(service.history.run())
     try:
         yield server, served
     finally:
+        ticking.cancel()
         server.should_exit = True
         await asyncio.wait({served}, timeout=2 * DRAIN_TIMEOUT_S)
         served.cancel()

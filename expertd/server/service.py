@@ -13,6 +13,7 @@ from expertd.dialect import Dialect
 from expertd.engine.messages import Submit
 from expertd.errors import ClusterError
 from expertd.server.errors import ApiError
+from expertd.server.history import History
 from expertd.server.metrics import Metrics
 from expertd.server.wire import Event, Json
 
@@ -29,9 +30,10 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.monotonic)
     metrics: Metrics = field(init=False)
+    history: History = field(init=False)
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self)
+        self.metrics, self.history = Metrics(self), History(self)
 
     def alive(self) -> Cluster:
         """Give the cluster. Raises ClusterError while it loads and after its end."""

@@ -29,6 +29,10 @@ def test_reports_add_up() -> None:
     assert (record.waits, record.waited_s) == ([1, 3, 5], 0.75)
     assert record.loads == {3: [2, 2], 4: [1]}
     assert (record.split_of(decode=True), record.split_of(decode=False)) == ("experts", "tokens")
+    record.hear(Stats())
+    assert record.split_of(decode=True) == "experts"  # of the last work
+    record.latest = None
+    assert record.split_of(decode=True) is None
 
 
 def test_quantiles_lie_in_their_bucket() -> None:
@@ -46,4 +50,5 @@ def test_events_are_bounded_and_a_consequence_is_told_once() -> None:
     assert record.num_events == {"died": 1, "ended": 1}
     for i in range(2 * MAX_EVENTS):
         record.happened("begun", f"epoch {i}")
-    assert len(record.events) == MAX_EVENTS and record.events[-1].number == 2 * MAX_EVENTS + 2
+    assert [e.kind for e in record.events] == ["died", *["begun"] * MAX_EVENTS]
+    assert record.events[-1].number == 2 * MAX_EVENTS + 2

@@ -65,7 +65,7 @@ def test_requests_are_counted_as_they_end(tmp_path: Path) -> None:
         leaving = asyncio.create_task(
             client.post("/v1/completions", json=ask("@slow:0.01 @repeat:900 x", max_tokens=900))
         )
-        await until(lambda: service.metrics.generation_tokens._value.get() > 6)  # type: ignore[attr-defined]
+        await until(lambda: service.metrics.num_generated > 6)
         assert value(await scrape(client), "open_requests") == 1
         leaving.cancel()
         await asyncio.gather(leaving, return_exceptions=True)
