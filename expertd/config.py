@@ -47,8 +47,8 @@ class GroupConfig:
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
     on one host and the fastest link between two, "mlx" is MLX's own engine. Up to `max_streams` requests are
     answered at once, `max_waiting` more wait. The caches of finished requests stay, for others that begin alike, in
-    `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays). `kernels` are what computes on a
-    CPU:
+    `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays). With `speculate`,
+    tokens are guessed and checked several at a time (engine/speculate.py). `kernels` are what computes on a CPU:
     "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
     CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
     compute.
@@ -62,6 +62,7 @@ class GroupConfig:
     max_streams: int = 16
     max_waiting: int = 256
     prefix_cache_bytes: int | None = None
+    speculate: bool = False
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0
     pulse_timeout_s: float = 1.5

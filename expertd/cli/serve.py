@@ -44,6 +44,12 @@ if TYPE_CHECKING:
     "--max-waiting", type=int, default=256, show_default=True, help="Requests that may wait; more get a 429."
 )
 @prefix_cache_option
+@click.option(
+    "--speculate/--no-speculate",
+    default=True,
+    show_default=True,
+    help="Guess tokens from what came before, and check several in one step where that is faster.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
 @hosts_options

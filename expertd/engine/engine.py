@@ -46,9 +46,10 @@ from expertd.engine.planner import Planner, Work
 from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
+from expertd.engine.speculate import Guesses, pick_length
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import BusyError, ConfigError
-from expertd.model.sampler import Sampler
+from expertd.model.sampler import Row, Sampler
 from expertd.split.cut import StepSplit, choose
 
 # The sequence of the steps that an idle engine tries; requests' sequences count from first_id + 1.
@@ -69,6 +70,7 @@ class Engine:
     max_waiting: int = 256
     tries_splits: bool = True  # when it is idle, for the planner
     prefixes: Prefixes = field(default_factory=Prefixes)
+    speculates: bool = False  # only where a token's bits do not depend on how many were computed with it
     first_id: int = 0  # of its sequences: no two leaders may give the same, for caches outlive them
     _runner: Runner | None = None
     _split: str = "solo"
@@ -77,6 +79,7 @@ class Engine:
     _open: list[Sequence] = field(default_factory=list)
     _to_observe: deque[Observe] = field(default_factory=deque)
     _released: list[int] = field(default_factory=list)
+    _cuts: list[tuple[int, int]] = field(default_factory=list)
     _settled: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _has_decoded: bool = False  # since the last chunk of a prompt
@@ -135,11 +138,13 @@ class Engine:
         if not sequences:
             self._try_split()
             return
-        plan = self._plan(sequences)
-        logits = self._run(plan)
+        plan, work = self._plan(sequences)
+        logits = self._run(plan, work)
         for sequence, tokens in zip(sequences, plan.tokens, strict=True):
             sequence.num_computed += len(tokens)
-        if plan.logits and logits is not None:
+        if logits is not None and work.kind == "check":
+            self._check(sequences[0], plan.tokens[0][1:], logits, plan.split.name)
+        elif plan.logits and logits is not None:
             self._read(sequences[0], logits)
         elif logits is not None:
             self._deliver(sequences, logits, plan.split.name)
@@ -191,7 +196,9 @@ class Engine:
         """Whether only its home should read a prompt: where streams will be divided, so are the prompts."""
         if sequence.wants_logits or not self._num_to_read(sequence):
             return False
-        return sequence.home is not None or self._planner.preferred(Work.of(True, num_served)) == "sequences"
+        return (
+            sequence.home is not None or self._planner.preferred(Work.of("decode", num_served)) == "sequences"
+        )
 
     def _admit(self, submit: Submit) -> None:
         try:
@@ -236,6 +243,7 @@ class Engine:
             sampler=Sampler(submit.sampling, secrets.randbits(32) if seed is None else seed, prompt, end_ids),
             detokenizer=Detokenizer(tokenizer, marks=chat),
             stops=StopStrings(submit.stop),
+            guesses=Guesses(prompt) if self.speculates and not self.prefixes.one_by_one else None,
             echo=Echo(tokenizer, prompt, submit.prompt_logprobs)
             if submit.echo and not submit.generated
             else None,
@@ -251,30 +259,38 @@ class Engine:
 
     # Beat 2: plan.
 
-    def _plan(self, sequences: list[Sequence]) -> Plan:
+    def _plan(self, sequences: list[Sequence]) -> tuple[Plan, Work]:
         """Prompts are prefilled in chunks; the last known token is a decode step. May change the sequences' order."""
         forks = [self._fork(sequence) for sequence in sequences if not sequence.num_computed]
         decode = not self._num_to_read(sequences[0])
         behind = self._num_behind(sequences)
-        split = self._choose_split(sequences, decode, behind)
+        tokens = [self._next_tokens(sequence) for sequence in sequences]
+        draft = self._draft(sequences[0]) if decode and len(sequences) == 1 and not behind else []
+        tokens[0] += draft
+        kind = "check" if draft else "decode" if decode else "prefill"
+        work = Work.of(kind, sum(map(len, tokens)))
+        split = self._choose_split(sequences, work, behind)
         if split.name == "sequences":
             give_homes(sequences, self._open[: self.max_streams], self._fractions)
             sequences.sort(key=home_of)
+            tokens = [self._next_tokens(sequence) for sequence in sequences]
         homes = [home_of(s) for s in sequences] if split.name == "sequences" else []
-        return Plan(
+        plan = Plan(
             sequence_ids=[s.sequence_id for s in sequences],
-            tokens=[self._next_tokens(sequence) for sequence in sequences],
-            decode=decode,
+            tokens=tokens,
+            decode=kind == "decode",
             split=split,
             started=[s.sequence_id for s in sequences if s.num_computed == 0],
             released=list(self._released),
             settled=list(self._settled),
             forks=[fork for fork in forks if fork[2]],
-            mark=not decode and self.prefixes.budget_bytes > 0,
-            logits=sequences[0].wants_logits and not decode,
+            mark=kind == "prefill" and self.prefixes.budget_bytes > 0,
+            cuts=list(self._cuts),
+            logits=kind == "check" or (kind == "prefill" and sequences[0].wants_logits),
             homes=homes,
             spare=SPARE if homes and decode and len(sequences) == 1 and behind else 0,
         )
+        return plan, work
 
     def _fork(self, sequence: Sequence) -> tuple[int, int, int]:
         """Begin a sequence: with what another one has in its cache, if one begins alike."""
@@ -291,15 +307,30 @@ class Engine:
         sequence.num_computed = length
         return sequence.sequence_id, source, length
 
+    def _draft(self, sequence: Sequence) -> list[int]:
+        """Tokens that may follow the last one, if to check them is expected to pay."""
+        assert self._runner is not None
+        if not sequence.guesses or not sequence.num_computed or sequence.num_left > 1:
+            return []
+        if not self._runner.can_cut(sequence.sequence_id):
+            return []
+        room = sequence.max_tokens - len(sequence.generated) - 1
+        length = pick_length(sequence.guesses.rate, self._cost_s)
+        return sequence.guesses.draft(min(length, room))
+
+    def _cost_s(self, num_tokens: int) -> float | None:
+        return self._planner.cost_s(Work.of("check" if num_tokens > 1 else "decode", num_tokens))
+
     def _num_behind(self, sequences: list[Sequence]) -> int:
         assert self._runner is not None
         return self._runner.num_behind([s.sequence_id for s in sequences])
 
-    def _choose_split(self, sequences: list[Sequence], decode: bool, behind: int) -> StepSplit:
-        read_apart = not decode and self._reads_apart(sequences[0], len(self._open[: self.max_streams]))
+    def _choose_split(self, sequences: list[Sequence], work: Work, behind: int) -> StepSplit:
+        read_apart = work.kind == "prefill" and self._reads_apart(
+            sequences[0], len(self._open[: self.max_streams])
+        )
         if read_apart or behind > MAX_BEHIND:
             return StepSplit("sequences", self._fractions)
-        work = Work.of(decode, sum(len(self._next_tokens(s)) for s in sequences))
         split = StepSplit(self._planner.choose(work), self._fractions)
         if split.name != "sequences":
             for sequence in sequences:
@@ -315,7 +346,7 @@ class Engine:
 
     # Beat 3: run.
 
-    def _run(self, plan: Plan) -> mx.array | None:
+    def _run(self, plan: Plan, work: Work) -> mx.array | None:
         """Carry out a plan, on every rank; the planner learns what it took."""
         assert self._runner is not None
         begin = time.monotonic()
@@ -323,11 +354,10 @@ class Engine:
         start = time.monotonic()
         logits = self._runner.lead(plan)
         seconds, waited_s = time.monotonic() - start, start - begin
-        work = Work.of(plan.decode, plan.num_tokens)
         self._planner.took(work, plan.split.name, plan.num_tokens, seconds, waited_s)
         for choice in self._planner.news():
             self.send(choice)
-        self._released, self._settled = [], []
+        self._released, self._settled, self._cuts = [], [], []
         return logits
 
     def _wanted_trial(self) -> Work | None:
@@ -340,7 +370,9 @@ class Engine:
         num_tokens = min(work.num_tokens, self.context_length)
         tokens = [i % self.vocab_size for i in range(num_tokens)]
         split = StepSplit(self._planner.choose(work), self._fractions)
-        self._run(Plan([TRIAL_ID], [tokens], work.kind == "decode", split, [TRIAL_ID], list(self._released)))
+        decode, released = work.kind == "decode", list(self._released)
+        done = {"settled": list(self._settled), "cuts": list(self._cuts)}
+        self._run(Plan([TRIAL_ID], [tokens], decode, split, [TRIAL_ID], released, **done), work)
         self._released.append(TRIAL_ID)
 
     # Beat 4: deliver.
@@ -354,22 +386,43 @@ class Engine:
     def _deliver(self, sequences: Several[Sequence], logits: mx.array, split: str) -> None:
         rows = np.asarray(logits)  # no copy
         for i, sequence in enumerate(sequences):
-            if sequence.num_left:  # decoded again: what comes next is known
-                continue
-            submit, row = sequence.submit, rows[i]
-            if submit.logits_file:
-                sequence.logits.append(logits[i])
-            token_id = sequence.choose(row)
-            if sequence.failure:
-                self._finish(sequence, split)
-                continue
-            text, offset = sequence.append(token_id)
-            found = []
-            if submit.logprobs is not None:
-                found = [logprobs_of(self.tokenizer, row, token_id, submit.logprobs, offset)]
-            self.send(Token(submit.request_id, [token_id], text, found))
-            if sequence.finish_reason:
-                self._finish(sequence, split)
+            if not sequence.num_left:  # else it is decoded again: what comes next is known
+                self._answer(sequence, logits[i], rows[i], split)
+
+    def _answer(self, sequence: Sequence, logits: mx.array, row: Row, split: str) -> int | None:
+        """Choose the next token by its logits [vocab], `row` as NumPy has them; None when the answer is at its end."""
+        submit = sequence.submit
+        if submit.logits_file:
+            sequence.logits.append(logits)
+        token_id = sequence.choose(row)
+        if sequence.failure:
+            self._finish(sequence, split)
+            return None
+        text, offset = sequence.append(token_id)
+        found = []
+        if submit.logprobs is not None:
+            found = [logprobs_of(self.tokenizer, row, token_id, submit.logprobs, offset)]
+        self.send(Token(submit.request_id, [token_id], text, found))
+        if not sequence.finish_reason:
+            return token_id
+        self._finish(sequence, split)
+        return None
+
+    def _check(self, sequence: Sequence, draft: list[int], logits: mx.array, split: str) -> None:
+        """Take tokens as long as they are the draft's, and one more; take back the rest of the step."""
+        assert self._runner is not None
+        rows, sequence_id = np.asarray(logits), sequence.sequence_id
+        for i, guess in enumerate([*draft, None]):
+            token_id = self._answer(sequence, logits[i], rows[i], split)
+            if token_id is None:
+                return
+            if token_id != guess:
+                break
+            sequence.num_guessed += 1
+        if wrong := len(draft) - i:
+            sequence.num_computed -= wrong
+            self._runner.cut(sequence_id, sequence.num_computed)
+            self._cuts.append((sequence_id, sequence.num_computed))
 
     def _finish(self, sequence: Sequence, split: str) -> None:
         self._open.remove(sequence)

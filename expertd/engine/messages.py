@@ -300,7 +300,7 @@ class Done:
     `cached_tokens` of the prompt were in another request's cache. `prefill_tokens_per_s` counts the rest until the
     first token is sampled, `decode_tokens_per_s` the tokens after the first (0 when there is none), interruptions
     included; of a resumed request, both since then. `split` and `ranks` are those of the end. `stop` is the stop string
-    that ended the answer, if one did.
+    that ended the answer, if one did. `guessed_tokens` of the answer came from drafts (engine/speculate.py).
     """
 
     request_id: str
@@ -313,6 +313,7 @@ class Done:
     ranks: int
     stop: str = ""
     cached_tokens: int = 0
+    guessed_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class Plan:
     `started` names the sequences whose cache begins here, `released` those whose caches are no longer needed, `settled`
     those that are finished and whose caches are. Each fork (sequence, source, length) is a sequence that begins here
     with the first `length` tokens of the cache of another, the source. With `mark`, others may begin with what there is
-    after the step.
+    after the step. Each cut (sequence, length) takes tokens back that a draft had wrong.
     """
 
     sequence_ids: list[int]
@@ -33,6 +33,7 @@ class Plan:
     settled: list[int] = field(default_factory=list)
     forks: list[tuple[int, int, int]] = field(default_factory=list)
     mark: bool = False
+    cuts: list[tuple[int, int]] = field(default_factory=list)
     logits: bool = False
     homes: list[int] = field(default_factory=list)
     spare: int = 0

@@ -41,12 +41,12 @@ LONGEST_IDLE_TRIAL_S = 0.5
 class Work:
     """Steps that are compared with each other: up to `num_tokens` tokens, a power of two, and more than half of it."""
 
-    kind: str  # "decode" or "prefill"
+    kind: str  # "decode", "prefill" or "check" (of a draft)
     num_tokens: int
 
     @classmethod
-    def of(cls, decode: bool, num_tokens: int) -> "Work":
-        return cls("decode" if decode else "prefill", 1 << (num_tokens - 1).bit_length())
+    def of(cls, kind: str, num_tokens: int) -> "Work":
+        return cls(kind, 1 << (num_tokens - 1).bit_length())
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.num_tokens}"
@@ -120,6 +120,11 @@ class Planner:
         record.num_steps += 1
         return _next_trial(record) or record.choice
 
+    def cost_s(self, work: Work) -> float | None:
+        """What a step of this work takes by the present choice; None if that is not known yet."""
+        record = self._record(work)
+        return record.costs_s().get(record.choice)
+
     def preferred(self, work: Work) -> str:
         """The choice by now, without a trial."""
         return self._fixed or self._record(work).choice
@@ -129,17 +134,15 @@ class Planner:
 
         Before it the ranks waited `waited_s` for each other: no fault of the split, but a trial has to pay for it.
         """
-        if self._fixed:
-            return
         record = self._record(work)
         if split not in record.samples:  # nobody's choice: sequences stay at their homes for a while
             return
-        if work.kind == "prefill":  # bound by arithmetic: twice the tokens, twice the time
+        if work.kind != "decode":  # bound by arithmetic: twice the tokens, twice the time
             seconds *= work.num_tokens / num_tokens
         if record.is_measured:
             _save(record, split, seconds, waited_s)
         record.add(split, seconds)
-        if record.is_measured:
+        if record.is_measured and not self._fixed:
             self._settle(work, record)
 
     def wanted_trial(self) -> Work | None:
@@ -163,9 +166,11 @@ class Planner:
         """What is known of a work; a new one begins with the choice of the nearest work of its kind."""
         if record := self._records.get(work):
             return record
+        if self._fixed:
+            return self._records.setdefault(work, _Record((self._fixed,), self._fixed))
         # One token cannot be divided by rows: `tokens` would leave it to one rank.
         # And whole sequences are divided where there are several, which prompts decide by themselves (Engine).
-        alone, reads = work.num_tokens == 1, work.kind == "prefill"
+        alone, reads = work.num_tokens == 1, work.kind != "decode"
         unfit = {"tokens"} if alone else set()
         unfit |= {"sequences"} if alone or reads else set()
         names = [s for s in self._supported if s not in unfit]

@@ -114,7 +114,13 @@ class Runner:
         return logits
 
     def _is_untold(self, plan: Plan) -> bool:
-        if not plan.decode or plan.forks or plan.split.name != "solo" or self._link.num_ranks == 1:
+        if (
+            not plan.decode
+            or plan.forks
+            or plan.cuts
+            or plan.split.name != "solo"
+            or self._link.num_ranks == 1
+        ):
             return False
         known = [self.caches[i] for i in plan.sequence_ids if i not in plan.started]
         return all(cache.forgets for cache in known)
@@ -286,7 +292,17 @@ class Runner:
                     self._model.prefill(piece.tokens, cache.layers, SOLO)
             cache.num_shared = len(cache) - (cache.num_pending if cache.home == self._link.rank else 0)
 
+    def cut(self, sequence_id: int, length: int) -> None:
+        """Rank 0: take back what a step appended beyond `length`; the next plan has to say so."""
+        self.caches[sequence_id].cut(length)
+
+    def can_cut(self, sequence_id: int) -> bool:
+        """Rank 0: whether any number of a sequence's last tokens can be taken back."""
+        return self.caches[sequence_id].forgets
+
     def _prepare(self, plan: Plan) -> None:
+        for sequence_id, length in plan.cuts:
+            self.caches[sequence_id].cut(length)
         for sequence_id in plan.settled:
             self.caches[sequence_id].settle()
         for sequence_id, source, length in plan.forks:

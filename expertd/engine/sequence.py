@@ -9,6 +9,7 @@ import mlx.core as mx
 from expertd.engine.echo import Echo
 from expertd.engine.grammar import Matcher
 from expertd.engine.messages import Done, Started, Submit
+from expertd.engine.speculate import Guesses
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
 from expertd.model.sampler import Row, Sampler
@@ -64,6 +65,8 @@ class Sequence:
     num_computed: int = 0  # tokens in the cache, of every rank or of its home's
     num_cached: int = 0  # of the prompt: those that another sequence's cache had
     home: int | None = None  # engine/homes.py
+    guesses: Guesses | None = None
+    num_guessed: int = 0
     generated: list[int] = field(default_factory=list)
     num_replayed: int = 0  # of `generated`: another leader chose them
     num_chars: int = 0  # of the text of `generated`, but for the bytes of an unfinished character
@@ -116,6 +119,8 @@ class Sequence:
             self.first_token_at = time.monotonic()
         self.generated.append(token_id)
         self.sampler.add(token_id)
+        if self.guesses:
+            self.guesses.add(token_id)
         if token_id in self.end_ids:
             self.finish_reason = "stop"
             return self._flush(""), self.num_chars
@@ -172,4 +177,5 @@ class Sequence:
             ranks=num_ranks,
             stop=self.stops.match,
             cached_tokens=self.num_cached,
+            guessed_tokens=self.num_guessed,
         )

@@ -125,6 +125,12 @@ class ScriptedRunner:
     def catch_up(self, plan: Plan) -> None:
         pass
 
+    def can_cut(self, sequence_id: int) -> bool:
+        return True
+
+    def cut(self, sequence_id: int, length: int) -> None:
+        del self.caches[sequence_id][length:]
+
     def num_behind(self, sequence_ids: list[int]) -> int:
         return 0
 
@@ -141,7 +147,8 @@ class ScriptedRunner:
         prompt = next((p for p in self.scripts if text.startswith(p.encode())), None)
         if prompt is None:
             return mx.array(logits_after(tokens))
-        chosen = self.scripts[prompt][len(tokens) - len(prompt.encode())]
+        script, at = self.scripts[prompt], len(tokens) - len(prompt.encode())
+        chosen = script[at] if at < len(script) else END  # after a draft that is longer than the answer
         return mx.where(mx.arange(VOCAB) == chosen, 5.0, 0.0)
 
 

@@ -102,7 +102,7 @@ def test_chunks_that_are_cut_short_count_by_their_tokens() -> None:
 
 def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() -> None:
     planner = Planner("auto", SPLITS, 2)
-    works = [Work.of(True, n) for n in (1, 2, 3, 4, 5, 16)]
+    works = [Work.of("decode", n) for n in (1, 2, 3, 4, 5, 16)]
     assert [w.num_tokens for w in works] == [1, 2, 4, 4, 8, 16]
     fast_tokens = {"solo": 3.0, "experts": 2.5, "tokens": 1.0}
     drive(planner, Work("decode", 8), lambda step, split: fast_tokens[split], 40)
