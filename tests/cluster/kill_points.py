@@ -1,11 +1,12 @@
-"""Eight streams at a time, and ranks that are killed and stopped at random points: every answer must be the undisturbed one.
+"""Eight streams at a time, and ranks killed and stopped at random points: every answer must be the undisturbed one.
 
     python -m tests.cluster.kill_points [--points 200] [--seed 1] [--ranks 3] [--family qwen3_moe]
 
-A point is a moment, a victim and a signal, all drawn from the seed: in prefill, in decode, at any time, in the recovery
-from another one, or while a fresh rank joins. A dead rank is started again, so one group takes any number of points. For
-each stream that was open at a point, the time to its next token is measured: p50 and p99 are printed, apart for SIGKILL,
-for SIGSTOP (0.8 s until it is noticed) and for points after which no rank was left, which must load first.
+A point is a moment, a victim and a signal, all drawn from the seed: in prefill, in decode, at any time, in the
+recovery from another one, or while a fresh rank joins. A dead rank is started again, so one group takes any number of
+points. For each stream that was open at a point, the time to its next token is measured: p50 and p99 are printed, apart
+for SIGKILL, for SIGSTOP (noticed after 0.8 s, 3 s while it joins) and for points after which no rank was left, which
+must load first.
 """
 
 import argparse
