@@ -184,7 +184,7 @@ async def _load(
         },
         GroupConfig,
     )
-    cluster = await stack.enter_async_context(Cluster.open(group))
+    cluster = await stack.enter_async_context(Cluster.open(group, restart=True))
     return cluster, facts_of(cluster, info, manifest)
 
 

@@ -96,7 +96,15 @@ class EpochEnded:
     num_fruitless: int
 
 
-Event = RanksReady | RankDied | EpochEnded
+@dataclass(frozen=True)
+class RankReturned:
+    """A fresh process has taken the place of the dead rank `rank_id`, and has loaded: it sits in no epoch yet."""
+
+    rank_id: int
+    reason: str
+
+
+Event = RanksReady | RankDied | EpochEnded | RankReturned
 
 
 class Coordinator(Protocol):
@@ -122,6 +130,9 @@ class LocalCoordinator:
     async def changed(self, event: Event) -> None:
         if isinstance(event, EpochEnded):
             await self._back_off(event)
+        if isinstance(event, RankReturned):
+            self._reduced = False
+            self._cluster.end_epoch(event.reason)
         ranks = self._going_on()
         if not self._cluster.running and ranks:
             await self._cluster.begin(self._layout(ranks))

@@ -270,8 +270,8 @@ class Joiner:
         if self._cluster and self._cluster.failure and self._welcome:
             await self._load_ranks(self._welcome)
             self.state = "looking"
+        self._is_led = False
         if self._cluster and self._site and self._cluster.living:
-            self._is_led = False
             await self._site.alone(self._cluster.group.split)
 
     # What the leader says.

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import expertd
 from expertd.cluster.channel import Channel
-from expertd.cluster.epoch import MAX_FRUITLESS, EpochEnded, Event, LocalCoordinator
+from expertd.cluster.epoch import MAX_FRUITLESS, EpochEnded, Event, LocalCoordinator, RankDied
 from expertd.cluster.host_messages import (
     PROTOCOL,
     Bye,
@@ -246,6 +246,10 @@ class Leader:
                 self._hold(member, f"{event.num_fruitless} epochs failed without a token: {event.reason}")
         if self._formed:
             self._on_ended(None, Ended(self._running, -1, "running", event.reason))
+        if isinstance(event, RankDied) and not self._cluster.living:
+            # Until our ranks are back, the others do better without us; they call again.
+            for member in self._members.values():
+                self._background(self._part(member, f"{event.reason}; no rank of it is left"))
         self._wake.set()
 
     def outlook(self) -> str | None:

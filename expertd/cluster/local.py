@@ -30,6 +30,8 @@ from expertd.engine.messages import (
 # or its machine is; the group's own wait (GroupConfig.pulse_timeout_s) is the second line.
 PULSE_SILENCE_S = 0.8
 LOOK_S = 0.1
+# A rank with nothing else to do opens a new epoch's mailbox in milliseconds.
+JOIN_S = 3.0
 # A look that was late by this much tells of ourselves being stopped, not of the ranks.
 LATE_S = 0.2
 # A rank says nothing while it reads a long prompt, so this must exceed the longest prefill.
@@ -129,8 +131,14 @@ class LocalRank:
         if beats and beats[-1]:
             self.seats[-1].joined = True
             del self.seats[:-1]
-        elif beats and now - (epoch := self.seats[-1].epoch).began > join_timeout_s:
-            return f"did not join epoch {epoch.layout.epoch} within {join_timeout_s:g} s"
+        elif beats:
+            # Without an older mailbox it has no step to finish, and no pulse by which a stopped one could be told.
+            epoch, limit_s = (
+                self.seats[-1].epoch,
+                join_timeout_s if sum(beats) else min(join_timeout_s, JOIN_S),
+            )
+            if now - epoch.began > limit_s:
+                return f"did not join epoch {epoch.layout.epoch} within {limit_s:g} s"
         if self.replies and now - self.last_word > SILENCE_TIMEOUT_S:
             return f"has said nothing for {SILENCE_TIMEOUT_S:g} s with {len(self.replies)} requests open"
         return None

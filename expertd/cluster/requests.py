@@ -41,9 +41,10 @@ class Leader(Protocol):
 
 
 class Requests:
-    """`find_leader` waits for whoever answers requests at the moment, and raises ClusterError when nobody will."""
+    """`find_leader` waits for whoever answers requests at the moment, longer for a request that was accepted (True),
+    and raises ClusterError when nobody will."""
 
-    def __init__(self, find_leader: Callable[[], Awaitable[Leader]]) -> None:
+    def __init__(self, find_leader: Callable[[bool], Awaitable[Leader]]) -> None:
         self.kept, self.copies = Kept(), Copies()
         self._find_leader = find_leader
         self._open: dict[Transcript, asyncio.Task[None]] = {}
@@ -167,7 +168,7 @@ class Requests:
         while True:
             before = transcript.num_tokens
             try:
-                await self._ask(await self._find_leader(), submit, transcript)
+                await self._ask(await self._find_leader(bool(transcript.events)), submit, transcript)
                 return
             except LeaderLost as e:
                 num_lost = 1 if transcript.num_tokens > before else num_lost + 1

@@ -6,8 +6,9 @@ one looks at the ranks' pulses, and one hands changes to the coordinator, one at
 
 How an epoch ends. A rank dies (`_died`: an exit, a Fatal, garbage, a pulse that stands still, a silence that is too
 long) or a living one reports that its epoch failed (Ended). Either way `end_epoch` poisons the mailbox, so that no
-rank stays inside an exchange, and the coordinator gets an event. A dead rank is killed, reaped and never comes back;
-if it was the leader, its open requests are lost to it, and go on with the next one (requests.py).
+rank stays inside an exchange, and the coordinator gets an event. A dead rank is killed and reaped; if it was the
+leader, its open requests are lost to it, and go on with the next one (requests.py). In a group that is to last, a fresh
+process takes its place (restarts.py), loads, and joins the next epoch; until then the others go on.
 
 How the group ends. When nobody goes on, or the owner leaves the `async with`, `_end` happens once and in this order:
 the epoch is poisoned; every open request gets its Failed; a task hangs up on all ranks, sends SIGTERM, a second later
@@ -32,11 +33,13 @@ from expertd.cluster.epoch import (
     Layout,
     LocalCoordinator,
     RankDied,
+    RankReturned,
     RanksReady,
 )
 from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
 from expertd.cluster.record import Record
 from expertd.cluster.requests import Leader, Requests
+from expertd.cluster.restarts import Restarts
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
     Choice,
@@ -92,8 +95,13 @@ def load_mailbox() -> MailboxModule:
 class Cluster:
     """A running group of ranks; `async with Cluster.open(group) as cluster` is the only way to get one."""
 
-    def __init__(self, group: GroupConfig, coordinator: "Callable[[Cluster], Coordinator]") -> None:
+    def __init__(
+        self, group: GroupConfig, coordinator: "Callable[[Cluster], Coordinator]", restarts: Restarts | None
+    ) -> None:
         self.group = group
+        self._restarts = restarts
+        self._restarting: set[int] = set()  # ids of ranks whose place is empty, or whose process loads
+        self._rank_module = RANK_MODULE
         self._mailbox = load_mailbox()
         self.coordinator = coordinator(self)
         self.record = Record()
@@ -104,10 +112,11 @@ class Cluster:
         self._leader: Leader | None = None
         self._led = asyncio.Event()
         self._all_ready = asyncio.Event()
+        self._last_ready = Ready(0)
         self.requests = Requests(self._find_leader)
         self._num_observed = 0
         self._num_fruitless = 0
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._teardown: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[ExpertdError] = asyncio.get_running_loop().create_future()
 
@@ -119,16 +128,19 @@ class Cluster:
         rank_module: str | None = None,
         load_timeout_s: float = LOAD_TIMEOUT_S,
         coordinator: "Callable[[Cluster], Coordinator]" = LocalCoordinator,
+        restart: bool = False,
     ) -> AsyncIterator[Self]:
         """Start the ranks of `group`, wait until all are ready, and end all of them at the exit.
 
-        What `coordinator` makes of the cluster decides about its epochs. Raises what a rank names when it cannot
+        What `coordinator` makes of the cluster decides about its epochs. With `restart`, a rank that dies later is
+        started again. Raises what a rank names when it cannot
         start (CheckpointError, ConfigError, ...), ClusterError when one dies or is not ready within
         `load_timeout_s` seconds.
         """
-        cluster = cls(group, coordinator)
+        cluster = cls(group, coordinator, Restarts() if restart else None)
         try:
-            await cluster._start(rank_module or RANK_MODULE, load_timeout_s)
+            cluster._rank_module = rank_module or RANK_MODULE
+            await cluster._start(load_timeout_s)
             yield cluster
         finally:
             await cluster._close()
@@ -139,7 +151,7 @@ class Cluster:
     def ready(self) -> Ready:
         """What this host's first living rank said when it was ready (the last one's words when none lives)."""
         said = [rank.ready for rank in self.living or self._ranks if rank.ready]
-        return said[0]
+        return said[0] if said else self._last_ready
 
     @property
     def failure(self) -> str | None:
@@ -152,7 +164,8 @@ class Cluster:
 
     @property
     def living(self) -> list[LocalRank]:
-        return [rank for rank in self._ranks if not rank.dead]
+        """The ranks that have loaded and live."""
+        return [rank for rank in self._ranks if rank.ready and not rank.dead]
 
     @property
     def epoch(self) -> int:
@@ -237,10 +250,13 @@ class Cluster:
             self._num_observed -= 1
         raise ClusterError("the answer has no end. This is a bug of expertd.")
 
-    async def _find_leader(self) -> Leader:
-        """Whoever leads, or will in LEADER_TIMEOUT_S seconds. Raises ClusterError when nobody does."""
+    async def _find_leader(self, patient: bool = False) -> Leader:
+        """Whoever leads, or will in LEADER_TIMEOUT_S seconds. Raises ClusterError when nobody does.
+
+        The `patient` also wait for a rank that is started again.
+        """
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEADER_TIMEOUT_S):
+            async with asyncio.timeout(LOAD_TIMEOUT_S if patient and self._restarting else LEADER_TIMEOUT_S):
                 await self._led.wait()
         if self._ended.done():
             raise ClusterError(str(self._ended.result()))
@@ -311,19 +327,26 @@ class Cluster:
         number = rank.number
         rank.dead, reason = what, f"rank {number} {what}"
         self.record.happened("died", reason)
-        outlook = self.coordinator.outlook() if self._all_ready.is_set() else None
-        if outlook is None:
+        loaded = self._all_ready.is_set()
+        pause_s = self._restarts.pause_s(rank.id) if self._restarts and loaded else None
+        self._restarting.discard(rank.id)
+        outlook = self.coordinator.outlook() if loaded else None
+        if pause_s is not None:
+            self._restarting.add(rank.id)
+            self._watch_over(self._restart(rank, pause_s))
+        elif outlook is None and not self._restarting:
             self._end(error or ClusterError(f"{reason}; {WHAT_NEXT}"))
             return
         if self._leader is rank:
             self.lead_by(None)
-        rank.fail_requests(f"{reason}; {outlook}", lost=True)
+        rank.fail_requests(reason, lost=True)
         if self._epochs and rank.sits_in(self._epochs[-1]):
             self.end_epoch(reason)
         rank.seats.clear()
         rank.hang_up()
         rank.process.kill()
-        self._events.put_nowait(RankDied(number, reason))
+        if rank.ready:
+            self._events.put_nowait(RankDied(number, reason))
 
     def _epoch_failed(self, rank: LocalRank, ended: Ended) -> None:
         """A living rank found its epoch broken; late reports of an epoch that is over change nothing."""
@@ -339,10 +362,10 @@ class Cluster:
 
     # Ranks.
 
-    async def _start(self, rank_module: str, load_timeout_s: float) -> None:
+    async def _start(self, load_timeout_s: float) -> None:
         self._watch_over(self._coordinate())
         for r in range(self.group.num_ranks):
-            rank = await LocalRank.spawn(r, rank_module, self.group)
+            rank = await LocalRank.spawn(r, self._rank_module, self.group)
             self._ranks.append(rank)
             self._watch_over(self._watch(rank))
         self._watch_over(self._look_after())
@@ -355,6 +378,27 @@ class Cluster:
             )
         self._events.put_nowait(RanksReady())
         await self._wait_for(self._led, LEADER_TIMEOUT_S)
+
+    async def _restart(self, dead: LocalRank, pause_s: float) -> None:
+        """Put a fresh process in the place of a dead one, when that is reaped and its memory free."""
+        await asyncio.sleep(pause_s)
+        await dead.process.wait_exit()
+        assert self._restarts
+        self._restarts.started(dead.id)
+        rank = await LocalRank.spawn(dead.id, self._rank_module, self.group)
+        if self._ended.done():
+            rank.hang_up()
+            rank.process.kill()
+            await rank.process.wait_exit()
+            return
+        self._ranks[dead.id] = rank
+        self._watch_over(self._watch(rank))
+
+    def _took_place(self, rank: LocalRank) -> None:
+        self._restarting.discard(rank.id)
+        reason = f"rank {rank.id} is back"
+        self.record.happened("back", reason)
+        self._events.put_nowait(RankReturned(rank.id, reason))
 
     async def _wait_for(self, event: asyncio.Event, timeout_s: float) -> None:
         """Wait for an event or the time. Raises what ended the group."""
@@ -371,12 +415,14 @@ class Cluster:
         """Run a task that lives as long as the group; if it fails, by a bug of ours, so does the group."""
 
         def check(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
             if not task.cancelled() and (e := task.exception()):
-                self._end(ClusterError(f"{type(e).__name__}: {e}. This is a bug of expertd."))
+                bug = ClusterError(f"{type(e).__name__}: {e}. This is a bug of expertd.")
+                self._end(e if isinstance(e, ExpertdError) else bug)
 
         task = asyncio.create_task(work)
         task.add_done_callback(check)
-        self._tasks.append(task)
+        self._tasks.add(task)
 
     async def _watch(self, rank: LocalRank) -> None:
         """Hand on what the rank says until it is gone."""
@@ -404,8 +450,10 @@ class Cluster:
         if isinstance(message, Fatal):
             self._died(rank, f"died: {message.message}", _error_named(message.kind, message.message))
         elif isinstance(message, Ready) and not rank.ready:
-            rank.ready = message
-            if all(r.ready for r in self._ranks) and len(self._ranks) == self.group.num_ranks:
+            rank.ready = self._last_ready = message
+            if self._all_ready.is_set():
+                self._took_place(rank)
+            elif all(r.ready for r in self._ranks) and len(self._ranks) == self.group.num_ranks:
                 self._all_ready.set()
         elif isinstance(message, Joined):
             if self.running and message.epoch == self.epoch:
@@ -434,6 +482,9 @@ class Cluster:
             for rank in self.living:
                 if what := rank.ailment(self._mailbox.pulses, now, self.group.exchange_timeout_s):
                     self._died(rank, what)
+            for rank in [r for r in self._ranks if not (r.ready or r.dead) and self._all_ready.is_set()]:
+                if now - rank.last_word > LOAD_TIMEOUT_S:
+                    self._died(rank, f"had not loaded after {LOAD_TIMEOUT_S:g} s")
             self._forget_epochs()
 
     def _forget_epochs(self) -> None:
@@ -483,9 +534,10 @@ class Cluster:
             raise
         finally:
             await self.requests.close()
-            for task in self._tasks:
+            tasks = list(self._tasks)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             for epoch in self._epochs:
                 os.close(epoch.mailbox_fd)
             self._epochs.clear()

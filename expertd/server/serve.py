@@ -62,7 +62,10 @@ async def serve(
     service = Service(config)
     async with _running_server(service, listener) as (server, served):
         try:
-            async with Cluster.open(config.group) as cluster, contextlib.AsyncExitStack() as hosts:
+            async with (
+                Cluster.open(config.group, restart=True) as cluster,
+                contextlib.AsyncExitStack() as hosts,
+            ):
                 service.cluster = cluster
                 if lead:
                     service.hosts = (await hosts.enter_async_context(lead(cluster))).describe

@@ -24,7 +24,7 @@ class Leaders:
         self.asked: list[Submit] = []
         self.requests = Requests(self.find)
 
-    async def find(self) -> Any:
+    async def find(self, patient: bool) -> Any:
         return self
 
     async def generate(self, submit: Submit) -> AsyncGenerator[Any, None]:

@@ -54,6 +54,7 @@ def use_stub(change: Callable[[Any, str, Any], None] = setattr) -> StubMailbox:
     change(supervisor, "load_mailbox", lambda: stub)
     # A stub beats in Python, which a busy machine may keep waiting for longer than a rank's C thread.
     change(local, "PULSE_SILENCE_S", LIMIT_S)
+    change(local, "JOIN_S", LIMIT_S)
     if grace := os.environ.get("STUB_KILL_AFTER_S"):
         change(supervisor, "KILL_AFTER_S", float(grace))
     return stub

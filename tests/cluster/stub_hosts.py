@@ -63,7 +63,7 @@ class StubCluster:
     def lead_by(self, leader: Any) -> None:
         self.leader = leader
 
-    async def find_leader(self) -> Any:
+    async def find_leader(self, patient: bool) -> Any:
         while self.leader is None:
             await asyncio.sleep(0)
         return self.leader

@@ -11,6 +11,7 @@ import openai
 import pytest
 from stub_group import LIMIT_S, SOON_S, children, group_of, received, until
 
+from expertd.cluster import restarts
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
 from expertd.errors import ClusterError, ConfigError
@@ -166,7 +167,11 @@ def test_client_that_never_reads_does_not_delay_the_stop(tmp_path: Path) -> None
 
 
 @pytest.mark.fault
-def test_server_ends_with_the_reason_when_no_rank_is_left(tmp_path: Path) -> None:
+def test_server_ends_with_the_reason_when_no_rank_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "MAX_RESTARTS", 0)
+
     async def main() -> None:
         config = ServerConfig(port=0, group=group_of(tmp_path, 2))
         listener = serving.take_port(config)

@@ -1,0 +1,214 @@
+"""Eight streams at a time, and ranks killed and stopped at random points: every answer must be the undisturbed one.
+
+    python -m tests.cluster.kill_points [--points 200] [--seed 1] [--ranks 3] [--family qwen3_moe]
+
+A point is a moment, a victim and a signal, all drawn from the seed: in prefill, in decode, at any time, in the
+recovery from another one, or while a fresh rank joins. A dead rank is started again, so one group takes any number of
+points. For each stream that was open at a point, the time to its next token is measured: p50 and p99 are printed, apart
+for SIGKILL, for SIGSTOP (noticed after 0.8 s, 3 s while it joins) and for points after which no rank was left, which
+must load first.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from expertd.cluster import restarts
+from expertd.cluster.supervisor import Cluster
+from expertd.config import GroupConfig
+from expertd.engine.messages import Submit, Token
+from expertd.sampling import Sampling
+from tests.tiny import make_tiny
+
+NUM_STREAMS = 8
+NUM_TOKENS = 24
+PHASES = ("any", "prefill", "decode", "recovery", "rejoin")
+# A point that has to be waited for this long does not come: another one is taken.
+PATIENCE_S = 20.0
+
+
+def wanted(index: int) -> Submit:
+    """The request of stream `index`: prompts of 8 to 92 tokens, half of them greedy, half with all that depends on
+    the tokens before."""
+    sampled = Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.2, presence_penalty=0.3, seed=index)
+    return Submit(
+        f"stream{index}",
+        prompt="The fox met." * (1 + index) if index % 2 else "A fox, a bear, "[: 8 + index],
+        max_tokens=NUM_TOKENS,
+        ignore_end=True,
+        sampling=sampled if index % 4 > 1 else Sampling(),
+        logprobs=1 if index == 0 else None,
+    )
+
+
+@dataclass
+class Point:
+    """`gaps_s`: from the signal to the next token of each stream that was open."""
+
+    phase: str
+    number: signal.Signals
+    rank_id: int
+    at: float = field(default_factory=time.monotonic)
+    none_left: bool = False
+    gaps_s: list[float] = field(default_factory=list)
+
+
+class Stream:
+    """Asks the same question again and again, until `stop`; every answer is compared with `reference`."""
+
+    def __init__(self, cluster: Cluster, index: int) -> None:
+        self.index, self._cluster = index, cluster
+        self.reference: list[Token] = []
+        self.tokens: list[Token] = []
+        self.is_open, self.num_answers = False, 0
+        self.wrong: list[str] = []
+        self.waiting: list[Point] = []
+
+    async def ask(self) -> list[Token]:
+        submit = wanted(self.index)
+        self.tokens, self.is_open = [], True
+        try:
+            async for event in self._cluster.generate(submit):
+                if isinstance(event, Token):
+                    self.tokens.append(event)
+                    self._measure()
+        finally:
+            self.is_open = False
+        self.waiting.clear()
+        return self.tokens
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        for point in self.waiting:
+            point.gaps_s.append(now - point.at)
+        self.waiting.clear()
+
+    async def run(self, goes_on: Callable[[], bool]) -> None:
+        while goes_on():
+            try:
+                answer = await self.ask()
+            except Exception as e:
+                self.wrong.append(f"stream {self.index}: {type(e).__name__}: {e}")
+                continue
+            self.num_answers += 1
+            if answer != self.reference:
+                found, right = ([i for t in a for i in t.token_ids] for a in (answer, self.reference))
+                self.wrong.append(f"stream {self.index}: {found}, undisturbed {right}")
+
+
+class Storm:
+    """Draws points and carries them out on a cluster with eight streams."""
+
+    def __init__(self, cluster: Cluster, seed: int, num_points: int) -> None:
+        self._cluster, self._random, self._num_points = cluster, random.Random(seed), num_points
+        self.streams = [Stream(cluster, i) for i in range(NUM_STREAMS)]
+        self.points: list[Point] = []
+        self._is_over = False
+
+    async def run(self) -> None:
+        for stream in self.streams:
+            stream.reference = await stream.ask()
+        runs = [asyncio.create_task(s.run(lambda: not self._is_over)) for s in self.streams]
+        while len(self.points) < self._num_points and not self.wrong:
+            phase = self._random.choice(PHASES)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):
+                    await self._reach(phase)
+                    self._strike(phase)
+                    await self._next_token()
+        self._is_over = True
+        await asyncio.gather(*runs)
+
+    @property
+    def wrong(self) -> list[str]:
+        return [text for stream in self.streams for text in stream.wrong]
+
+    async def _reach(self, phase: str) -> None:
+        """Wait for the moment."""
+        cluster = self._cluster
+        if phase == "prefill":
+            await _until(lambda: any(s.is_open and not s.tokens for s in self.streams))
+        elif phase == "decode":
+            await _until(lambda: any(s.is_open and s.tokens for s in self.streams))
+        elif phase == "recovery":
+            epoch = cluster.epoch
+            self._strike(phase)
+            await _until(lambda: not cluster.running or cluster.epoch > epoch)
+        elif phase == "rejoin":
+            if len(cluster.living) == cluster.group.num_ranks:
+                self._strike(phase)
+            await _until(lambda: any(r["state"] == "joining" for r in cluster.describe()["ranks"]))
+        await asyncio.sleep(self._random.random() * (0.3 if phase == "any" else 0.03))
+
+    def _strike(self, phase: str) -> None:
+        """Kill or stop a rank; rarely the last one."""
+        alive = [rank for rank in self._cluster.living if rank.process.running]
+        if not alive or (len(alive) == 1 and self._random.random() < 0.9):
+            return
+        victim = self._random.choice(alive)
+        number = signal.SIGKILL if self._random.random() < 0.75 else signal.SIGSTOP
+        point = Point(phase, number, victim.id, none_left=len(alive) == 1)
+        os.kill(victim.pid, number)
+        self.points.append(point)
+        for stream in self.streams:
+            if stream.is_open:
+                stream.waiting.append(point)
+
+    async def _next_token(self) -> None:
+        """Until every stream has gone on: five leaders lost without a token are a reason to give up."""
+        await _until(lambda: not any(stream.waiting for stream in self.streams))
+
+    def report(self) -> str:
+        lines = [f"{len(self.points)} points, {sum(s.num_answers for s in self.streams)} answers"]
+        gaps: dict[str, list[float]] = defaultdict(list)
+        for point in self.points:
+            gaps["no rank left" if point.none_left else point.number.name] += point.gaps_s
+        for kind, found in sorted(gaps.items()):
+            found.sort()
+            p50, p99 = (found[int(len(found) * share)] for share in (0.5, 0.99))
+            lines.append(f"{kind}: next token after p50 {p50:.2f} s, p99 {p99:.2f} s ({len(found)} streams)")
+        phases = Counter(point.phase for point in self.points)
+        lines.append(", ".join(f"{phase} {phases[phase]}" for phase in PHASES))
+        return "\n".join([*lines, *self.wrong])
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+async def storm(checkpoint: Path, seed: int, num_points: int, num_ranks: int) -> Storm:
+    """One group through `num_points` points. By MLX's kernels: ours would be done before anything is killed."""
+    group = GroupConfig(str(checkpoint), num_ranks=num_ranks, split="experts", prefill_chunk=8, kernels="mlx")
+    async with Cluster.open(group, restart=True) as cluster:
+        run = Storm(cluster, seed, num_points)
+        await run.run()
+        return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--points", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--family", default="qwen3_moe")
+    arguments = parser.parse_args()
+    restarts.GOOD_LIFE_S = 0.0  # here, dying young is no sign of anything
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_tiny(Path(folder) / "tiny", arguments.family)
+        run = asyncio.run(storm(model, arguments.seed, arguments.points, arguments.ranks))
+    print(run.report())
+    raise SystemExit(1 if run.wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

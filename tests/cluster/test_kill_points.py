@@ -1,0 +1,32 @@
+"""CI's share of kill_points.py; `make soak` has the long form."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from stub_group import children
+
+from expertd.cluster import restarts
+from tests.cluster.kill_points import storm
+from tests.tiny import make_tiny
+
+pytestmark = pytest.mark.fault
+
+NUM_POINTS = 12
+
+
+@pytest.fixture(autouse=True)
+def mailbox() -> None:
+    """The real one: this module wants none of the stubs of its neighbours."""
+
+
+def test_every_stream_has_the_tokens_of_an_undisturbed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "GOOD_LIFE_S", 0.0)  # dying young is no sign of anything here
+    model = make_tiny(tmp_path / "tiny", "qwen3_moe")
+    run = asyncio.run(storm(model, seed=1, num_points=NUM_POINTS, num_ranks=3))
+    print(run.report())
+    assert run.wrong == [] and len(run.points) >= NUM_POINTS
+    assert all(stream.num_answers for stream in run.streams)
+    assert children() == []
