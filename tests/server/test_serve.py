@@ -19,7 +19,11 @@ from expertd.server import serve as serving
 
 
 def with_server(
-    folder: Path, test: Callable[[str], Awaitable[None]], num_ranks: int = 1, **moods: str
+    folder: Path,
+    test: Callable[[str], Awaitable[None]],
+    num_ranks: int = 1,
+    limit_s: float = LIMIT_S,
+    **moods: str,
 ) -> float:
     """Run `test` against a server, stop that server, and give the seconds that the stop took."""
 
@@ -32,7 +36,7 @@ def with_server(
         try:
             await asyncio.wait({server, ready}, return_when=asyncio.FIRST_COMPLETED, timeout=LIMIT_S)
             assert not server.done(), server
-            await asyncio.wait_for(test(url), LIMIT_S)
+            await asyncio.wait_for(test(url), limit_s)
         finally:
             began = time.monotonic()
             server.cancel()
