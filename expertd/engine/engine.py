@@ -297,8 +297,8 @@ class Engine:
         assert self._runner is not None
         source, length = 0, 0
         if not sequence.wants_logits:
-            caches = self._runner.caches
-            source, length = self.prefixes.find(len(sequence.prompt), sequence.tokens, caches)
+            caches, prompt_tokens = self._runner.caches, len(sequence.prompt)
+            source, length = self.prefixes.find(prompt_tokens, sequence.tokens, caches, sequence.home)
             if length and caches[source].pending and length > caches[source].num_shared:
                 sequence.home = caches[source].home
         # After an interruption the generated tokens are read as well: no measure of the prompt's speed.

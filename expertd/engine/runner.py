@@ -201,8 +201,11 @@ class Runner:
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if mask:
                 length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
-                self.caches[sequence_id].cut(length)
-                self.caches[sequence_id].share()
+                cache = self.caches[sequence_id]
+                cache.cut(length)
+                cache.keep_marks({n for bit, n in enumerate(lengths) if mask >> bit & 1})
+                cache.share()
+                cache.uneven = False
             else:
                 self.caches.pop(sequence_id, None)
         for sequence_id in self.caches.keys() - meeting.lengths.keys():

@@ -85,10 +85,6 @@ class SequenceCache:
             return self.tokens
         return self.tokens[: self.num_shared] + [token for piece in self.pending for token in piece.tokens]
 
-    def can_begin(self, length: int) -> bool:
-        """Whether another sequence can begin with its first `length` tokens."""
-        return self.can_cut(length) or (bool(self.pending) and self.forgets and 0 < length <= len(self.known))
-
     @property
     def num_pending(self) -> int:
         return sum(len(piece.tokens) for piece in self.pending)
@@ -141,12 +137,21 @@ class SequenceCache:
                 gaps = {ends[i]: ends[i + 1] - ends[i - 1] for i in range(1, len(ends) - 1)}
                 del self._marks[min(gaps, key=gaps.__getitem__)]
 
+    def keep_marks(self, lengths: set[int]) -> None:
+        """Drop those that some rank lacks."""
+        self._marks = {n: state for n, state in self._marks.items() if n in lengths}
+
+    def starts(self) -> list[int]:
+        """The lengths at which every rank can begin another sequence, if the cache does not forget: its own and its
+        marks. What was kept to take steps back may differ between ranks."""
+        return sorted({len(self), *self._marks})
+
     def settle(self) -> None:
         """Its sequence is finished: no step will be taken back."""
         self._before.clear()
 
     def fork(self, length: int) -> "SequenceCache":
-        """Another sequence's cache, with the first `length` tokens of this one; `can_begin` must be true.
+        """Another sequence's cache, with the first `length` of the tokens that are `known`.
 
         What is pending of these stays so, and the fork has the same home.
         """

@@ -66,15 +66,13 @@ class ScriptedCache(list[int]):
     def num_bytes(self) -> int:
         return len(self)
 
-    known, pending, uneven, forgets = tokens, (), False, True
+    known, pending, uneven, forgets, home = tokens, (), False, True, None
 
     def lengths(self) -> list[int]:
         return [len(self)] if self else []
 
     def can_cut(self, length: int) -> bool:
         return 0 < length <= len(self)
-
-    can_begin = can_cut
 
 
 class ScriptedRunner:
