@@ -120,6 +120,9 @@ class ScriptedRunner:
             return mx.stack(rows)
         return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
 
+    def save(self, sequence_id: int) -> None:
+        assert sequence_id in self.caches
+
     def catch_up(self, plan: Plan) -> None:
         pass
 

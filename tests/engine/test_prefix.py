@@ -128,7 +128,7 @@ def test_marks_are_spread_and_end_with_the_last(tmp_path: Path) -> None:
     served.ask("a", "x" * (CHUNK * 12 + 5), max_tokens=1)
     assert served.live()
     (cache,) = served.caches.values()
-    marks = sorted(cache._marks)
+    marks = sorted(cache.marks)
     assert len(marks) == MAX_MARKS and marks[-1] == CHUNK * 12 + 4
     assert max(b - a for a, b in zip([0, *marks], marks, strict=False)) <= 6 * CHUNK
 
