@@ -17,6 +17,8 @@ KERNELS = ("auto", "native", "mlx")
 # divergence from MLX's float32 logits is 2.7e-4 and the perplexity 0.04 % higher (16: 9e-9 and none), at half the time
 # (bench/LOG.md).
 ACTIVATION_BITS = 8
+# A thousand tokens of a 30B model are 100 MB.
+PREFIX_DISK_BYTES = 20 * 10**9
 
 UNITS = {
     "": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
@@ -47,8 +49,9 @@ class GroupConfig:
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
     on one host and the fastest link between two, "mlx" is MLX's own engine. Up to `max_streams` requests are
     answered at once, `max_waiting` more wait. The caches of finished requests stay, for others that begin alike, in
-    `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays). With `speculate`,
-    tokens are guessed and checked several at a time (engine/speculate.py). `kernels` are what computes on a CPU:
+    `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays), and in up to
+    `prefix_disk_bytes` of files in `prefix_cache_dir` ("": nowhere). With `speculate`, tokens are guessed and checked
+    several at a time (engine/speculate.py). `kernels` are what computes on a CPU:
     "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
     CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
     compute.
@@ -62,6 +65,8 @@ class GroupConfig:
     max_streams: int = 16
     max_waiting: int = 256
     prefix_cache_bytes: int | None = None
+    prefix_cache_dir: str = ""
+    prefix_disk_bytes: int = PREFIX_DISK_BYTES
     speculate: bool = False
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0

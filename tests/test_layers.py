@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
 MAY_IMPORT_MLX_LM = {
-    f"expertd/model/{name}.py" for name in ("adapter", "caches", "classes", "dialect", "model", "swap")
+    f"expertd/model/{name}.py"
+    for name in ("adapter", "cache_files", "caches", "classes", "dialect", "model", "swap")
 }
 WITHOUT_MLX = ("errors", "config", "wire", "sampling", "dialect", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {

@@ -13,6 +13,7 @@ from expertd.config import (
     KERNELS,
     LINKS,
     MAX_RANKS,
+    PREFIX_DISK_BYTES,
     SPLITS,
     GroupConfig,
     HostsConfig,
@@ -73,14 +74,34 @@ def kernels_option(text: str) -> Callable[[F], F]:
     return click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, help=text)
 
 
-def prefix_cache_option(command: F) -> F:
-    return click.option(
-        "--prefix-cache",
-        "prefix_cache_bytes",
-        metavar="SIZE",
-        callback=lambda context, parameter, value: value and (0 if value == "0" else parse_size(value)),
-        help="Memory for prompts' beginnings that came before, such as 2GB; 0: none [default: a tenth of it].",
-    )(command)
+def prefix_cache_options(command: F) -> F:
+    """Add the options that say what becomes of finished requests' caches."""
+    options = (
+        click.option(
+            "--prefix-cache",
+            "prefix_cache_bytes",
+            metavar="SIZE",
+            callback=lambda context, parameter, value: value and (0 if value == "0" else parse_size(value)),
+            help="Memory for prompts' beginnings that came before, such as 2GB; 0: none [default: a tenth of it].",
+        ),
+        click.option(
+            "--prefix-cache-dir",
+            type=click.Path(file_okay=False, resolve_path=True),
+            default="",
+            help="Keep them in files there as well, across restarts.",
+        ),
+        click.option(
+            "--prefix-cache-disk",
+            "prefix_disk_bytes",
+            metavar="SIZE",
+            default=str(PREFIX_DISK_BYTES),
+            callback=lambda context, parameter, value: parse_size(value),
+            help="Most disk for these files [default: 20GB].",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def hosts_options(command: F) -> F:

@@ -19,7 +19,7 @@ from expertd.cli.options import (
     hosts_config,
     hosts_options,
     make_group,
-    prefix_cache_option,
+    prefix_cache_options,
     warn_of_link,
 )
 from expertd.config import HostsConfig, ServerConfig
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-waiting", type=int, default=256, show_default=True, help="Requests that may wait; more get a 429."
 )
-@prefix_cache_option
+@prefix_cache_options
 @click.option(
     "--speculate/--no-speculate",
     default=True,

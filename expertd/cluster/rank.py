@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from expertd.engine.engine import Engine
     from expertd.engine.runner import Caches
     from expertd.link.mailbox import Mailbox
+    from expertd.model.cache_files import CacheFiles
     from expertd.model.kernels import Kernels
     from expertd.model.mlx_link import MlxLink
     from expertd.model.model import Model
@@ -118,7 +120,13 @@ class Rank:
     """A loaded rank; `run` takes it through its epochs."""
 
     def __init__(
-        self, setup: Setup, group: GroupConfig, control: Control, model: "Model", engine: "Engine"
+        self,
+        setup: Setup,
+        group: GroupConfig,
+        control: Control,
+        model: "Model",
+        engine: "Engine",
+        files: "CacheFiles | None" = None,
     ) -> None:
         self._lifeline_fd, self._group, self._control = setup.lifeline_fd, group, control
         self._channel = socket.socket(fileno=setup.fd_channel)
@@ -126,7 +134,7 @@ class Rank:
         self._model, self._engine = model, engine
         self._mailbox: Mailbox | None = None
         self._leads = False
-        self._caches: Caches = {}
+        self._files, self._caches = files, _caches_on_disk(files, model, _prefix_bytes(group))
         self._reported_at, self._said = 0.0, Stats()
 
     def run(self) -> NoReturn:
@@ -140,7 +148,7 @@ class Rank:
 
         try:
             self._leads = begin.rank == 0
-            runner = Runner(self._model, self._enter(begin), self._caches)
+            runner = Runner(self._model, self._enter(begin), self._caches, self._files)
             if self._leads:
                 self._engine.begin(runner, begin.split, begin.fractions)
             else:
@@ -278,8 +286,33 @@ def _load(setup: Setup, control: Control) -> Rank:
     engine.tries_splits, engine.speculates = not group.wide, group.speculate
     engine.first_id = secrets.randbits(40) << 20
     engine.prefixes = Prefixes(_prefix_bytes(group), group.prefill_chunk, model.one_by_one)
-    control.send(replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect))
-    return Rank(setup, group, control, model, engine)
+    ready = replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect)
+    rank = Rank(setup, group, control, model, engine, _open_files(group, ready, info.folder))
+    control.send(ready)
+    return rank
+
+
+def _open_files(group: GroupConfig, ready: Ready, folder: Path) -> "CacheFiles | None":
+    """Where this rank's caches are kept across restarts, by all that their bits depend on; None for nowhere."""
+    if not group.prefix_cache_dir or group.prefix_cache_bytes == 0:
+        return None
+    from expertd.model.cache_files import CacheFiles, checkpoint_key
+
+    computed_by = (ready.mlx_version, ready.device, ready.architecture, ready.kernels, ready.activation_bits)
+    key = checkpoint_key(folder, version("expertd"), version("mlx-lm"), *computed_by, group.prefill_chunk)
+    root = Path(group.prefix_cache_dir)
+    return CacheFiles(root, key, group.prefix_disk_bytes, writes=ready.rank == 0)
+
+
+def _caches_on_disk(files: "CacheFiles | None", model: "Model", max_bytes: int) -> "Caches":
+    if files is None:
+        return {}
+    from expertd.engine.runner import SOLO
+    from expertd.model.caches import SequenceCache
+
+    like = SequenceCache(model.new_cache())
+    model.prefill([0, 0], like.layers, SOLO)
+    return files.load(like, max_bytes)
 
 
 def _prefix_bytes(group: GroupConfig) -> int:

@@ -297,8 +297,8 @@ class Engine:
         assert self._runner is not None
         source, length = 0, 0
         if not sequence.wants_logits:
-            caches = self._runner.caches
-            source, length = self.prefixes.find(len(sequence.prompt), sequence.tokens, caches)
+            caches, prompt_tokens = self._runner.caches, len(sequence.prompt)
+            source, length = self.prefixes.find(prompt_tokens, sequence.tokens, caches, sequence.home)
             if length and caches[source].pending and length > caches[source].num_shared:
                 sequence.home = caches[source].home
         # After an interruption the generated tokens are read as well: no measure of the prompt's speed.
@@ -370,9 +370,17 @@ class Engine:
         num_tokens = min(work.num_tokens, self.context_length)
         tokens = [i % self.vocab_size for i in range(num_tokens)]
         split = StepSplit(self._planner.choose(work), self._fractions)
-        decode, released = work.kind == "decode", list(self._released)
-        done = {"settled": list(self._settled), "cuts": list(self._cuts)}
-        self._run(Plan([TRIAL_ID], [tokens], decode, split, [TRIAL_ID], released, **done), work)
+        plan = Plan(
+            [TRIAL_ID],
+            [tokens],
+            decode=work.kind == "decode",
+            split=split,
+            started=[TRIAL_ID],
+            released=list(self._released),
+            settled=list(self._settled),
+            cuts=list(self._cuts),
+        )
+        self._run(plan, work)
         self._released.append(TRIAL_ID)
 
     # Beat 4: deliver.
@@ -428,7 +436,10 @@ class Engine:
         self._open.remove(sequence)
         if sequence.num_computed and self._runner:
             self._settled.append(sequence.sequence_id)
-            self._released += self.prefixes.keep(sequence.sequence_id, self._runner.caches)
+            useless = self.prefixes.keep(sequence.sequence_id, self._runner.caches)
+            self._released += useless
+            if sequence.sequence_id not in useless:
+                self._runner.save(sequence.sequence_id)
         if sequence.failure:
             reason = f"the answer can no longer follow its grammar: {sequence.failure}"
             self.send(Failed(sequence.submit.request_id, reason))

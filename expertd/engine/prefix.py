@@ -31,22 +31,30 @@ class Prefixes:
     chunk: int = 512
     one_by_one: bool = False
     min_tokens: int = MIN_TOKENS
+    _bytes_per_token: int = 0
     _kept: dict[int, int] = field(default_factory=dict)  # bytes by sequence, the longest unused first
 
     def find(
-        self, prompt_tokens: int, tokens: list[int], caches: Mapping[int, SequenceCache]
+        self,
+        prompt_tokens: int,
+        tokens: list[int],
+        caches: Mapping[int, SequenceCache],
+        home: int | None = None,
     ) -> tuple[int, int]:
         """The sequence with whose cache one of these tokens should begin, and the length of what they have in common.
 
-        The last token is never in it, for its logits are wanted. The length is 0 if there is none.
+        The last token is never in it, for its logits are wanted. The length is 0 if there is none. What only another
+        rank than `home` has is not taken: all streams would go where the first one with their beginning was.
         """
         best, length = 0, 0
         for sequence_id in list(caches if self.budget_bytes else self._kept):
             cache = caches[sequence_id]
             if not self._is_even(cache):
                 continue
-            common = num_common(cache.known, tokens[:-1], at_least=max(length + 1, self.min_tokens))
-            found = max((n for n in self._lengths(cache, common, prompt_tokens) if n <= common), default=0)
+            elsewhere = cache.pending and home not in (None, cache.home)
+            there = cache.tokens[: cache.num_shared] if elsewhere else cache.known
+            common = num_common(there, tokens[:-1], at_least=max(length + 1, self.min_tokens))
+            found = self._longest(cache, common, prompt_tokens) if common else 0
             if found > length and found >= self.min_tokens:
                 best, length = sequence_id, found
         if best in self._kept:
@@ -59,7 +67,7 @@ class Prefixes:
         if not self._is_even(cache):
             return [sequence_id]
         useless = [i for i in self._kept if i != sequence_id and _covers(cache, caches[i])]
-        self._kept[sequence_id] = cache.num_bytes
+        self._kept[sequence_id] = self._num_bytes(cache)
         for i in useless:
             del self._kept[i]
         while sum(self._kept.values()) > self.budget_bytes:
@@ -70,24 +78,30 @@ class Prefixes:
     def meet(self, held: Iterable[int], caches: Mapping[int, SequenceCache]) -> None:
         """Go on in a new epoch with what all ranks have of no open sequence, a former leader's too."""
         order = {i: n for n, i in enumerate(self._kept)}
-        self._kept = {i: caches[i].num_bytes for i in sorted(held, key=lambda i: order.get(i, len(order)))}
+        held = sorted(held, key=lambda i: order.get(i, len(order)))
+        self._kept = {i: self._num_bytes(caches[i]) for i in held}
+
+    def _num_bytes(self, cache: SequenceCache) -> int:
+        """What a cache takes on the rank that has most of it: an estimate, if that is another one."""
+        if cache.tokens:
+            self._bytes_per_token = cache.num_bytes // len(cache.tokens)
+        return cache.num_bytes + (len(cache.known) - len(cache.tokens)) * self._bytes_per_token
 
     def _is_even(self, cache: SequenceCache) -> bool:
         """Whether every rank can begin another sequence with this one, be it with what is pending."""
         return not (cache.uneven and not cache.forgets) and not (cache.pending and self.one_by_one)
 
-    def _lengths(self, cache: SequenceCache, common: int, prompt_tokens: int) -> Iterable[int]:
-        """The lengths up to about `common` at which a cache may be taken."""
-        if not common:
-            return ()
-        lengths = [common, *cache.lengths()] if cache.can_begin(common) else cache.lengths()
-        if not self.one_by_one:
-            return lengths
+    def _longest(self, cache: SequenceCache, common: int, prompt_tokens: int) -> int:
+        """How much of the first `common` tokens of a cache may be taken; 0 for none."""
         read = min(cache.num_read, prompt_tokens - 1)
-        if cache.can_cut(whole := min(common, read) // self.chunk * self.chunk):
-            lengths.append(whole)
-        after = read if cache.num_read == prompt_tokens - 1 else common + 1
-        return [n for n in lengths if n >= after or (n <= read and n % self.chunk == 0)]
+        if cache.forgets:
+            lengths = [common, min(common, read) // self.chunk * self.chunk]
+        else:
+            lengths = [n for n in cache.starts() if n <= common]
+        if self.one_by_one:
+            after = read if cache.num_read == prompt_tokens - 1 else common + 1
+            lengths = [n for n in lengths if n >= after or (n <= read and n % self.chunk == 0)]
+        return max(lengths, default=0)
 
 
 def num_common(a: list[int], b: list[int], at_least: int = 1) -> int:
@@ -103,6 +117,6 @@ def num_common(a: list[int], b: list[int], at_least: int = 1) -> int:
 
 def _covers(cache: SequenceCache, other: SequenceCache) -> bool:
     """Whether whatever can begin with `other` can as well begin with `cache`."""
-    same = cache.num_read >= other.num_read and len(cache.known) >= len(other.known)
-    begins = same and cache.known[: len(other.known)] == other.known
-    return begins and all(map(cache.can_begin, other.lengths()))
+    if cache.num_read < other.num_read or cache.known[: len(other.known)] != other.known:
+        return False
+    return cache.forgets or set(other.starts()) <= set(cache.starts())

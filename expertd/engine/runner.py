@@ -29,6 +29,7 @@ from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
 from expertd.errors import TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
+from expertd.model.cache_files import CacheFiles
 from expertd.model.caches import Piece, SequenceCache
 from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Model, cache_bytes
@@ -56,8 +57,11 @@ Caches = dict[int, SequenceCache]  # by sequence
 class Runner:
     """One rank's part in an epoch, over that epoch's link; `caches` are the rank's, from the epochs before."""
 
-    def __init__(self, model: Model, link: Mailbox | MlxLink, caches: Caches) -> None:
+    def __init__(
+        self, model: Model, link: Mailbox | MlxLink, caches: Caches, files: CacheFiles | None = None
+    ) -> None:
         self._model, self._link, self.caches = model, link, caches
+        self._files = files
         self._untold: list[Plan] = []
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
@@ -201,8 +205,11 @@ class Runner:
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if mask:
                 length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
-                self.caches[sequence_id].cut(length)
-                self.caches[sequence_id].share()
+                cache = self.caches[sequence_id]
+                cache.cut(length)
+                cache.keep_marks({n for bit, n in enumerate(lengths) if mask >> bit & 1})
+                cache.share()
+                cache.uneven = False
             else:
                 self.caches.pop(sequence_id, None)
         for sequence_id in self.caches.keys() - meeting.lengths.keys():
@@ -300,11 +307,17 @@ class Runner:
         """Rank 0: whether any number of a sequence's last tokens can be taken back."""
         return self.caches[sequence_id].forgets
 
+    def save(self, sequence_id: int) -> None:
+        """Let a finished sequence's cache outlive this process, where that is wanted."""
+        if self._files:
+            self._files.save(self.caches[sequence_id])
+
     def _prepare(self, plan: Plan) -> None:
         for sequence_id, length in plan.cuts:
             self.caches[sequence_id].cut(length)
         for sequence_id in plan.settled:
             self.caches[sequence_id].settle()
+            self.save(sequence_id)
         for sequence_id, source, length in plan.forks:
             self.caches[sequence_id] = self.caches[source].fork(length)
         for sequence_id in plan.released:

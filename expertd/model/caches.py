@@ -50,14 +50,15 @@ class SequenceCache:
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
-        self.forgets = all(map(_forgets, layers))
+        self.forgetting = list(map(_forgets, layers))
+        self.forgets = all(self.forgetting)
         self.tokens: list[int] = []
         self.num_shared = self.num_read = 0
         self.home: int | None = None
         self.pending: list[Piece] = []
         self.uneven = False  # whether ranks may have been able to go back to unlike lengths
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
-        self._marks: dict[int, State] = {}
+        self.marks: dict[int, State] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -65,7 +66,7 @@ class SequenceCache:
     @property
     def num_bytes(self) -> int:
         """Marks included, which may share arrays with each other: at most this much."""
-        marked: Any = tree_flatten(list(self._marks.values()))
+        marked: Any = tree_flatten(list(self.marks.values()))
         sizes = [layer.nbytes for layer in self.layers] + [getattr(a, "nbytes", 0) for _, a in marked]
         return sum(sizes)
 
@@ -84,10 +85,6 @@ class SequenceCache:
         if not self.pending:
             return self.tokens
         return self.tokens[: self.num_shared] + [token for piece in self.pending for token in piece.tokens]
-
-    def can_begin(self, length: int) -> bool:
-        """Whether another sequence can begin with its first `length` tokens."""
-        return self.can_cut(length) or (bool(self.pending) and self.forgets and 0 < length <= len(self.known))
 
     @property
     def num_pending(self) -> int:
@@ -113,7 +110,7 @@ class SequenceCache:
     def lengths(self) -> list[int]:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
         shared = {self.num_shared} if self.forgets else set()
-        return sorted({len(self), *shared, *self._before, *self._marks} - {0}, reverse=True)
+        return sorted({len(self), *shared, *self._before, *self.marks} - {0}, reverse=True)
 
     def can_cut(self, length: int) -> bool:
         """Whether its first `length` tokens can be had."""
@@ -123,36 +120,45 @@ class SequenceCache:
         """Go back to the first `length` tokens: what `can_cut`, or what there was before the last step."""
         if length < len(self):
             nothing = [None] * len(self.layers)
-            state = self._before.get(length) or self._marks.get(length) or nothing
+            state = self._before.get(length) or self.marks.get(length) or nothing
             for layer, kept in zip(self.layers, state, strict=True):
                 _go_back(layer, length, kept)
         del self.tokens[length:]
         self.num_shared = min(self.num_shared, length)
         self.num_read = min(self.num_read, length)
         self._before = {n: state for n, state in self._before.items() if n < length}
-        self._marks = {n: state for n, state in self._marks.items() if n <= length}
+        self.marks = {n: state for n, state in self.marks.items() if n <= length}
 
     def mark(self) -> None:
         """Let other sequences begin with the present state; thins out earlier marks."""
         if not self.forgets:
-            self._marks[len(self)] = self._state()
-            if len(self._marks) > MAX_MARKS:
-                ends = [0, *sorted(self._marks)]
+            self.marks[len(self)] = self._state()
+            if len(self.marks) > MAX_MARKS:
+                ends = [0, *sorted(self.marks)]
                 gaps = {ends[i]: ends[i + 1] - ends[i - 1] for i in range(1, len(ends) - 1)}
-                del self._marks[min(gaps, key=gaps.__getitem__)]
+                del self.marks[min(gaps, key=gaps.__getitem__)]
+
+    def keep_marks(self, lengths: set[int]) -> None:
+        """Drop those that some rank lacks."""
+        self.marks = {n: state for n, state in self.marks.items() if n in lengths}
+
+    def starts(self) -> list[int]:
+        """The lengths at which every rank can begin another sequence, if the cache does not forget: its own and its
+        marks. What was kept to take steps back may differ between ranks."""
+        return sorted({len(self), *self.marks})
 
     def settle(self) -> None:
         """Its sequence is finished: no step will be taken back."""
         self._before.clear()
 
     def fork(self, length: int) -> "SequenceCache":
-        """Another sequence's cache, with the first `length` tokens of this one; `can_begin` must be true.
+        """Another sequence's cache, with the first `length` of the tokens that are `known`.
 
         What is pending of these stays so, and the fork has the same home.
         """
         fork = SequenceCache([type(layer).from_state(_handles(layer.state)) for layer in self.layers])
         fork.tokens, fork.num_read = self.tokens[:], self.num_read
-        fork._before, fork._marks = self._before, self._marks
+        fork._before, fork.marks = self._before, self.marks
         fork.cut(min(length, len(fork)))
         fork.num_shared = min(length, self.num_shared) if self.pending else length
         fork.home, left = self.home, length - fork.num_shared

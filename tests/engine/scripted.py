@@ -66,15 +66,13 @@ class ScriptedCache(list[int]):
     def num_bytes(self) -> int:
         return len(self)
 
-    known, pending, uneven, forgets = tokens, (), False, True
+    known, pending, uneven, forgets, home = tokens, (), False, True, None
 
     def lengths(self) -> list[int]:
         return [len(self)] if self else []
 
     def can_cut(self, length: int) -> bool:
         return 0 < length <= len(self)
-
-    can_begin = can_cut
 
 
 class ScriptedRunner:
@@ -121,6 +119,9 @@ class ScriptedRunner:
         if plan.logits:
             return mx.stack(rows)
         return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
+
+    def save(self, sequence_id: int) -> None:
+        assert sequence_id in self.caches
 
     def catch_up(self, plan: Plan) -> None:
         pass

@@ -5,11 +5,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from mlx_lm.models.cache import ArraysCache
 
 from expertd.engine.messages import Done
 from expertd.engine.prefix import Prefixes, num_common
 from expertd.engine.text import Tokenizer
-from expertd.model.caches import MAX_MARKS
+from expertd.model.caches import MAX_MARKS, Piece, SequenceCache
 from expertd.model.model import Model
 from tests.engine.scripted import Bench, ByteTokenizer
 from tests.engine.test_recovery import CHUNK, FAMILIES, Served, load
@@ -127,9 +128,34 @@ def test_marks_are_spread_and_end_with_the_last(tmp_path: Path) -> None:
     served.ask("a", "x" * (CHUNK * 12 + 5), max_tokens=1)
     assert served.live()
     (cache,) = served.caches.values()
-    marks = sorted(cache._marks)
+    marks = sorted(cache.marks)
     assert len(marks) == MAX_MARKS and marks[-1] == CHUNK * 12 + 4
     assert max(b - a for a, b in zip([0, *marks], marks, strict=False)) <= 6 * CHUNK
+
+
+def test_what_lives_on_one_rank_is_for_streams_of_that_rank() -> None:
+    """Others take what all ranks have: else every stream with a common beginning would go to the same rank."""
+    cache = SequenceCache([])
+    cache.extend([1, 2, 3, 4], decode=False)
+    cache.share()
+    cache.home, cache.pending = 1, [Piece([5, 6], False), Piece([7], True)]
+    prefixes, tokens = Prefixes(100, min_tokens=1), [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [prefixes.find(8, tokens, {9: cache}, home) for home in (0, 1, None)] == [(9, 4), (9, 7), (9, 7)]
+    prefixes.one_by_one = True
+    assert prefixes.find(8, tokens, {9: cache}, 1) == (0, 0)
+
+
+def test_only_what_every_rank_can_go_back_to_is_a_beginning() -> None:
+    """States that were kept to take steps back differ between ranks after a failure; marks do not."""
+    cache = SequenceCache([ArraysCache(1)])
+    for token in range(1, 5):
+        cache.extend([token], decode=False)
+        if token < 4:
+            cache.mark()
+    assert cache.lengths() == [4, 3, 2, 1] and cache.starts() == [1, 2, 3, 4]
+    cache.keep_marks({1, 4})
+    assert cache.can_cut(2) and cache.starts() == [1, 4]
+    assert Prefixes(100, min_tokens=1).find(4, [1, 2, 3, 9], {9: cache}) == (9, 1)
 
 
 def test_common_beginnings() -> None:

@@ -16,6 +16,7 @@ from expertd.engine.runner import MASK_BYTES, Caches, Runner
 from expertd.engine.text import Tokenizer
 from expertd.errors import LinkDown
 from expertd.link.mailbox import Mailbox
+from expertd.model.cache_files import CacheFiles
 from expertd.model.kernels import open_kernels
 from expertd.model.model import Model
 from tests.engine.scripted import ByteTokenizer
@@ -71,6 +72,7 @@ class Served:
         )
         self.engine.prefixes = Prefixes(0, CHUNK, model.one_by_one)
         self.caches: Caches = {}
+        self.files: CacheFiles | None = None
 
     def ask(self, name: str, prompt: str, **options: Any) -> None:
         file = str(self.folder / f"{name}.safetensors")
@@ -80,7 +82,9 @@ class Served:
     def live(self, num_steps: int = 10**6, remains: str = "everything") -> bool:
         """One epoch, in which step number num_steps fails; gives whether all was done before."""
         link = FlakyLink(num_steps, remains)
-        self.engine.begin(Runner(self.model, cast(Mailbox, link), self.caches), "solo", (0.5, 0.5))
+        self.engine.begin(
+            Runner(self.model, cast(Mailbox, link), self.caches, self.files), "solo", (0.5, 0.5)
+        )
         try:
             while not self.engine.idle:
                 self.engine.step()
