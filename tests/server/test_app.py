@@ -353,6 +353,7 @@ def test_dead_follower_changes_health_and_nothing_else(tmp_path: Path) -> None:
         await until(lambda: received(tmp_path))
         os.kill(cluster._ranks[1].pid, signal.SIGKILL)
         assert "".join(c["choices"][0]["text"] for c in events_of(await streaming)) == "x " * 20
+        await until(lambda: cluster.epoch == 2)
         response = await client.get("/health")
         body = response.json()
         assert (response.status_code, body["status"], body["group"]["epoch"]) == (200, "ok", 2)
