@@ -54,7 +54,7 @@ class GroupConfig:
     several at a time (engine/speculate.py). `kernels` are what computes on a CPU:
     "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
     CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
-    compute.
+    compute. `ignore_memory` loads what seems not to fit.
     """
 
     checkpoint: str
@@ -76,6 +76,7 @@ class GroupConfig:
     kernels: str = "auto"
     activation_bits: int = ACTIVATION_BITS
     wide: bool = False
+    ignore_memory: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_ranks <= MAX_RANKS:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from expertd.checkpoint.config import text_config
+from expertd.checkpoint.sizes import cache_bytes, size_in_words
 from expertd.errors import ConfigError
 from expertd.quant.modules import ModuleInfo
 from expertd.quant.settings import GROUP_SIZES, TRUNK_MENU, WHOLE, Settings
@@ -57,14 +57,6 @@ class Allocation:
         return Allocation(dict(self.blocks), dict(self.outer), dict(self.single))
 
 
-def size_in_words(num_bytes: int) -> str:
-    """A size for people, in powers of 1000: "16.2 GB"."""
-    for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
-        if num_bytes >= 10**power:
-            return f"{num_bytes / 10**power:.1f} {unit}"
-    return f"{num_bytes} bytes"
-
-
 def target_bytes(settings: Settings, config: dict[str, Any]) -> int | None:
     """What the weights may take, or None when there is no limit. Raises ConfigError for too small a machine.
 
@@ -74,7 +66,7 @@ def target_bytes(settings: Settings, config: dict[str, Any]) -> int | None:
     if settings.fit_bytes is None:
         return settings.target_bytes
     share = 0.75 if settings.fit_bytes >= LARGE_MACHINE_BYTES else 2 / 3
-    room = cache_bytes(config) + ACTIVATION_BYTES
+    room = cache_bytes(config, CACHE_TOKENS) + ACTIVATION_BYTES
     if (target := int(settings.fit_bytes * share) - room) > 0:
         return target
     raise ConfigError(
@@ -82,26 +74,6 @@ def target_bytes(settings: Settings, config: dict[str, Any]) -> int | None:
         f"{size_in_words(int(settings.fit_bytes * share))} of it, and cache and activations need "
         f"{size_in_words(room)}. Choose a larger machine, or give --target-bytes."
     )
-
-
-def cache_bytes(config: dict[str, Any]) -> int:
-    """The key-value cache of one sequence of CACHE_TOKENS tokens (or the model's context), 16 bits per number.
-
-    An upper bound: layers with a sliding window or a state instead of a cache keep less.
-    """
-    part = text_config(config)
-
-    def count(*keys: str) -> int:
-        return next((part[key] for key in keys if isinstance(part.get(key), int) and part[key] > 0), 0)
-
-    tokens = min(count("max_position_embeddings") or CACHE_TOKENS, CACHE_TOKENS)
-    heads = count("num_attention_heads")
-    width = 2 * (count("num_key_value_heads") or heads) * (
-        count("head_dim") or count("hidden_size") // max(heads, 1)
-    )  # fmt: skip
-    if count("kv_lora_rank"):  # latent attention keeps one compressed row for all heads
-        width = count("kv_lora_rank") + count("qk_rope_head_dim")
-    return 2 * width * count("num_hidden_layers") * tokens
 
 
 def total_bytes(modules: Iterable[ModuleInfo], allocation: Allocation, settings: Settings) -> int:

@@ -28,12 +28,13 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from expertd.checkpoint.inspect import CheckpointInfo, check_checkpoint
+from expertd.checkpoint.sizes import size_in_words
 from expertd.checkpoint.source import Source, open_source
 from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError
 from expertd.model.classes import Weights, build_model
 from expertd.model.exchange import MLX_VERSION
-from expertd.quant.budget import size_in_words, target_bytes
+from expertd.quant.budget import target_bytes
 from expertd.quant.calibrate import calibrate
 from expertd.quant.distill import Distillation, distil
 from expertd.quant.output import Output, TensorPlan, Unit

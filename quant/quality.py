@@ -21,10 +21,10 @@ from expertd.checkpoint.config import read_json, text_config
 from expertd.checkpoint.inspect import CheckpointInfo
 from expertd.checkpoint.locate import demo_folder
 from expertd.checkpoint.manifest import QUANTIZATION_MANIFEST
+from expertd.checkpoint.sizes import size_in_words
 from expertd.config import GroupConfig
 from expertd.engine.text import Tokenizer
 from expertd.errors import ConfigError
-from expertd.quant.budget import size_in_words
 from expertd.quant.evaluate import (
     MEMORY_MARGIN,
     NUM_WINDOWS,

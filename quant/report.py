@@ -14,7 +14,8 @@ from typing import Any, NotRequired, TypedDict, cast
 from jinja2 import Environment, StrictUndefined
 
 from expertd.checkpoint.config import Config, family_of, num_experts, top_k
-from expertd.quant.budget import bytes_per_token, size_in_words
+from expertd.checkpoint.sizes import size_in_words
+from expertd.quant.budget import bytes_per_token
 from expertd.quant.ewq import in_words
 from expertd.quant.modules import ModuleInfo
 from expertd.quant.recipe import Plan

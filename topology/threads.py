@@ -45,11 +45,12 @@ def _quotas(root: Path) -> Iterator[float]:
         _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "?", "")
         if controllers == "" or "cpu" in controllers.split(","):
             base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            for folder in _upwards(base, path):
+            for folder in upwards(base, path):
                 yield from _quota(folder)
 
 
-def _upwards(base: Path, path: str) -> Iterator[Path]:
+def upwards(base: Path, path: str) -> Iterator[Path]:
+    """The folder of a control group and of those above it."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     yield from (base.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
 

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from expertd.cli.door import door_config, door_options, warn_if_public
-from expertd.cli.options import allowed_cpus, hosts_config, hosts_options, kernels_option
+from expertd.cli.options import (
+    allowed_cpus,
+    drain_option,
+    hosts_config,
+    hosts_options,
+    ignore_memory_option,
+    kernels_option,
+)
 from expertd.config import GroupConfig, HostsConfig, ServerConfig
 from expertd.errors import ConfigError
 
@@ -17,6 +24,7 @@ if TYPE_CHECKING:
     import socket
 
     from expertd.cluster.identity import Identity, Peer
+    from expertd.server.generation import Wishes
 
 
 @click.command("join", epilog="Example: expertd join studio.local")
@@ -36,6 +44,8 @@ if TYPE_CHECKING:
     help="A folder where the checkpoint may be; may be given again.",
 )
 @door_options
+@ignore_memory_option
+@drain_option
 @hosts_options
 def join_command(
     address: str | None,
@@ -45,6 +55,8 @@ def join_command(
     host: str,
     port: int,
     places: tuple[Path, ...],
+    ignore_memory: bool,
+    drain_timeout_s: float,
     **options: Any,
 ) -> None:
     """Join the machine HOST, which runs `expertd serve`, until Ctrl-C or SIGTERM.
@@ -53,6 +65,7 @@ def join_command(
     is found here by its content or copied from there. If HOST goes away, this machine answers alone and calls again.
     """
     from expertd.cluster.identity import PeerStore, load_identity
+    from expertd.server.generation import Wishes
     from expertd.server.serve import take_port
 
     names = inspect.signature(door_config).parameters
@@ -60,12 +73,14 @@ def join_command(
     hosts = hosts_config(**options)
     identity, store = load_identity(hosts.folder), PeerStore(hosts.folder)
     peer, address = choose_peer(store.peers(), address)
-    own = GroupConfig("", ranks, cpus=allowed_cpus(ranks) if pin else (), kernels=kernels)
+    own = GroupConfig(
+        "", ranks, cpus=allowed_cpus(ranks) if pin else (), kernels=kernels, ignore_memory=ignore_memory
+    )
     config = ServerConfig(host, port, "", own, door)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     with take_port(config) as listener:
         warn_if_public(host, door)
-        _join(config, listener, peer, address, list(places), hosts, identity)
+        _join(config, listener, peer, address, list(places), hosts, identity, Wishes(drain_timeout_s))
 
 
 def choose_peer(peers: "list[Peer]", wanted: str | None) -> "tuple[Peer, str]":
@@ -101,6 +116,7 @@ def _join(
     places: list[Path],
     hosts: HostsConfig,
     identity: "Identity",
+    wishes: "Wishes",
 ) -> None:
     from expertd.cli.output import Progress
     from expertd.cli.signals import TERMINATED, run_until_signal
@@ -117,10 +133,11 @@ def _join(
                     address, hosts.control_port, peer, config.group, places, hosts, identity, show, progress
                 ),
                 lambda text: click.echo(text),
+                wishes,
             )
 
     try:
-        run_until_signal(work())
+        run_until_signal(work(), wishes.take)
     except SystemExit as e:
         if e.code != TERMINATED:  # for a server SIGTERM is the regular end
             raise

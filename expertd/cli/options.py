@@ -28,7 +28,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def group_options(command: F) -> F:
-    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin, --link, and kernel_options."""
+    """Add the options that make a GroupConfig: --ranks, --split, --shares, --pin, --link, --ignore-memory, and
+    kernel_options."""
     options = (
         click.option("--ranks", default=1, show_default=True, help=f"Processes, 1 to {MAX_RANKS}."),
         click.option(
@@ -47,11 +48,29 @@ def group_options(command: F) -> F:
             show_default=True,
             help="How ranks swap rows; mlx: MLX's own engine, for comparison.",
         ),
+        ignore_memory_option,
     )
     command = kernel_options(command)
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def ignore_memory_option(command: F) -> F:
+    return click.option(
+        "--ignore-memory", is_flag=True, help="Load even what does not seem to fit in memory."
+    )(command)
+
+
+def drain_option(command: F) -> F:
+    return click.option(
+        "--drain-timeout",
+        "drain_timeout_s",
+        type=click.FloatRange(min=0),
+        default=30.0,
+        show_default=True,
+        help="Seconds that SIGTERM leaves to requests that run.",
+    )(command)
 
 
 def kernel_options(command: F) -> F:

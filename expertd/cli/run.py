@@ -61,6 +61,8 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     MODEL is `demo`, a folder, a hub id or a URL of a folder. PROMPT is raw text (- reads standard input). The
     figures of the run go to standard error.
     """
+    from expertd.cluster.memory import require_memory
+
     if options["logprobs"] is not None and not as_json:
         raise ConfigError("--logprobs: needs --json. Add it, or leave --logprobs out.")
     sampling = Sampling(**{k: options.pop(k) for k in SAMPLING_OPTIONS})
@@ -69,7 +71,9 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     submit = _make_submit(_read_prompt(prompt), chat, logits, sampling=sampling, **submit_options)
     # Flags first: they are wrong in no time, while a hub id may take an hour to download.
     make_group(Path(), **options)
-    group = make_group(find_model(model).folder, **options)
+    info = find_model(model)
+    group = make_group(info.folder, **options)
+    require_memory(info, group)
     warn_of_link(group)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     sys.exit(_answer(group, submit, as_json))

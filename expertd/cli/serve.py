@@ -6,6 +6,7 @@ import json
 import logging
 import shlex
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -14,6 +15,7 @@ import click
 
 from expertd.cli.door import door_config, door_options, warn_if_public
 from expertd.cli.options import (
+    drain_option,
     find_model,
     group_options,
     hosts_config,
@@ -26,11 +28,11 @@ from expertd.config import HostsConfig, ServerConfig
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
 
     from expertd.checkpoint.inspect import CheckpointInfo
-    from expertd.cli.output import Progress
     from expertd.cluster.supervisor import Cluster
-    from expertd.server.serve import Lead
+    from expertd.server.generation import Lead, Renewal, Wishes
 
 
 @click.command("serve", epilog="Example: expertd serve demo --ranks 2 --port 8080")
@@ -52,13 +54,17 @@ if TYPE_CHECKING:
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
 @door_options
+@drain_option
 @hosts_options
-def serve_command(model: str, host: str, port: int, **options: Any) -> None:
+def serve_command(model: str, host: str, port: int, drain_timeout_s: float, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible HTTP API until Ctrl-C or SIGTERM.
 
     MODEL is `demo`, a folder, a hub id or an https:// URL of a folder. Prints the URL and a curl command once it can
-    answer. Machines that were paired with this one (`expertd pair`) may then `expertd join` it.
+    answer. Machines that were paired with this one (`expertd pair`) may then `expertd join` it. SIGTERM lets what runs
+    come to its end (a second one does not), SIGHUP loads the checkpoint again without dropping a request.
     """
+    from expertd.cluster.memory import needed_memory, require_memory
+    from expertd.server.generation import Wishes
     from expertd.server.serve import take_port
 
     names = inspect.signature(hosts_config).parameters
@@ -69,12 +75,20 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     info = find_model(model)
     _verify(info.folder, hosts)
     group = make_group(info.folder, **options)
+    require_memory(info, group)
     config = ServerConfig(host, port, model_id(model, info.folder), group, door)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
+
+    def renew() -> "Renewal":
+        new = find_model(model)
+        _verify(new.folder, hosts)
+        require_memory(new, group, needed_memory(info, group))
+        return _renewal(config, new, hosts)
+
     with take_port(config) as listener:
         warn_if_public(host, door)
         warn_of_link(group)
-        _serve(config, listener, info, hosts)
+        _serve(config, listener, info, hosts, Wishes(drain_timeout_s, renew))
 
 
 def _verify(folder: Path, hosts: HostsConfig) -> None:
@@ -97,7 +111,11 @@ def model_id(name: str, folder: Path) -> str:
 
 
 def _serve(
-    config: ServerConfig, listener: "socket.socket", info: "CheckpointInfo", hosts: HostsConfig
+    config: ServerConfig,
+    listener: "socket.socket",
+    info: "CheckpointInfo",
+    hosts: HostsConfig,
+    wishes: "Wishes",
 ) -> None:
     from expertd.cli.output import Progress, progress
     from expertd.cli.signals import TERMINATED, run_until_signal
@@ -111,18 +129,32 @@ def _serve(
                 loading.close()
                 click.echo(greeting(config, listener.getsockname()[1]))
 
-            await serve_http(config, listener, announce, _leading(config, info, hosts, bytes_done))
+            lead = _leading(config, info, hosts, bytes_done)
+            await serve_http(config, listener, announce, lead, wishes)
 
     try:
-        run_until_signal(work())
+        run_until_signal(work(), wishes.take)
     except SystemExit as e:
         # For a server SIGTERM is the regular end; service managers read any other code as a failure.
         if e.code != TERMINATED:
             raise
 
 
+def _renewal(config: ServerConfig, info: "CheckpointInfo", hosts: HostsConfig) -> "Renewal":
+    """What the checkpoint is now, and whether it fits beside what runs."""
+    from expertd.cluster.memory import fits
+    from expertd.server.generation import Renewal
+
+    new = replace(config, group=replace(config.group, checkpoint=str(info.folder)))
+    lead = _leading(new, info, hosts, lambda what, done, total: None)
+    return Renewal(new, lead, fits(info, new.group))
+
+
 def _leading(
-    config: ServerConfig, info: "CheckpointInfo", hosts: HostsConfig, progress: "Progress"
+    config: ServerConfig,
+    info: "CheckpointInfo",
+    hosts: HostsConfig,
+    progress: "Callable[[str, int, int], None]",
 ) -> "Lead | None":
     """How to let other hosts join; None when none is paired, and nothing listens for them."""
     from expertd.cluster.assemble import leading

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -10,14 +10,16 @@ T = TypeVar("T")
 TERMINATED = 128 + signal.SIGTERM
 
 
-def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
+def run_until_signal(work: Coroutine[Any, Any, T], wish: Callable[[int], bool] | None = None) -> T:
     """Run `work`; Ctrl-C or SIGTERM cancels it, a second one cancels its clean-up, too.
+
+    `wish` is asked first, about SIGHUP as well, and gives whether that was all that the signal means.
 
     Raises KeyboardInterrupt after Ctrl-C, SystemExit (143) after SIGTERM, and what `work` raises.
     """
     got: list[int] = []
     try:
-        return asyncio.run(_run(work, got))
+        return asyncio.run(_run(work, got, wish))
     except asyncio.CancelledError:
         if not got:
             raise
@@ -27,18 +29,20 @@ def run_until_signal(work: Coroutine[Any, Any, T]) -> T:
     raise SystemExit(TERMINATED)
 
 
-async def _run(work: Coroutine[Any, Any, T], got: list[int]) -> T:
+async def _run(work: Coroutine[Any, Any, T], got: list[int], wish: Callable[[int], bool] | None) -> T:
     task = asyncio.ensure_future(work)
 
     def stop(number: int) -> None:
-        got.append(number)
-        task.cancel()
+        if not (wish and wish(number)):
+            got.append(number)
+            task.cancel()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if wish else ()))
+    for number in numbers:
         loop.add_signal_handler(number, stop, number)
     try:
         return await task
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             loop.remove_signal_handler(number)

@@ -28,6 +28,7 @@ from expertd.cluster.host_messages import FileInfo, Loaded, Welcome, codec
 from expertd.cluster.identity import Identity, Peer, PeerStore
 from expertd.cluster.joiner import Joiner
 from expertd.cluster.leader import Leader
+from expertd.cluster.memory import require_memory
 from expertd.cluster.paths import Paths
 from expertd.cluster.provide import Provider, fetch
 from expertd.cluster.route_table import RouteTable
@@ -181,9 +182,11 @@ async def _load(
             "cpus": own.cpus,
             **({} if own.kernels == "auto" else {"kernels": own.kernels}),
             "shares": (),
+            "ignore_memory": own.ignore_memory,
         },
         GroupConfig,
     )
+    require_memory(info, group)
     cluster = await stack.enter_async_context(Cluster.open(group, restart=True))
     return cluster, facts_of(cluster, info, manifest)
 

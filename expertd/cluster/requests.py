@@ -11,8 +11,10 @@ saw to it is gone, whichever host is asked for it goes on with it.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
@@ -49,6 +51,7 @@ class Requests:
         self._find_leader = find_leader
         self._open: dict[Transcript, asyncio.Task[None]] = {}
         self._is_closed = False
+        self.last_token_at = time.monotonic()
 
     @property
     def num_open(self) -> int:
@@ -95,6 +98,17 @@ class Requests:
         transcript.fail(ClusterError(f"request {request_id} was cancelled."))
         self._stop(transcript)
         self.kept.remove(request_id)
+
+    async def finish(self, timeout_s: float, reason: str) -> None:
+        """Wait until the requests of this host's own clients are over; after the time they end with the reason."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while own := [task for transcript, task in self._open.items() if not transcript.origin]:
+                    await asyncio.wait(own)
+        for transcript, task in list(self._open.items()):
+            if not transcript.origin:
+                transcript.fail(ClusterError(reason))
+                task.cancel()
 
     async def close(self) -> None:
         """End every request."""
@@ -191,6 +205,7 @@ class Requests:
         async with aclosing(leader.generate(submit)) as events:
             async for event in events:
                 transcript.add(_named(event, transcript.request_id))
+                self.last_token_at = time.monotonic()
                 self.copies.offer(transcript)
         if transcript.end is None:
             raise ClusterError("the answer has no end. This is a bug of expertd.")

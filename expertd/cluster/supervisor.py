@@ -37,6 +37,7 @@ from expertd.cluster.epoch import (
     RanksReady,
 )
 from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
+from expertd.cluster.probe import Probe
 from expertd.cluster.record import Record
 from expertd.cluster.requests import Leader, Requests
 from expertd.cluster.restarts import Restarts
@@ -114,6 +115,7 @@ class Cluster:
         self._all_ready = asyncio.Event()
         self._last_ready = Ready(0)
         self.requests = Requests(self._find_leader)
+        self.probe = Probe(self.requests)
         self._num_observed = 0
         self._num_fruitless = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -157,6 +159,13 @@ class Cluster:
     def failure(self) -> str | None:
         """Why the group ended, or None while it lives."""
         return str(self._ended.result()) if self._ended.done() else None
+
+    @property
+    def ailment(self) -> str:
+        """Why requests cannot be answered just now, or will not be in time; "" when all is well."""
+        if self._leader is None and not self._ended.done():
+            return f"{self.describe()['reason'] or 'the group is not complete yet'}; nobody answers at the moment"
+        return self.failure or self.probe.failure
 
     async def wait_failed(self) -> str:
         """Wait for the end of the group, however long it lives, and give the reason in one line."""
@@ -378,6 +387,8 @@ class Cluster:
             )
         self._events.put_nowait(RanksReady())
         await self._wait_for(self._led, LEADER_TIMEOUT_S)
+        if self._restarts:
+            self._watch_over(self.probe.run())
 
     async def _restart(self, dead: LocalRank, pause_s: float) -> None:
         """Put a fresh process in the place of a dead one, when that is reaped and its memory free."""
@@ -465,6 +476,8 @@ class Cluster:
         elif isinstance(message, Stats):
             if rank is self._leader:
                 self.record.hear(message)
+                if message.steps:
+                    self.probe.stepped()
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
         elif isinstance(message, Started | Token | Done | Rejected | Failed):

@@ -119,6 +119,10 @@ class Kept:
         self._transcripts[transcript.request_id] = transcript
         self._forget_old()
 
+    def share(self, other: "Kept") -> None:
+        """Keep what another one keeps, too."""
+        self._transcripts = {t.request_id: t for t in [*other.all(), *self.all()]}
+
     def remove(self, request_id: str) -> None:
         self._transcripts.pop(request_id, None)
 

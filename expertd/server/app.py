@@ -175,14 +175,13 @@ def _kernels(ready: Ready) -> dict[str, Any]:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET /health: 200 while requests can be answered, 503 before and after; `group` is its present state.
+    """GET /health: 200 while requests are answered, as the last step showed, 503 otherwise; `group` is its state.
 
     Who has no key, where there are keys, gets the status alone.
     """
-    group = service.config.group
-    ready = service.cluster.ready if service.cluster else None
-    failure = service.cluster.failure if service.cluster else None
-    status = "failed" if failure else "ok" if ready else "loading"
+    group, cluster = service.config.group, service.cluster
+    ready = cluster.ready if cluster else None
+    status, reason = service.status
     body = {
         "status": status,
         "model": service.config.model_id,
@@ -191,13 +190,14 @@ async def health(service: Service, request: Request) -> Response:
         "context_length": ready.context_length if ready else None,
         "kernels": _kernels(ready) if ready else None,
         "uptime_s": round(time.monotonic() - service.started, 3),
-        "group": service.cluster.describe() if service.cluster else None,
+        "last_step_s_ago": round(time.monotonic() - cluster.probe.last_step_at, 3) if cluster else None,
+        "group": cluster.describe() if cluster else None,
         "hosts": service.hosts() if service.hosts else None,
     }
     if not request.state.known:
         body = {"status": status}
-    elif failure:
-        body["reason"] = failure
+    elif reason:
+        body["reason"] = reason
     return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
 

@@ -6,23 +6,26 @@ import errno
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import replace
+from typing import Any
 
 import uvicorn
 
 from expertd.cluster.joiner import Joiner
-from expertd.cluster.leader import Leader
 from expertd.cluster.supervisor import Cluster
 from expertd.config import DoorConfig, ServerConfig
 from expertd.errors import ClusterError, ConfigError
 from expertd.server.app import make_app
+from expertd.server.generation import Generation, Lead, Wishes, reload
 from expertd.server.protocol import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, guarded_protocol
 from expertd.server.service import Service
 
 # Streams get their last event as soon as the cluster ends; this is for clients that do not read it.
 DRAIN_TIMEOUT_S = 1
 BACKLOG = 128
+
+_log = logging.getLogger(__name__)
 
 
 class _Server(uvicorn.Server):
@@ -61,52 +64,96 @@ def tls_context(door: DoorConfig) -> ssl.SSLContext | None:
     return context
 
 
-Lead = Callable[[Cluster], contextlib.AbstractAsyncContextManager[Leader]]
-
-
 async def serve(
     config: ServerConfig,
     listener: socket.socket,
     announce: Callable[[Cluster], None],
     lead: Lead | None = None,
+    wishes: Wishes | None = None,
 ) -> None:
-    """Serve until cancelled; `announce` is called once, when requests can be answered. `lead` lets other hosts join.
+    """Serve until cancelled or drained; `announce` is called once, when requests can be answered. `lead` lets other
+    hosts join.
 
     Answers 503 while the ranks load. Raises what `Cluster.open` raises, and ClusterError when the group
     dies. Everything that was started has ended when this returns or raises.
     """
-    service = Service(config)
-    async with _running_server(service, listener) as (server, served):
+    service, wishes = Service(config), wishes or Wishes()
+    async with _running_server(service, listener) as (server, served), contextlib.AsyncExitStack() as retired:
         try:
-            async with (
-                Cluster.open(config.group, restart=True) as cluster,
-                contextlib.AsyncExitStack() as hosts,
-            ):
-                service.cluster = cluster
-                if lead:
-                    service.hosts = (await hosts.enter_async_context(lead(cluster))).describe
-                announce(cluster)
-                try:
-                    await _wait_any_end(cluster, served)
-                finally:
-                    # Now, not when the ranks have ended: both take up to a second, side by side.
-                    server.should_exit = True
+            generation = await _or_drained(Generation.open(config), wishes)
+            try:
+                await generation.show(service, config, lead)
+                announce(generation.cluster)
+                while not await _wait_wish(generation.cluster, served, wishes):
+                    wishes.reload.clear()
+                    generation = await reload(service, generation, wishes, retired)
+                await _drain(service, server, generation.cluster, wishes.drain_timeout_s)
+                await generation.part()
+            finally:
+                # Now, not when the ranks have ended: both take up to a second, side by side.
+                server.should_exit = True
+                await generation.close()
         finally:
             server.should_exit = True
+
+
+async def _or_drained(opening: Coroutine[Any, Any, Generation], wishes: Wishes) -> Generation:
+    """The generation, or the end of this task when we are to end while it loads."""
+    loading, ending = asyncio.create_task(opening), asyncio.create_task(wishes.drain.wait())
+    try:
+        await asyncio.wait({loading, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            return loading.result()
+        raise asyncio.CancelledError
+    finally:
+        loading.cancel()
+        ending.cancel()
+        await asyncio.gather(loading, ending, return_exceptions=True)
+
+
+async def _wait_wish(cluster: Cluster, served: "asyncio.Task[None]", wishes: Wishes) -> bool:
+    """Wait for a signal: True to end, False to load again. Raises ClusterError when the group or the server ends."""
+    failed = asyncio.create_task(cluster.wait_failed())
+    signals = [asyncio.create_task(event.wait()) for event in (wishes.drain, wishes.reload)]
+    try:
+        await asyncio.wait({failed, served, *signals}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done() or served.done():
+            raise ClusterError(
+                failed.result() if failed.done() else "the HTTP server ended. Start expertd again."
+            )
+        return wishes.drain.is_set()
+    finally:
+        for task in (failed, *signals):
+            task.cancel()
+
+
+async def _drain(service: Service, server: _Server, cluster: Cluster | None, timeout_s: float) -> None:
+    """Take nothing new, and let what runs come to its end."""
+    service.is_draining = True
+    for listening in server.servers:
+        listening.close()
+    if cluster and (num := cluster.requests.num_open):
+        _log.warning("ending when %d requests have, in %g s at most; once more ends at once", num, timeout_s)
+        reason = f"expertd is stopping, and this did not end within --drain-timeout {timeout_s:g} s"
+        await cluster.requests.finish(timeout_s, f"{reason}. Ask again.")
 
 
 Follow = Callable[[Callable[[Cluster | None, str], None]], contextlib.AbstractAsyncContextManager[Joiner]]
 
 
 async def join(
-    config: ServerConfig, listener: socket.socket, follow: Follow, say: Callable[[str], None]
+    config: ServerConfig,
+    listener: socket.socket,
+    follow: Follow,
+    say: Callable[[str], None],
+    wishes: Wishes | None = None,
 ) -> None:
-    """Serve over HTTP what the leader serves, until cancelled; `say` gets a line when that changes.
+    """Serve over HTTP what the leader serves, until cancelled or drained; `say` gets a line when that changes.
 
     `follow` makes the Joiner, given a function that takes the cluster of this host, or None, and the model's id.
     Answers 503 until a leader was found. Raises what `Joiner.run` raises.
     """
-    service = Service(config)
+    service, wishes = Service(config), wishes or Wishes()
 
     def show(cluster: Cluster | None, model_id: str) -> None:
         service.config = replace(service.config, model_id=model_id)
@@ -117,27 +164,19 @@ async def join(
 
     async with _running_server(service, listener) as (server, served), follow(show) as joiner:
         service.hosts = joiner.describe
-        running = asyncio.create_task(joiner.run())
+        running, ending = asyncio.create_task(joiner.run()), asyncio.create_task(wishes.drain.wait())
         try:
-            await asyncio.wait({running, served}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running, served, ending}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 running.result()
-            raise ClusterError("the HTTP server ended. Start expertd again.")
+            if not ending.done():
+                raise ClusterError("the HTTP server ended. Start expertd again.")
+            await _drain(service, server, service.cluster, wishes.drain_timeout_s)
         finally:
             server.should_exit = True
             running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-
-
-async def _wait_any_end(cluster: Cluster, served: asyncio.Task[None]) -> None:
-    failed = asyncio.create_task(cluster.wait_failed())
-    try:
-        await asyncio.wait({failed, served}, return_when=asyncio.FIRST_COMPLETED)
-        raise ClusterError(
-            failed.result() if failed.done() else "the HTTP server ended. Start expertd again."
-        )
-    finally:
-        failed.cancel()
+            ending.cancel()
+            await asyncio.gather(running, ending, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager

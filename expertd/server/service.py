@@ -27,6 +27,7 @@ class Service:
     config: ServerConfig
     cluster: Cluster | None = None
     hosts: Callable[[], dict[str, Any]] | None = None
+    is_draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.monotonic)
     metrics: Metrics = field(init=False)
@@ -37,11 +38,24 @@ class Service:
 
     def alive(self) -> Cluster:
         """Give the cluster. Raises ClusterError while it loads and after its end."""
+        if self.is_draining:
+            raise ClusterError("expertd is stopping and takes no new requests. Try again later.")
         if self.cluster is None:
             raise ClusterError("the model is still loading. Try again later.")
         if self.cluster.failure:
             raise ClusterError(self.cluster.failure)
         return self.cluster
+
+    @property
+    def status(self) -> tuple[str, str]:
+        """One of loading, ok, unwell, draining and failed, and why, if it is one of the last three."""
+        if self.is_draining:
+            return "draining", "expertd is stopping and takes no new requests"
+        if self.cluster is None:
+            return "loading", ""
+        if self.cluster.failure:
+            return "failed", self.cluster.failure
+        return ("unwell", self.cluster.ailment) if self.cluster.ailment else ("ok", "")
 
     def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         """Cluster.generate, counted. Raises ClusterError as `alive`."""

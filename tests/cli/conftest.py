@@ -24,7 +24,9 @@ from expertd.checkpoint import inspect, locate
 stub_group.use_stub()
 if Path(sys.argv[2]).is_dir():
     locate.find_checkpoint = lambda name, *rest: Path(name)
-    inspect.check_checkpoint = lambda folder: SimpleNamespace(folder=folder)
+    inspect.check_checkpoint = lambda folder: SimpleNamespace(
+        folder=folder, config={}, context_length=10, total_bytes=0
+    )
 from expertd.cli import main
 main()
 """

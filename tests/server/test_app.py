@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -331,11 +332,15 @@ def test_models_and_health(tmp_path: Path) -> None:
         assert (await client.get("/v1/models/demo")).json() == listed["data"][0]
         assert (await client.get("/v1/models/a/b")).status_code == 404
         body = (await client.get("/health")).json()
-        assert body.pop("uptime_s") >= 0
+        assert body.pop("uptime_s") >= 0 and body.pop("last_step_s_ago") >= 0
         assert body.pop("group") == cluster.describe()
         assert body.pop("hosts") is None
         known = {"status": "ok", "model": "demo", "ranks": 1, "split": "auto", "context_length": 5000}
         assert body == known | {"kernels": {"name": "mlx"}}
+        cluster.probe._failure, cluster.probe._failed_at = "a step hangs", math.inf
+        response = await client.get("/health")
+        assert (response.status_code, response.json()["status"]) == (503, "unwell")
+        assert response.json()["reason"] == "a step hangs"
 
     with_app(tmp_path, test)
 
@@ -348,6 +353,7 @@ def test_dead_follower_changes_health_and_nothing_else(tmp_path: Path) -> None:
         await until(lambda: received(tmp_path))
         os.kill(cluster._ranks[1].pid, signal.SIGKILL)
         assert "".join(c["choices"][0]["text"] for c in events_of(await streaming)) == "x " * 20
+        await until(lambda: cluster.epoch == 2)
         response = await client.get("/health")
         body = response.json()
         assert (response.status_code, body["status"], body["group"]["epoch"]) == (200, "ok", 2)
