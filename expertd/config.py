@@ -111,13 +111,41 @@ class GroupConfig:
 
 
 @dataclass(frozen=True)
+class DoorConfig:
+    """Who may use the HTTP server, and what it writes down.
+
+    `keys` are names and SHA-256 digests (server/keys.py); without any, everybody may. With `tls_cert` and `tls_key`,
+    PEM files, it speaks HTTPS. Browsers on pages of `cors_origins` may ask, "*" for all. `log_json` writes a line for
+    each request to standard error, with its body only if `log_prompts`.
+    """
+
+    keys: tuple[tuple[str, str], ...] = ()
+    tls_cert: str = ""
+    tls_key: str = ""
+    cors_origins: tuple[str, ...] = ()
+    log_json: bool = False
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key need each other. Give both, or none.")
+        if self.log_prompts and not self.log_json:
+            raise ConfigError("--log-prompts: needs --log-json. Add it, or leave --log-prompts out.")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
-    """Where the HTTP server listens, and under which model id it answers."""
+    """Where the HTTP server listens, under which model id it answers, and whom."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     model_id: str = "demo"
     group: GroupConfig = field(default_factory=lambda: GroupConfig(checkpoint=""))
+    door: DoorConfig = field(default_factory=DoorConfig)
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.door.tls_cert else "http"
 
 
 @dataclass(frozen=True)

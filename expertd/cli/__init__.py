@@ -12,6 +12,7 @@ from expertd.cli.bench import bench_command
 from expertd.cli.doctor import doctor_command
 from expertd.cli.hosts import hosts_command
 from expertd.cli.join import join_command
+from expertd.cli.key import key_command
 from expertd.cli.pair import pair_command
 from expertd.cli.quality import quality_command
 from expertd.cli.quantize import quantize_command
@@ -38,6 +39,7 @@ for _command in (
     join_command,
     pair_command,
     hosts_command,
+    key_command,
     topology_command,
     doctor_command,
     quantize_command,

@@ -1,5 +1,6 @@
 """`expertd join`: lend this machine to a model that another one serves, and serve it here, too."""
 
+import inspect
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from expertd.cli.door import door_config, door_options, warn_if_public
 from expertd.cli.options import allowed_cpus, hosts_config, hosts_options, kernels_option
 from expertd.config import GroupConfig, HostsConfig, ServerConfig
 from expertd.errors import ConfigError
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A folder where the checkpoint may be; may be given again.",
 )
+@door_options
 @hosts_options
 def join_command(
     address: str | None,
@@ -52,13 +55,16 @@ def join_command(
     from expertd.cluster.identity import PeerStore, load_identity
     from expertd.server.serve import take_port
 
+    names = inspect.signature(door_config).parameters
+    door = door_config(**{name: options.pop(name) for name in names})
     hosts = hosts_config(**options)
     identity, store = load_identity(hosts.folder), PeerStore(hosts.folder)
     peer, address = choose_peer(store.peers(), address)
     own = GroupConfig("", ranks, cpus=allowed_cpus(ranks) if pin else (), kernels=kernels)
-    config = ServerConfig(host, port, "", own)
+    config = ServerConfig(host, port, "", own, door)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     with take_port(config) as listener:
+        warn_if_public(host, door)
         _join(config, listener, peer, address, list(places), hosts, identity)
 
 

@@ -2,11 +2,9 @@
 
 import functools
 import inspect
-import ipaddress
 import json
 import logging
 import shlex
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from urllib.parse import unquote
 
 import click
 
+from expertd.cli.door import door_config, door_options, warn_if_public
 from expertd.cli.options import (
     find_model,
     group_options,
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
+@door_options
 @hosts_options
 def serve_command(model: str, host: str, port: int, **options: Any) -> None:
     """Serve MODEL over an OpenAI-compatible HTTP API until Ctrl-C or SIGTERM.
@@ -63,14 +63,16 @@ def serve_command(model: str, host: str, port: int, **options: Any) -> None:
 
     names = inspect.signature(hosts_config).parameters
     hosts = hosts_config(**{name: options.pop(name) for name in names})
+    names = inspect.signature(door_config).parameters
+    door = door_config(**{name: options.pop(name) for name in names})
     make_group(Path(), **options)
     info = find_model(model)
     _verify(info.folder, hosts)
     group = make_group(info.folder, **options)
-    config = ServerConfig(host, port, model_id(model, info.folder), group)
+    config = ServerConfig(host, port, model_id(model, info.folder), group, door)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     with take_port(config) as listener:
-        _warn_if_public(host)
+        warn_if_public(host, door)
         warn_of_link(group)
         _serve(config, listener, info, hosts)
 
@@ -132,22 +134,13 @@ def _leading(
     return lambda cluster: leading(cluster, info, config.model_id, hosts, identity, progress)
 
 
-def _warn_if_public(host: str) -> None:
-    try:
-        private = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        private = False
-    if not private:
-        message = f"--host {host}: whoever reaches it can use the model; there is no password"
-        print("expertd:", message, file=sys.stderr)
-
-
 def greeting(config: ServerConfig, port: int) -> str:
     """What to print when the server can answer: its URL, and a command that can be pasted into a shell."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    url = f"{config.scheme}://[{host}]:{port}/v1" if ":" in host else f"{config.scheme}://{host}:{port}/v1"
     message = {"role": "user", "content": "Once upon a time there was"}
     body = {"model": config.model_id, "stream": True, "temperature": 0.7, "messages": [message]}
     data = shlex.quote(json.dumps(body))
-    curl = f"curl -N {url}/chat/completions -H 'content-type: application/json' -d {data}"
+    key = " -H 'authorization: Bearer KEY'" if config.door.keys else ""
+    curl = f"curl -N {url}/chat/completions{key} -H 'content-type: application/json' -d {data}"
     return f"serving {config.model_id} at {url}\ntry: {curl}"

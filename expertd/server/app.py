@@ -3,6 +3,7 @@
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -10,12 +11,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from expertd.engine.messages import Ready
 from expertd.errors import ExpertdError
 from expertd.server import anthropic_api
 from expertd.server.chat import ChatRequest
 from expertd.server.completions import CompletionRequest
+from expertd.server.door import guard
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
 from expertd.server.fan import Events, generate_all
 from expertd.server.page import page_response
@@ -32,22 +35,20 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 CLIENT_LEFT = 499
 
 
-def make_app(service: Service) -> Starlette:
+def make_app(service: Service) -> ASGIApp:
     """Build the ASGI app over a service, whose cluster may come later."""
 
-    def route(
-        path: str, method: str, endpoint: Endpoint, refuse: Callable[[ApiError], Response] = error_response
-    ) -> Route:
+    def route(path: str, method: str, endpoint: Endpoint) -> Route:
         async def handle(request: Request) -> Response:
-            return await _answer_errors(endpoint(service, request), refuse)
+            return await _answer_errors(endpoint(service, request), partial(_refused, path))
 
         return Route(path, handle, methods=[method])
 
     routes = [
         route("/v1/chat/completions", "POST", chat),
         route("/v1/completions", "POST", complete),
-        route("/v1/messages", "POST", anthropic_api.messages, anthropic_api.error_response),
-        route("/v1/messages/count_tokens", "POST", anthropic_api.count_tokens, anthropic_api.error_response),
+        route("/v1/messages", "POST", anthropic_api.messages),
+        route("/v1/messages/count_tokens", "POST", anthropic_api.count_tokens),
         route("/tokenize", "POST", tokenize),
         route("/detokenize", "POST", detokenize),
         route("/v1/models", "GET", list_models),
@@ -57,7 +58,13 @@ def make_app(service: Service) -> Starlette:
         route("/status.json", "GET", show_status),
         route("/", "GET", show_page),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
+    return guard(app, service.config.door, _refused)
+
+
+def _refused(path: str, error: ApiError) -> Response:
+    """An error in the words of the API that the path belongs to."""
+    return (anthropic_api.error_response if path.startswith("/v1/messages") else error_response)(error)
 
 
 async def _answer_errors(answer: Awaitable[Response], refuse: Callable[[ApiError], Response]) -> Response:
@@ -76,7 +83,7 @@ async def _answer_errors(answer: Awaitable[Response], refuse: Callable[[ApiError
 def _no_such_endpoint(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}. Try POST /v1/chat/completions."
-    return error_response(ApiError(error.status_code, message))
+    return _refused(request.url.path, ApiError(error.status_code, message))
 
 
 async def chat(service: Service, request: Request) -> Response:
@@ -178,7 +185,10 @@ def _kernels(ready: Ready) -> dict[str, Any]:
 
 
 async def health(service: Service, request: Request) -> Response:
-    """GET /health: 200 while requests can be answered, 503 before and after; `group` is its present state."""
+    """GET /health: 200 while requests can be answered, 503 before and after; `group` is its present state.
+
+    Who has no key, where there are keys, gets the status alone.
+    """
     group = service.config.group
     ready = service.cluster.ready if service.cluster else None
     failure = service.cluster.failure if service.cluster else None
@@ -194,9 +204,11 @@ async def health(service: Service, request: Request) -> Response:
         "group": service.cluster.describe() if service.cluster else None,
         "hosts": service.hosts() if service.hosts else None,
     }
-    return JSONResponse(
-        {**body, "reason": failure} if failure else body, status_code=200 if status == "ok" else 503
-    )
+    if not request.state.known:
+        body = {"status": status}
+    elif failure:
+        body["reason"] = failure
+    return JSONResponse(body, status_code=200 if status == "ok" else 503)
 
 
 async def metrics(service: Service, request: Request) -> Response:

@@ -7,6 +7,8 @@ from starlette.responses import JSONResponse, Response
 
 from expertd.errors import BusyError, ConfigError, ExpertdError, NotFoundError
 
+# Of a message, in characters; ours are shorter, but for what a client sent.
+MAX_MESSAGE = 2000
 # The engine's messages begin with the parameter that is wrong, if one is.
 _PARAM = re.compile(r"([a-z_]+): ")
 
@@ -42,9 +44,9 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def sendable(text: str) -> str:
-    """A text of the client's as UTF-8 can carry it."""
+    """A text of the client's as an error may repeat it: not for ever, and in UTF-8."""
     # A name from the client's JSON may hold half of a surrogate pair, which UTF-8 cannot carry.
-    return text.encode(errors="replace").decode()
+    return text[:MAX_MESSAGE].encode(errors="replace").decode()
 
 
 def error_response(error: ApiError) -> Response:

@@ -14,6 +14,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from expertd.server.errors import ApiError
 
+# JSON schemas of large APIs have some 30 levels.
+MAX_DEPTH = 64
+
 
 def check_text(text: str) -> str:
     """A validator: JSON may hold half of a surrogate pair, which no tokenizer takes."""
@@ -66,12 +69,24 @@ def _names(cls: type[Body]) -> set[str]:
 
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(body, parse_constant=_no_constant)
+        values = json.loads(body.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as e:
         raise ApiError(400, f"The body is not valid JSON: {e}.") from e
     if not isinstance(values, dict):
         raise ApiError(400, f"The body is {short(values)}; wanted a JSON object.")
+    _check_depth(values)
     return values
+
+
+def _check_depth(values: dict[str, Any]) -> None:
+    """Raises ApiError (400) for what only a hostile client nests so deeply; what comes later walks it by recursion."""
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        inside = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [part for parts in inside for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return
+    raise ApiError(400, f"The body is nested more than {MAX_DEPTH} levels deep. Flatten it.")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -82,7 +97,7 @@ def _check_unimplemented(name: str, value: object, cls: type[Body]) -> None:
     if name in cls.harmless:
         return
     if name not in cls.neutral:
-        near = difflib.get_close_matches(name, _names(cls), n=1)
+        near = difflib.get_close_matches(name[:80], _names(cls), n=1)
         advice = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(_names(cls)))}."
         raise ApiError(400, f"{name}: unknown parameter. {advice}", name, "unknown_parameter")
     # The types too must be equal: in Python, 0 == False and 1 == True.

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
@@ -13,9 +14,10 @@ import uvicorn
 from expertd.cluster.joiner import Joiner
 from expertd.cluster.leader import Leader
 from expertd.cluster.supervisor import Cluster
-from expertd.config import ServerConfig
+from expertd.config import DoorConfig, ServerConfig
 from expertd.errors import ClusterError, ConfigError
 from expertd.server.app import make_app
+from expertd.server.protocol import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, guarded_protocol
 from expertd.server.service import Service
 
 # Streams get their last event as soon as the cluster ends; this is for clients that do not read it.
@@ -32,6 +34,7 @@ class _Server(uvicorn.Server):
 
 def take_port(config: ServerConfig) -> socket.socket:
     """Listen on the configured address; port 0 takes any. Raises ConfigError when it cannot be had."""
+    tls_context(config.door)
     where = f"--host {config.host} --port {config.port}"
     if not 0 <= config.port <= 65535:
         raise ConfigError(f"{where}: cannot listen there: wanted a port of 0 (any) to 65535.")
@@ -43,6 +46,19 @@ def take_port(config: ServerConfig) -> socket.socket:
         if isinstance(e, OSError) and e.errno == errno.EADDRINUSE:
             raise ConfigError(f"{where}: the port is in use. Choose another, for example --port 0.") from e
         raise ConfigError(f"{where}: cannot listen there: {e}. Choose another address.") from e
+
+
+def tls_context(door: DoorConfig) -> ssl.SSLContext | None:
+    """TLS 1.2 and newer with the configured certificate; None without one. Raises ConfigError."""
+    if not door.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(door.tls_cert, door.tls_key)
+    except (OSError, ssl.SSLError) as e:
+        where = f"--tls-cert {door.tls_cert} --tls-key {door.tls_key}"
+        raise ConfigError(f"{where}: not a PEM certificate and its key: {e}. Check both files.") from e
+    return context
 
 
 Lead = Callable[[Cluster], contextlib.AbstractAsyncContextManager[Leader]]
@@ -97,7 +113,7 @@ async def join(
         service.cluster = cluster
         if cluster:
             host, port = listener.getsockname()[:2]
-            say(f"serving {model_id} at http://{host}:{port}/v1")
+            say(f"serving {model_id} at {config.scheme}://{host}:{port}/v1")
 
     async with _running_server(service, listener) as (server, served), follow(show) as joiner:
         service.hosts = joiner.describe
@@ -131,9 +147,14 @@ async def _running_server(
     # uvicorn reports what clients do wrong, and each failure again with a traceback; ours are said once.
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())
     logging.getLogger("uvicorn").propagate = False
+    door = service.config.door
+    context = tls_context(door)
     config = uvicorn.Config(
         make_app(service),
-        http="h11",
+        http=guarded_protocol(),
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=int(HEAD_TIMEOUT_S),
+        ssl_context_factory=(lambda _config, _default: context) if context else None,
         ws="none",
         lifespan="off",
         log_config=None,

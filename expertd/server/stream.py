@@ -20,19 +20,26 @@ T = TypeVar("T")
 
 
 async def read_body(request: Request) -> bytes:
-    """Read a request's body. Raises ApiError: 413 over MAX_BODY_BYTES, 408 after BODY_TIMEOUT_S seconds."""
+    """Read a request's body. Raises ApiError: 413 over MAX_BODY_BYTES, 408 after BODY_TIMEOUT_S seconds, 415 for a
+    compressed one, which may be far larger than it looks."""
+    if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise ApiError(415, f"content-encoding: {coding[:40]!r} is not supported. Send the body as it is.")
+    announced = request.headers.get("content-length", "0")
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
+            _check_size(int(announced) if announced.isdecimal() else 0)
             async for piece in request.stream():
                 body += piece
-                if len(body) > MAX_BODY_BYTES:
-                    raise ApiError(
-                        413, f"The body exceeds {MAX_BODY_BYTES >> 20} MiB. Send a shorter prompt."
-                    )
+                _check_size(len(body))
     except TimeoutError as e:
         raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s. Send it again.") from e
     return bytes(body)
+
+
+def _check_size(num_bytes: int) -> None:
+    if num_bytes > MAX_BODY_BYTES:
+        raise ApiError(413, f"The body exceeds {MAX_BODY_BYTES >> 20} MiB. Send a shorter prompt.")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

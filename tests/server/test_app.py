@@ -15,25 +15,27 @@ import pytest
 from stub_group import LIMIT_S, group_of, received, until
 
 from expertd.cluster.supervisor import Cluster
-from expertd.config import ServerConfig
+from expertd.config import DoorConfig, ServerConfig
 from expertd.server import stream
 from expertd.server.app import make_app
 from expertd.server.service import Service
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "one two three"}]}
 TEXT = {"model": "demo", "prompt": "one two three"}
+OPEN_DOOR = DoorConfig()
 
 
 def with_app(
     folder: Path,
     test: Callable[[httpx.AsyncClient, Cluster], Awaitable[None]],
     num_ranks: int = 1,
+    door: DoorConfig = OPEN_DOOR,
     **moods: str,
 ) -> None:
     async def main() -> None:
         group = group_of(folder, num_ranks, **moods)
         async with asyncio.timeout(LIMIT_S), Cluster.open(group) as cluster:
-            service = Service(ServerConfig(model_id="demo", group=group), cluster)
+            service = Service(ServerConfig(model_id="demo", group=group, door=door), cluster)
             transport = httpx.ASGITransport(app=make_app(service))
             async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
                 await test(client, cluster)

@@ -13,9 +13,11 @@ from stub_group import LIMIT_S, SOON_S, children, group_of, received, until
 
 from expertd.cluster import restarts
 from expertd.cluster.supervisor import Cluster
-from expertd.config import ServerConfig
+from expertd.config import DoorConfig, ServerConfig
 from expertd.errors import ClusterError, ConfigError
 from expertd.server import serve as serving
+
+OPEN_DOOR = DoorConfig()
 
 
 def with_server(
@@ -23,15 +25,16 @@ def with_server(
     test: Callable[[str], Awaitable[None]],
     num_ranks: int = 1,
     limit_s: float = LIMIT_S,
+    door: DoorConfig = OPEN_DOOR,
     **moods: str,
 ) -> float:
     """Run `test` against a server, stop that server, and give the seconds that the stop took."""
 
     async def main() -> float:
-        config = ServerConfig(port=0, group=group_of(folder, num_ranks, **moods))
+        config = ServerConfig(port=0, group=group_of(folder, num_ranks, **moods), door=door)
         listener = serving.take_port(config)
         ready: asyncio.Future[Cluster] = asyncio.get_running_loop().create_future()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = f"{config.scheme}://127.0.0.1:{listener.getsockname()[1]}"
         server = asyncio.create_task(serving.serve(config, listener, ready.set_result))
         try:
             await asyncio.wait({server, ready}, return_when=asyncio.FIRST_COMPLETED, timeout=LIMIT_S)

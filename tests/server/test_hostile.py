@@ -1,0 +1,168 @@
+"""HTTP as no client of ours writes it: an answer of 4xx or a closed connection, and healthy streams go on."""
+
+import asyncio
+import gzip
+import json
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from stub_group import LIMIT_S, received
+
+from expertd.server import protocol, stream
+from tests.server.test_app import TEXT
+from tests.server.test_serve import raw, with_server
+
+BODY = json.dumps(TEXT).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+# What is sent, and the statuses that may come back; none: the connection is closed without an answer.
+CORPUS: dict[str, tuple[bytes, set[int]]] = {
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64), {400}),
+    "no HTTP, with lines": (b"hello\r\n\r\n", {400}),
+    "two lengths": (POST + LENGTH + b"Content-Length: 3\r\n\r\n" + BODY, {400}),
+    "length and chunks": (POST + LENGTH + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + BODY, {400}),
+    "a chunk's size is no number": (POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n" + BODY, {400}),
+    "a chunk's size has a sign": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\n+5\r\nhello\r\n0\r\n\r\n",
+        {400},
+    ),
+    "an unknown coding": (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", {400, 501}),
+    "a negative length": (POST + b"Content-Length: -1\r\n\r\n", {400}),
+    "a huge length": (POST + b"Content-Length: 99999999999999999999\r\n\r\n", {400, 413}),
+    "a header across lines": (POST + b"X: a\r\n b\r\n" + LENGTH + b"\r\n" + BODY, {200, 400}),
+    "a space before the colon": (POST + b"X : a\r\n" + LENGTH + b"\r\n" + BODY, {400}),
+    "a zero byte in a header": (POST + b"X: a\0b\r\n" + LENGTH + b"\r\n" + BODY, {400}),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", {400}),
+    "a head without end": (POST + b"X: " + b"a" * (1 << 20), {400}),
+    "ten thousand headers": (POST + b"".join(b"X%d: a\r\n" % i for i in range(10_000)) + b"\r\n", {400}),
+    "a long path": (b"GET /" + b"a" * (1 << 20) + b" HTTP/1.1\r\nHost: x\r\n\r\n", {400}),
+    "HTTP/3.0": (b"GET /health HTTP/3.0\r\nHost: x\r\n\r\n", {200, 400}),
+    "an upgrade": (
+        b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
+        {200, 400},
+    ),
+    "an absolute path of another host": (b"GET http://evil/health HTTP/1.1\r\nHost: x\r\n\r\n", {404}),
+    "a path with dots": (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n", {404}),
+    "a path that is no UTF-8": (b"GET /%ff%fe HTTP/1.1\r\nHost: x\r\n\r\n", {404}),
+    "CONNECT": (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", {400, 404, 405}),
+}
+BODIES: dict[str, bytes] = {
+    "empty": b"",
+    "no UTF-8": b'{"model": "demo", "prompt": "\xff\xfe"}',
+    "UTF-16": json.dumps(TEXT).encode("utf-16"),
+    "deep lists": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "deep where anything may be": b'{"model":"demo","messages":[{"role":"user","content":"x"}],"guided_json":'
+    + b'{"a":' * 500
+    + b"1"
+    + b"}" * 501,
+    "a number of a million digits": b'{"model": "demo", "prompt": "x", "seed": ' + b"9" * 1_000_000 + b"}",
+    "a zip bomb": gzip.compress(bytes(1 << 20)),
+    "a thousand equal names": b'{"model": "demo", ' + b'"prompt": "x", ' * 1000 + b'"n": 0}',
+    "a long wrong name": b'{"' + b"x" * (1 << 20) + b'": 1}',
+    "cut off": BODY[:-3],
+}
+
+
+async def answer_to(url: str, data: bytes) -> int | None:
+    """The status of what comes back, None if nothing does."""
+    reader, writer = await connect(url)
+    try:
+        writer.write(data)
+        line = await asyncio.wait_for(reader.readline(), LIMIT_S)
+        return int(line.split()[1]) if line else None
+    except ConnectionError:
+        return None
+
+
+async def connect(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that ends with the server."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    raw.append(writer)
+    return reader, writer
+
+
+async def is_healthy(url: str) -> bool:
+    async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
+        response = await client.post("/v1/completions", json={**TEXT, "stream": True})
+        return response.status_code == 200 and "[DONE]" in response.text
+
+
+def test_a_corpus_of_hostile_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 2.0)
+
+    async def test(url: str) -> None:
+        streaming = {**TEXT, "prompt": "@slow:0.01 @repeat:100 x", "max_tokens": 100, "stream": True}
+        async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
+            healthy = asyncio.create_task(client.post("/v1/completions", json=streaming))
+            found = await asyncio.gather(*(answer_to(url, data) for data, _ in CORPUS.values()))
+            for (name, (_, statuses)), status in zip(CORPUS.items(), found, strict=True):
+                assert status in statuses or status is None, (name, status)
+            for path in ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/tokenize"):
+                for name, body in BODIES.items():
+                    response = await client.post(path, content=body)
+                    assert response.status_code == 400, (path, name, response.status_code)
+                    assert len(response.content) < 10_000, name
+                packed = {"content-encoding": "gzip"}
+                response = await client.post(path, content=gzip.compress(BODY), headers=packed)
+                assert response.status_code == 415
+            text = (await healthy).text
+        assert text.count('"text":"x "') == 100 and text.endswith("data: [DONE]\n\n")
+
+    with_server(tmp_path, test)
+
+
+def test_a_truncated_body_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "BODY_TIMEOUT_S", 0.2)
+
+    async def test(url: str) -> None:
+        assert await answer_to(url, POST + b"Content-Length: 1000\r\n\r\n" + BODY) == 408
+        assert await is_healthy(url)
+        assert len(received(tmp_path)) == 1
+
+    with_server(tmp_path, test)
+
+
+def test_a_head_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slowly its bytes come; a client that waits between two requests is one too."""
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
+
+    async def test(url: str) -> None:
+        reader, writer = await connect(url)
+        began = time.monotonic()
+        with pytest.raises(ConnectionError):
+            while time.monotonic() - began < LIMIT_S:
+                writer.write(b"G")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        reader, writer = await connect(url)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await reader.readline()).split()[1] == b"200"
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await asyncio.wait_for(reader.readexactly(1 << 20), LIMIT_S)
+        assert await is_healthy(url)
+
+    with_server(tmp_path, test)
+
+
+def test_idle_connections_give_way_to_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 20)
+
+    async def test(url: str) -> None:
+        idle = [await connect(url) for _ in range(60)]
+        assert await is_healthy(url)
+        closed = [reader for reader, _ in idle if await is_closed(reader)]
+        assert 35 <= len(closed) <= 45
+
+    with_server(tmp_path, test)
+
+
+async def is_closed(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await asyncio.wait_for(reader.read(1), 0.01) == b""
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        return True
