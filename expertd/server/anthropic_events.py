@@ -5,7 +5,7 @@ from typing import Any
 from expertd.engine.messages import Done, Started, Token
 from expertd.server.chat import call_id
 from expertd.server.parts import Arguments, Call, Content, Part, Reasoning, Splitter
-from expertd.server.wire import Event, Json, cached_tokens, json_of
+from expertd.server.wire import Event, Json, json_of
 
 
 class MessageEvents:
@@ -63,7 +63,7 @@ class MessageEvents:
 
     def _usage(self) -> Json:
         done = self._done
-        cached = cached_tokens(done) if done else 0
+        cached = done.cached_tokens if done else 0
         return {
             "input_tokens": self._prompt_tokens - cached,
             "cache_creation_input_tokens": 0,

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from expertd.engine.messages import Ready
 from expertd.errors import ExpertdError
-from expertd.server import anthropic_api
+from expertd.server import anthropic_api, responses_api
 from expertd.server.chat import ChatRequest
 from expertd.server.completions import CompletionRequest
 from expertd.server.door import guard
@@ -47,6 +47,10 @@ def make_app(service: Service) -> ASGIApp:
     routes = [
         route("/v1/chat/completions", "POST", chat),
         route("/v1/completions", "POST", complete),
+        route("/v1/responses", "POST", responses_api.create),
+        route("/v1/responses/{response_id}", "GET", responses_api.show),
+        route("/v1/responses/{response_id}", "DELETE", responses_api.delete),
+        route("/v1/responses/{response_id}/cancel", "POST", responses_api.cancel),
         route("/v1/messages", "POST", anthropic_api.messages),
         route("/v1/messages/count_tokens", "POST", anthropic_api.count_tokens),
         route("/tokenize", "POST", tokenize),

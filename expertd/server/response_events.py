@@ -10,7 +10,7 @@ from typing import Any
 from expertd.engine.messages import Done, Logprobs, Token
 from expertd.server.chat import call_id
 from expertd.server.parts import Arguments, Call, Content, Part, Reasoning, Splitter
-from expertd.server.wire import Event, Json, cached_tokens, shape_of
+from expertd.server.wire import Event, Json, shape_of
 
 
 @dataclass
@@ -205,7 +205,7 @@ class ResponseEvents:
     def _usage(self, done: Done) -> Json:
         return {
             "input_tokens": done.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": cached_tokens(done), "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": done.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": done.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
             "total_tokens": done.prompt_tokens + done.completion_tokens,

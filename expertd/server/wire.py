@@ -102,17 +102,12 @@ def shape_of(candidate: Candidate) -> Json:
     return {"token": candidate.text, "logprob": candidate.logprob, "bytes": list(candidate.data)}
 
 
-def cached_tokens(done: Done) -> int:
-    """How many tokens of the prompt were in a cache already."""
-    return int(getattr(done, "cached_tokens", 0))
-
-
 def usage_of(dones: list[Done], prompts: list[Done], reasoning_tokens: int) -> Json:
     """The token counts of several choices; `prompts` has one of each prompt."""
     prompt, completion = sum(d.prompt_tokens for d in prompts), sum(d.completion_tokens for d in dones)
     usage: Json = {"prompt_tokens": prompt, "completion_tokens": completion}
     usage["total_tokens"] = prompt + completion
-    usage["prompt_tokens_details"] = {"cached_tokens": sum(cached_tokens(d) for d in prompts)}
+    usage["prompt_tokens_details"] = {"cached_tokens": sum(d.cached_tokens for d in prompts)}
     if reasoning_tokens:
         usage["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return usage
