@@ -55,7 +55,7 @@ def _join_texts(content: object) -> object:
     return "".join(block["text"] for block in content)
 
 
-Joined = Annotated[Text, BeforeValidator(_join_texts)]
+Joined = Annotated[Text, BeforeValidator(_join_texts, json_schema_input_type=Text | list[TextBlock])]
 
 
 class ToolResultBlock(Block):
@@ -83,7 +83,7 @@ Blocks = Annotated[
             Discriminator(_kind),
         ]
     ],
-    BeforeValidator(_as_blocks),
+    BeforeValidator(_as_blocks, json_schema_input_type=Text | list[dict[str, Any]]),
 ]
 
 

@@ -16,20 +16,21 @@ from starlette.types import ASGIApp
 from expertd.engine.messages import Ready
 from expertd.errors import ExpertdError
 from expertd.server import anthropic_api, responses_api
+from expertd.server.anthropic import CountRequest, MessagesRequest
 from expertd.server.chat import ChatRequest
 from expertd.server.completions import CompletionRequest
 from expertd.server.door import guard
 from expertd.server.errors import ApiError, as_api_error, error_body, error_response
 from expertd.server.fan import Events, generate_all
+from expertd.server.openapi import Endpoint, document
 from expertd.server.page import page_response
 from expertd.server.parse import parse_request
+from expertd.server.responses import ResponsesRequest
 from expertd.server.service import Service, our_bug
 from expertd.server.status import status
 from expertd.server.stream import EventStream, read_body, while_connected
 from expertd.server.tokens import DetokenizeRequest, TokenizeRequest, counted
 from expertd.server.wire import END_OF_STREAM, Answer, Json, encode_event
-
-Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 # nginx's number for "the client left"; nobody reads it.
 CLIENT_LEFT = 499
@@ -38,31 +39,16 @@ CLIENT_LEFT = 499
 def make_app(service: Service) -> ASGIApp:
     """Build the ASGI app over a service, whose cluster may come later."""
 
-    def route(path: str, method: str, endpoint: Endpoint) -> Route:
+    def route(endpoint: Endpoint) -> Route:
         async def handle(request: Request) -> Response:
-            return await _answer_errors(endpoint(service, request), partial(_refused, path))
+            return await _answer_errors(endpoint.handle(service, request), partial(_refused, endpoint.path))
 
-        return Route(path, handle, methods=[method])
+        return Route(endpoint.path, handle, methods=[endpoint.method])
 
-    routes = [
-        route("/v1/chat/completions", "POST", chat),
-        route("/v1/completions", "POST", complete),
-        route("/v1/responses", "POST", responses_api.create),
-        route("/v1/responses/{response_id}", "GET", responses_api.show),
-        route("/v1/responses/{response_id}", "DELETE", responses_api.delete),
-        route("/v1/responses/{response_id}/cancel", "POST", responses_api.cancel),
-        route("/v1/messages", "POST", anthropic_api.messages),
-        route("/v1/messages/count_tokens", "POST", anthropic_api.count_tokens),
-        route("/tokenize", "POST", tokenize),
-        route("/detokenize", "POST", detokenize),
-        route("/v1/models", "GET", list_models),
-        route("/v1/models/{model:path}", "GET", show_model),
-        route("/health", "GET", health),
-        route("/metrics", "GET", metrics),
-        route("/status.json", "GET", show_status),
-        route("/", "GET", show_page),
-    ]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _no_such_endpoint})
+    app = Starlette(
+        routes=[route(endpoint) for endpoint in ENDPOINTS],
+        exception_handlers={HTTPException: _no_such_endpoint},
+    )
     return guard(app, service.config.door, _refused)
 
 
@@ -236,3 +222,31 @@ async def show_status(service: Service, request: Request) -> Response:
 async def show_page(service: Service, request: Request) -> Response:
     """GET /: the page that shows what /status.json says, and a chat box."""
     return page_response()
+
+
+async def openapi(service: Service, request: Request) -> Response:
+    """GET /openapi.json: what this API takes, for programs."""
+    return JSONResponse(document(ENDPOINTS))
+
+
+ENDPOINTS = [
+    Endpoint("POST", "/v1/chat/completions", chat, ChatRequest, streams=True),
+    Endpoint("POST", "/v1/completions", complete, CompletionRequest, streams=True),
+    Endpoint("POST", "/v1/responses", responses_api.create, ResponsesRequest, streams=True),
+    Endpoint(
+        "GET", "/v1/responses/{response_id}", responses_api.show, None, ("stream", "starting_after"), True
+    ),
+    Endpoint("DELETE", "/v1/responses/{response_id}", responses_api.delete),
+    Endpoint("POST", "/v1/responses/{response_id}/cancel", responses_api.cancel),
+    Endpoint("POST", "/v1/messages", anthropic_api.messages, MessagesRequest, streams=True),
+    Endpoint("POST", "/v1/messages/count_tokens", anthropic_api.count_tokens, CountRequest),
+    Endpoint("POST", "/tokenize", tokenize, TokenizeRequest),
+    Endpoint("POST", "/detokenize", detokenize, DetokenizeRequest),
+    Endpoint("GET", "/v1/models", list_models),
+    Endpoint("GET", "/v1/models/{model:path}", show_model),
+    Endpoint("GET", "/health", health),
+    Endpoint("GET", "/metrics", metrics, None, ("experts",)),
+    Endpoint("GET", "/openapi.json", openapi),
+    Endpoint("GET", "/status.json", show_status, None, ("since", "experts")),
+    Endpoint("GET", "/", show_page),
+]

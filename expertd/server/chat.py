@@ -38,6 +38,9 @@ def join_parts(content: object) -> object:
     return "".join(part["text"] for part in content)
 
 
+Joined = Annotated[Text, BeforeValidator(join_parts, json_schema_input_type=Text | list[dict[str, Any]])]
+
+
 def check_object(arguments: str) -> str:
     """A validator: a call's arguments are one JSON object."""
     try:
@@ -67,7 +70,7 @@ class Message(Strict):
     """One turn of a conversation, without images or sound."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text, BeforeValidator(join_parts)] = ""
+    content: Joined = ""
     name: Text | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: Text | None = None

@@ -13,6 +13,9 @@ from expertd.server.wire import Answer, Choice, Json
 COMPLETION_TOKENS = 16
 
 
+Prompts = str | list[str] | list[int] | list[list[int]]
+
+
 def _as_prompts(prompt: object) -> object:
     """A text, a list of token ids, or a list of either, as a list of prompts."""
     if isinstance(prompt, str):
@@ -44,7 +47,7 @@ class CompletionRequest(Request):
         "reasoning_effort": (),
     }
 
-    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts, json_schema_input_type=Prompts)]
     max_tokens: int | None = Field(None, ge=0, le=2**31)
     logprobs: TopLogprobs | None = None
     echo: bool = False

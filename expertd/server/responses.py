@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from expertd.dialect import Dialect
 from expertd.engine.messages import Submit
-from expertd.server.chat import ChatRequest, check_object, join_parts
+from expertd.server.chat import ChatRequest, Joined, check_object
 from expertd.server.parse import Body, Strict, Text, parse_values
 from expertd.server.response_events import ResponseEvents
 from expertd.server.schema import MaxTokens, TopLogprobs
@@ -25,7 +25,7 @@ class InputMessage(Strict):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(join_parts)]
+    content: Joined
     id: Text | None = None
     status: Text | None = None
     phase: Text | None = None
@@ -53,7 +53,7 @@ class FunctionCall(Strict):
 class FunctionCallOutput(Strict):
     type: Literal["function_call_output"]
     call_id: Text
-    output: Annotated[Text, BeforeValidator(join_parts)]
+    output: Joined
     id: Text | None = None
     status: Text | None = None
 
@@ -171,7 +171,9 @@ class ResponsesRequest(Body):
     )
 
     model: str
-    input: Annotated[list[Item], BeforeValidator(_as_items), Field(min_length=1)]
+    input: Annotated[
+        list[Item], BeforeValidator(_as_items, json_schema_input_type=Text | list[Item]), Field(min_length=1)
+    ]
     instructions: Text | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None

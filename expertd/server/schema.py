@@ -29,9 +29,11 @@ def _token_ids(bias: object) -> object:
 
 
 Stop = Annotated[Text, Field(min_length=1)]
-Stops = Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=4)]
+Stops = Annotated[
+    list[Stop], BeforeValidator(_as_list, json_schema_input_type=Text | list[Text]), Field(max_length=4)
+]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-Biases = Annotated[dict[int, Bias], BeforeValidator(_token_ids)]
+Biases = Annotated[dict[int, Bias], BeforeValidator(_token_ids, json_schema_input_type=dict[str, Bias])]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 MaxTokens = Annotated[int, Field(ge=1, le=2**31)]
 Choices = Annotated[list[Text], Field(min_length=1)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from stub_group import LIMIT_S, group_of, received, until
 
@@ -414,3 +415,24 @@ def test_loading_is_503(tmp_path: Path) -> None:
 def test_the_server_imports_no_mlx() -> None:
     code = "import sys, expertd.server.serve, expertd.server.app; assert 'mlx' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+def test_the_openapi_document_names_every_parameter(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
+        found = (await client.get("/openapi.json")).json()
+        jsonschema.Draft202012Validator.check_schema(found["components"]["schemas"]["ChatRequest"])
+        chat = found["paths"]["/v1/chat/completions"]["post"]
+        reference = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert reference == "#/components/schemas/ChatRequest" and "text/event-stream" in str(
+            chat["responses"]
+        )
+        known = set(found["components"]["schemas"]["ChatRequest"]["properties"])
+        assert known >= {"messages", "temperature", "tools", "response_format", "n", "seed", "logprobs"}
+        # What the document says is what is taken.
+        schema = {"$ref": reference, "components": found["components"]}
+        jsonschema.validate({**FORCED, "stop": "x", "logit_bias": {"5": 1}}, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**CHAT, "temprature": 1}, schema)
+        assert {"get", "delete"} == set(found["paths"]["/v1/responses/{response_id}"])
+
+    with_app(tmp_path, test)
