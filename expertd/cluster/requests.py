@@ -23,9 +23,10 @@ from expertd.cluster.host_messages import Copy
 from expertd.cluster.reply import LeaderLost
 from expertd.cluster.transcripts import Event, Kept, Transcript
 from expertd.engine.messages import Done, Submit
-from expertd.errors import ClusterError, ExpertdError, NotFoundError
+from expertd.errors import BusyError, ClusterError, ExpertdError, NotFoundError
 
-MAX_OPEN_REQUESTS = 64
+# Above what an engine takes and lets wait (GroupConfig): that refuses first, with its numbers.
+MAX_OPEN_REQUESTS = 1024
 # A request that has lost so many leaders without a token between them may be what kills them.
 MAX_LOST_LEADERS = 5
 # From the second on: a leader that refuses everything must not be asked in a hot loop.
@@ -135,7 +136,7 @@ class Requests:
 
     def _start(self, transcript: Transcript, submit: Submit | None = None) -> None:
         if self.num_open >= MAX_OPEN_REQUESTS:
-            raise ClusterError(f"{MAX_OPEN_REQUESTS} requests are open, the most at a time. Try again later.")
+            raise BusyError(f"{MAX_OPEN_REQUESTS} requests are open, the most at a time. Try again later.")
         transcript.is_led = True
         if transcript.submit.keep and transcript.is_whole:
             self.kept.put(transcript)

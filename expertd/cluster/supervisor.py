@@ -220,8 +220,8 @@ class Cluster:
     def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
         """Run one request: Started, Token..., Done, whichever leaders die meanwhile. Leaving early cancels it.
 
-        Raises ConfigError when the rank rejects the request, ClusterError when the group is dead, has
-        MAX_OPEN_REQUESTS open, has no leader for LEADER_TIMEOUT_S seconds, or lost too many (requests.py).
+        Raises ConfigError when the rank rejects the request, BusyError when too many are open, ClusterError when
+        the group is dead, has no leader for LEADER_TIMEOUT_S seconds, or lost too many (requests.py).
         """
         return self.requests.generate(submit)
 

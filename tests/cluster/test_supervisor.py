@@ -16,7 +16,7 @@ from stub_group import LIMIT_S, SOON_S, StubMailbox, children, gone, group_of, r
 from expertd.cluster import local, requests, supervisor
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Done, Started, Submit, Token
-from expertd.errors import CheckpointError, ClusterError, ConfigError, ExpertdError
+from expertd.errors import BusyError, CheckpointError, ClusterError, ConfigError, ExpertdError
 
 
 @asynccontextmanager
@@ -119,7 +119,7 @@ def test_too_many_requests_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
             aclosing(cluster.generate(Submit("a", prompt="@hang"))) as open_one,
         ):
             await anext(open_one)
-            with pytest.raises(ClusterError, match="1 requests are open"):
+            with pytest.raises(BusyError, match="1 requests are open"):
                 await text_of(cluster, "x", "b")
 
     asyncio.run(main())
