@@ -9,6 +9,8 @@ import click
 
 import expertd
 from expertd.cli.bench import bench_command
+from expertd.cli.chat import chat_command
+from expertd.cli.completion import completion_command
 from expertd.cli.doctor import doctor_command
 from expertd.cli.hosts import hosts_command
 from expertd.cli.join import join_command
@@ -18,34 +20,45 @@ from expertd.cli.quality import quality_command
 from expertd.cli.quantize import quantize_command
 from expertd.cli.run import run_command
 from expertd.cli.serve import serve_command
+from expertd.cli.status import status_command
 from expertd.cli.topology import topology_command
 from expertd.errors import ExpertdError
 
 INTERRUPTED = 130
 
 
+SECTIONS: dict[str, tuple[click.Command, ...]] = {
+    "Serve": (serve_command, join_command, pair_command, hosts_command, key_command),
+    "Use": (run_command, chat_command, status_command),
+    "Make a checkpoint smaller": (quantize_command, quality_command),
+    "Look into it": (doctor_command, topology_command, bench_command, completion_command),
+}
+
+
+class _Sections(click.Group):
+    """A group whose help lists its commands by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, commands in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(c.name or "", c.get_short_help_str(limit=90)) for c in commands])
+
+
 @click.group(
-    epilog="Start with: expertd run demo 'Once upon a time'",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=_Sections,
+    epilog="Start with: expertd run demo 'Once upon a time'. Every flag has a variable, such as EXPERTD_SERVE_PORT for "
+    "`serve --port`.",
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "EXPERTD"},
 )
 @click.version_option(expertd.__version__, prog_name="expertd", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Serve one mixture-of-experts language model from one to four ranks."""
+    if os.environ.get("NO_COLOR"):  # https://no-color.org
+        context.color = False
 
 
-for _command in (
-    run_command,
-    serve_command,
-    join_command,
-    pair_command,
-    hosts_command,
-    key_command,
-    topology_command,
-    doctor_command,
-    quantize_command,
-    quality_command,
-    bench_command,
-):
+for _command in (command for commands in SECTIONS.values() for command in commands):
     cli.add_command(_command)
 
 
