@@ -166,9 +166,14 @@ class Engine:
         )
 
     def _meet(self, runner: Runner) -> None:
-        held = runner.meet()
+        apart = self._split == "auto" and "sequences" in self.splits and len(self._fractions) > 1
+        held = runner.meet(apart, self.prefill_chunk)
         for sequence in self._open:
             sequence.num_computed, sequence.home = held.pop(sequence.sequence_id, 0), None
+            if sequence.num_computed and (cache := runner.caches[sequence.sequence_id]).pending:
+                # What is asked of a prompt is read with all ranks: again, here.
+                sequence.num_computed = 0 if sequence.wants_logits else sequence.num_computed
+                sequence.home = cache.home
         self._settled, self._released = [], [TRIAL_ID] if held.pop(TRIAL_ID, 0) else []
         self.prefixes.meet(held, runner.caches)
         self._has_met = True
@@ -271,6 +276,7 @@ class Engine:
         work = Work.of(kind, sum(map(len, tokens)))
         split = self._choose_split(sequences, work, behind)
         if split.name == "sequences":
+            self._spread(sequences)
             give_homes(sequences, self._open[: self.max_streams], self._fractions)
             sequences.sort(key=home_of)
             tokens = [self._next_tokens(sequence) for sequence in sequences]
@@ -288,7 +294,7 @@ class Engine:
             cuts=list(self._cuts),
             logits=kind == "check" or (kind == "prefill" and sequences[0].wants_logits),
             homes=homes,
-            spare=SPARE if homes and decode and len(sequences) == 1 and behind else 0,
+            spare=SPARE if decode and len(set(homes)) == 1 and behind else 0,
         )
         return plan, work
 
@@ -320,6 +326,13 @@ class Engine:
 
     def _cost_s(self, num_tokens: int) -> float | None:
         return self._planner.cost_s(Work.of("check" if num_tokens > 1 else "decode", num_tokens))
+
+    def _spread(self, sequences: list[Sequence]) -> None:
+        """Let streams that are all at one home leave it, if the others have nearly caught up with them."""
+        if len({s.home for s in sequences}) == 1 < len(sequences):
+            for sequence in sequences:
+                if self._num_behind([sequence]) <= SPARE:
+                    sequence.home = None
 
     def _num_behind(self, sequences: list[Sequence]) -> int:
         assert self._runner is not None

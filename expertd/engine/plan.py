@@ -75,21 +75,39 @@ class CatchUp:
 @dataclass(frozen=True)
 class Meeting:
     """Before an epoch's first step: the caches that rank 0 still has, each with the numbers of tokens to which it can
-    be cut. Every rank answers which of these are its own as well."""
+    be cut. Every rank answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
 
     lengths: dict[int, list[int]]
+    apart: bool = False
 
     def encode(self) -> bytes:
         frame: bytes = msgpack.packb(asdict(self))
         return frame
 
 
-def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting:
+@dataclass(frozen=True)
+class Lacking:
+    """Tokens of a sequence, in pieces, that rank 0 alone has in its cache; its home is rank 0."""
+
+    sequence_id: int
+    tokens: list[list[int]]
+    decode: list[bool]
+
+    def encode(self) -> bytes:
+        frame: bytes = msgpack.packb(asdict(self))
+        return frame
+
+
+def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting | Lacking:
     """Raises RemoteProtocolError when the bytes are no plan."""
     try:
         values = msgpack.unpackb(frame, strict_map_key=False)
         if "lengths" in values:
-            return Meeting({int(i): [int(n) for n in ns] for i, ns in Meeting(**values).lengths.items()})
+            meeting = Meeting(**values)
+            lengths = {int(i): [int(n) for n in ns] for i, ns in meeting.lengths.items()}
+            return Meeting(lengths, bool(meeting.apart))
+        if "sequence_id" in values:
+            return Lacking(**values)
         if "steps" in values:
             told = CatchUp(**values)
             return CatchUp([Plan(**_typed(step)) for step in told.steps], told.sequence_ids)

@@ -3,7 +3,8 @@
 Caches outlive epochs. A rank takes a step that failed back at once. Ranks may then have come to different ends, and a
 rank may be new: at a `Meeting`, before an epoch's first step, rank 0 names what it has, each rank answers how much of
 that it has too, and all cut every cache to the longest beginning that everybody has. What some rank lacks altogether
-is dropped everywhere, and its sequence is read again.
+is dropped everywhere, and its sequence is read again. Unless whole sequences may be divided over the ranks: then rank 0
+keeps what it has and goes on with it as its home, and the others get the tokens that they lack (`Lacking`).
 
 Under `solo` nobody needs the other ranks, and a group must not be slower than rank 0 alone: on one host they would
 take memory bandwidth from it. So rank 0 takes decode steps without a word, and lets the others catch up before the
@@ -25,12 +26,12 @@ import mlx.core as mx
 
 from expertd.engine.messages import Load, Stats
 from expertd.engine.meter import Meter
-from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, WindowsPlan, decode_plan
 from expertd.errors import TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
 from expertd.model.cache_files import CacheFiles
-from expertd.model.caches import Piece, SequenceCache
+from expertd.model.caches import MERGED, Piece, SequenceCache
 from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Model, cache_bytes
 from expertd.split.cut import StepSplit
@@ -45,6 +46,9 @@ MASK_BYTES = 8
 
 # A meeting's frame has to fit a slot: of 64 bytes for a cache at most, and a slot has a MiB.
 MAX_OFFERED = 4096
+
+# Tokens of one frame at most, and one piece more: as many as surely fit a slot.
+MAX_LACKING = 100_000
 
 # When rank 0 dies, what the others have not caught up with is read from the transcripts: a small chunk.
 CATCH_UP_STEPS = 32
@@ -68,15 +72,39 @@ class Runner:
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
             caches.clear()
 
-    def meet(self) -> dict[int, int]:
+    def meet(self, apart: bool = False, chunk: int = MERGED) -> dict[int, int]:
         """Rank 0, before an epoch's first step: agree with the others on what all of them have.
 
+        `apart`: what only rank 0 has stays, and rank 0 is its home; prompts were read in chunks of `chunk` tokens.
         Gives the number of tokens in the cache of each sequence that has one.
         """
         offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self.caches.items()]
-        meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]))
+        meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]), apart)
         self._tell(meeting)
-        return self._meet(meeting)
+        held = self._meet(meeting)
+        for sequence_id in [i for i, cache in self.caches.items() if cache.num_shared < len(cache)]:
+            self._tell_lacking(sequence_id, chunk)
+        return held
+
+    def _tell_lacking(self, sequence_id: int, chunk: int) -> None:
+        """Rank 0: let the others know what it alone has of a sequence, in the pieces in which it was computed."""
+        cache = self.caches[sequence_id]
+        cache.home, cache.uneven = 0, True
+        cache.pending = cache.pieces(cache.num_shared, chunk)
+        left = list(cache.pending)
+        while left:
+            pieces = [left.pop(0)]
+            while left and sum(len(piece.tokens) for piece in pieces) < MAX_LACKING:
+                pieces.append(left.pop(0))
+            self._tell(Lacking(sequence_id, [piece.tokens for piece in pieces], [p.decode for p in pieces]))
+
+    def _lack(self, lacking: Lacking) -> None:
+        """Other ranks: note it, to be read when it is needed or there is time."""
+        if lacking.sequence_id not in self.caches:
+            self.caches[lacking.sequence_id] = SequenceCache(self._model.new_cache())
+        cache = self.caches[lacking.sequence_id]
+        cache.home, cache.uneven = 0, True
+        cache.pending += map(Piece, lacking.tokens, lacking.decode)
 
     def catch_up(self, plan: Plan) -> None:
         """Rank 0, before a step that takes all ranks: wait until all have what some did alone. Else it does nothing."""
@@ -158,7 +186,7 @@ class Runner:
             loads=[Load(layer, chosen) for layer, chosen in self._model.expert_load.take()],
         )
 
-    def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting) -> None:
+    def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting | Lacking) -> None:
         if self._link.num_ranks > 1:
             self._link.send_frame(plan.encode())
 
@@ -170,6 +198,8 @@ class Runner:
         plan = decode_plan(frame)
         if isinstance(plan, Meeting):
             self._meet(plan)
+        elif isinstance(plan, Lacking):
+            self._lack(plan)
         elif isinstance(plan, WindowsPlan):
             self._observe(plan)
         elif isinstance(plan, CatchUp):
@@ -203,15 +233,16 @@ class Runner:
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         common = self._common([self._mask(i, lengths) for i, lengths in meeting.lengths.items()])
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
-            if mask:
-                length = lengths[(mask & -mask).bit_length() - 1]  # the longest comes first
-                cache = self.caches[sequence_id]
-                cache.cut(length)
-                cache.keep_marks({n for bit, n in enumerate(lengths) if mask >> bit & 1})
-                cache.share()
-                cache.uneven = False
-            else:
+            if not mask and not (meeting.apart and self._link.rank == 0):
                 self.caches.pop(sequence_id, None)
+                continue
+            cache = self.caches[sequence_id]
+            length = lengths[(mask & -mask).bit_length() - 1] if mask else 0  # the longest comes first
+            if not meeting.apart or self._link.rank != 0:
+                cache.cut(length)
+            cache.share()
+            cache.num_shared, cache.home, cache.uneven = length, None, False
+            cache.keep_marks({n for bit, n in enumerate(lengths) if mask >> bit & 1})
         for sequence_id in self.caches.keys() - meeting.lengths.keys():
             del self.caches[sequence_id]
         return {sequence_id: len(cache) for sequence_id, cache in self.caches.items()}

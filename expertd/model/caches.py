@@ -94,6 +94,13 @@ class SequenceCache:
         """Note that every rank now has what this one has."""
         self.num_shared, self.pending = len(self), []
 
+    def pieces(self, start: int, chunk: int) -> list[Piece]:
+        """The tokens from `start` on, as they were computed: a prompt in chunks, the answer one by one."""
+        ends = [*range(start // chunk * chunk + chunk, self.num_read, chunk), max(start, self.num_read)]
+        starts = [start, *ends[:-1]]
+        read = [Piece(self.tokens[a:b], False) for a, b in zip(starts, ends, strict=True) if b > a]
+        return read + [Piece([token], True) for token in self.tokens[ends[-1] :]]
+
     def take_pending(self, limit: int | None, merge: bool) -> list[Piece]:
         """Take pieces out of `pending`, of `limit` tokens in all or of one piece more than that.
 

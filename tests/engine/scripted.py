@@ -89,7 +89,7 @@ class ScriptedRunner:
         self.before_step: Callable[[Plan], None] = lambda plan: None
         self.before_windows: Callable[[WindowsPlan], None] = lambda plan: None
 
-    def meet(self) -> dict[int, int]:
+    def meet(self, apart: bool = False, chunk: int = 0) -> dict[int, int]:
         assert not self.plans
         self.num_meetings += 1
         return {i: len(tokens) for i, tokens in self.caches.items()}

@@ -6,10 +6,11 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from expertd.engine.plan import CatchUp, Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, WindowsPlan, decode_plan
 from expertd.engine.runner import CATCH_UP_STEPS, MASK_BYTES, Caches, Runner
 from expertd.errors import LinkDown, RemoteProtocolError
 from expertd.link.mailbox import Mailbox
+from expertd.model.caches import Piece, SequenceCache
 from expertd.model.model import Model
 from expertd.split.cut import StepSplit
 
@@ -265,6 +266,42 @@ def test_ranks_meet_at_what_all_have() -> None:
     follower.follow()
     assert other.answers == [masks(0b110, 0b10, 0)]
     assert {i: cache.tokens for i, cache in follows.items()} == {1: [5, 6, 7, 8], 2: [9]}
+
+
+def test_where_sequences_may_be_divided_the_leader_keeps_what_it_has() -> None:
+    """The others get the tokens that they lack, in the pieces in which they were computed."""
+    leads: Caches = {}
+    leader, _, box = make(caches=leads)
+    for plan in PLANS[:4]:
+        leader.lead(plan)
+    box.other = masks(0b100, 0)
+    assert leader.meet(apart=True, chunk=2) == {1: 5, 2: 2}
+    meeting, *lacking = map(decode_plan, box.sent[-3:])
+    assert meeting == Meeting({1: [5, 4, 3], 2: [2, 1]}, apart=True)
+    assert lacking == [Lacking(1, [[8], [11]], [True, True]), Lacking(2, [[9], [10]], [True, True])]
+    assert [(c.home, c.num_shared, c.num_pending) for c in leads.values()] == [(0, 3, 2), (0, 0, 2)]
+    follows: Caches = {}
+    follower, _, other = make(caches=follows)
+    follower.lead(PLANS[0])
+    follower, _, other = make(frames=box.sent[-3:], caches=follows)
+    follower._link.rank, other.other = 1, masks(0b111, 0b11)
+    for _ in range(3):
+        follower.follow()
+    assert {i: (c.tokens, c.known, c.home) for i, c in follows.items()} == {
+        1: ([5, 6, 7], [5, 6, 7, 8, 11], 0),
+        2: ([], [9, 10], 0),
+    }
+
+
+def test_a_prompt_is_told_in_the_chunks_in_which_it_was_read() -> None:
+    cache = SequenceCache([])
+    cache.extend(list(range(10)), decode=False)
+    cache.extend([10], decode=True)
+    whole = [Piece([0, 1, 2, 3], False), Piece([4, 5, 6, 7], False), Piece([8, 9], False), Piece([10], True)]
+    assert (
+        cache.pieces(0, 4) == whole and cache.pieces(8, 4) == whole[2:] and cache.pieces(10, 4) == whole[3:]
+    )
+    assert cache.pieces(11, 4) == []
 
 
 def test_one_rank_keeps_what_it_has_and_nobody_has_nothing() -> None:

@@ -54,11 +54,19 @@ class WildPlanner(Planner):
 
 
 class Counting(Runner):
-    num_meetings = 0
+    """Once, at the second meeting, the last rank has nothing any more, as one that was started again."""
+
+    num_meetings = num_lacking = 0
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         self.num_meetings += 1
+        if self.num_meetings == 2 and self._link.rank == self._link.num_ranks - 1 > 0:
+            self.caches.clear()
         return super()._meet(meeting)
+
+    def _tell_lacking(self, sequence_id: int, chunk: int) -> None:
+        self.num_lacking += 1
+        super()._tell_lacking(sequence_id, chunk)
 
 
 def serve(
@@ -79,7 +87,7 @@ def serve(
             found[Path(folder).name] = _lead(runner, model, seed)
             runner.meet()
         else:
-            while runner.num_meetings < 2:
+            while runner.num_meetings < 3:
                 runner.follow()
     return found
 
@@ -106,9 +114,14 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
             )
         engine.step()
         step += 1
+        if step == 22 and num_ranks > 1:  # a new epoch
+            runner = Counting(model, runner._link, runner.caches)
+            engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
+            engine._planner = planner
     if num_ranks > 1:
         assert {split for _, split in planner.taken} == set(model.splits), planner.taken
         assert ("decode", "sequences") in planner.taken
+        assert runner.num_lacking > 1
         assert ("prefill", "sequences") in planner.taken
     if SequenceCache(model.new_cache()).forgets and not model.one_by_one:
         assert num_ranks == 1 or "check" in {kind for kind, _ in planner.taken}
