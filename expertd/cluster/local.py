@@ -132,11 +132,11 @@ class LocalRank:
             self.seats[-1].joined = True
             del self.seats[:-1]
         elif beats:
+            epoch, pulse = self.seats[-1].epoch, sum(beats)
             # Without an older mailbox it has no step to finish, and no pulse by which a stopped one could be told.
-            epoch, limit_s = (
-                self.seats[-1].epoch,
-                join_timeout_s if sum(beats) else min(join_timeout_s, JOIN_S),
-            )
+            if not pulse and now - epoch.began > PULSE_SILENCE_S and self.process.is_stopped:
+                return f"was stopped before it joined epoch {epoch.layout.epoch}"
+            limit_s = join_timeout_s if pulse else min(join_timeout_s, JOIN_S)
             if now - epoch.began > limit_s:
                 return f"did not join epoch {epoch.layout.epoch} within {limit_s:g} s"
         if self.replies and now - self.last_word > SILENCE_TIMEOUT_S:

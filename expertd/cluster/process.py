@@ -14,6 +14,8 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
+import psutil
+
 from expertd.errors import ClusterError
 from expertd.topology.machine import huge_pages
 from expertd.wire import Codec
@@ -78,6 +80,13 @@ class ChildProcess:
     @property
     def running(self) -> bool:
         return self._process.returncode is None
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it (SIGSTOP), as the system says."""
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        return False
 
     def send_nowait(self, message: Any) -> None:
         """Queue a small frame; a child that is gone gets nothing, silently: its end is reported elsewhere."""

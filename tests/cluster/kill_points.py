@@ -1,6 +1,6 @@
 """Eight streams at a time, and ranks killed and stopped at random points: every answer must be the undisturbed one.
 
-    python -m tests.cluster.kill_points [--points 200] [--seed 1] [--ranks 3] [--family qwen3_moe]
+    python -m tests.cluster.kill_points [--points 200] [--seed 1] [--ranks 3] [--family qwen3_moe] [--kernels mlx]
 
 A point is a moment, a victim and a signal, all drawn from the seed: in prefill, in decode, at any time, in the
 recovery from another one, or while a fresh rank joins. A dead rank is started again, so one group takes any number of
@@ -27,6 +27,7 @@ from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Submit, Token
 from expertd.sampling import Sampling
+from tests.cluster.forked import forked_ranks
 from tests.tiny import make_tiny
 
 NUM_STREAMS = 8
@@ -186,10 +187,14 @@ async def _until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
-async def storm(checkpoint: Path, seed: int, num_points: int, num_ranks: int) -> Storm:
-    """One group through `num_points` points. By MLX's kernels: ours would be done before anything is killed."""
-    group = GroupConfig(str(checkpoint), num_ranks=num_ranks, split="experts", prefill_chunk=8, kernels="mlx")
-    async with Cluster.open(group, restart=True) as cluster:
+async def storm(
+    checkpoint: Path, seed: int, num_points: int, num_ranks: int = 3, kernels: str = "mlx"
+) -> Storm:
+    """One group through `num_points` points. By MLX's kernels: ours are done before much is killed."""
+    group = GroupConfig(
+        str(checkpoint), num_ranks=num_ranks, split="experts", prefill_chunk=8, kernels=kernels
+    )
+    async with forked_ranks(), Cluster.open(group, restart=True) as cluster:
         run = Storm(cluster, seed, num_points)
         await run.run()
         return run
@@ -201,11 +206,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--family", default="qwen3_moe")
+    parser.add_argument("--kernels", default="mlx")
     arguments = parser.parse_args()
     restarts.GOOD_LIFE_S = 0.0  # here, dying young is no sign of anything
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny(Path(folder) / "tiny", arguments.family)
-        run = asyncio.run(storm(model, arguments.seed, arguments.points, arguments.ranks))
+        run = asyncio.run(storm(model, arguments.seed, arguments.points, arguments.ranks, arguments.kernels))
     print(run.report())
     raise SystemExit(1 if run.wrong else 0)
 

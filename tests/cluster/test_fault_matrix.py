@@ -4,10 +4,14 @@ The time from the fault to the survivor's word in /health is printed (pytest -s)
 else runs. What is asserted is that it comes.
 """
 
+import http.client
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
+from typing import Any
 
 import pytest
 
@@ -148,6 +152,41 @@ def test_the_follower_goes_on_without_its_leader(
     leader.wait(in_group(1), RECOVERY_S)  # with a rank that was started again
     follower.wait(follows, RECOVERY_S)
     require_answer(leader, undisturbed)
+
+
+def responses(host: Computer, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
+    """The events of a streamed response."""
+    with closing(host._connection(RECOVERY_S)) as connection:
+        headers = {"content-type": "application/json"}
+        connection.request(method, f"/v1/responses{path}", json.dumps(body) if body else None, headers)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        with suppress(OSError, http.client.HTTPException):  # its host is killed
+            yield from (json.loads(line[6:]) for line in answer if line.startswith(b"data: {"))
+
+
+def deltas(events: list[Any]) -> list[tuple[int, str]]:
+    return [(e["sequence_number"], e["delta"]) for e in events if e["type"] == "response.output_text.delta"]
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
+def test_a_response_is_picked_up_on_the_other_host(group: list[Computer], victim: int) -> None:
+    """Its client was on the host that dies: the one that leads, and the one that follows."""
+    asked = {"model": "demo", "input": PROMPT, "stream": True, "max_output_tokens": 40, "temperature": 0}
+    undisturbed = deltas(list(responses(group[0], "POST", "", asked)))
+    events = responses(group[victim], "POST", "", asked)
+    seen = [next(events)]
+    while len(deltas(seen)) < 5:
+        seen.append(next(events))
+    host = group[victim]
+    host.children()
+    os.kill(host.part("supervisor").pid, signal.SIGKILL)
+    seen += list(events)
+    after, response_id = seen[-1]["sequence_number"], seen[0]["response"]["id"]
+    rest = responses(group[1 - victim], "GET", f"/{response_id}?stream=true&starting_after={after}")
+    assert deltas(seen) + deltas(list(rest)) == undisturbed and len(deltas(seen)) < len(undisturbed)
+    assert host.running.process.wait(END_S) == -signal.SIGKILL
+    host.require_no_orphan()
 
 
 def test_nobody_has_shown_a_traceback(hosts: list[Computer]) -> None:

@@ -12,7 +12,7 @@ from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.fault
 
-NUM_POINTS = 12
+NUM_POINTS = 30
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def test_every_stream_has_the_tokens_of_an_undisturbed_run(
 ) -> None:
     monkeypatch.setattr(restarts, "GOOD_LIFE_S", 0.0)  # dying young is no sign of anything here
     model = make_tiny(tmp_path / "tiny", "qwen3_moe")
-    run = asyncio.run(storm(model, seed=1, num_points=NUM_POINTS, num_ranks=3))
+    run = asyncio.run(storm(model, seed=1, num_points=NUM_POINTS))
     print(run.report())
     assert run.wrong == [] and len(run.points) >= NUM_POINTS
     assert all(stream.num_answers for stream in run.streams)
