@@ -189,6 +189,15 @@ def parse_sleep_minutes(text: str) -> int:
     return int(found[1])
 
 
+def parse_wired_memory(text: str) -> tuple[int, int]:
+    """Read `sysctl -n hw.memsize iogpu.wired_limit_mb`: bytes of memory, and MB that the GPU may wire, 0 for the
+    system's own limit. Raises UnreadableError."""
+    found = re.fullmatch(r"(\d{1,16})\s+(\d{1,9})\s*", text)
+    if not found:
+        raise UnreadableError(f"sysctl: wanted two numbers, found {text[:40]!r}")
+    return int(found[1]), int(found[2])
+
+
 def parse_firewall(text: str) -> bool:
     """Read `socketfilterfw --getglobalstate`: whether the firewall is on. Raises UnreadableError."""
     found = re.search(r"State = (\d)", text) or re.search(r"\b(enabled|disabled)\b", text)

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -15,11 +16,14 @@ from expertd.cli.doctor import doctor_command
 from expertd.cli.hosts import hosts_command
 from expertd.cli.join import join_command
 from expertd.cli.key import key_command
+from expertd.cli.options import config_folder
 from expertd.cli.pair import pair_command
 from expertd.cli.quality import quality_command
 from expertd.cli.quantize import quantize_command
 from expertd.cli.run import run_command
 from expertd.cli.serve import serve_command
+from expertd.cli.service import service_command
+from expertd.cli.settings import read_settings
 from expertd.cli.status import status_command
 from expertd.cli.topology import topology_command
 from expertd.errors import ExpertdError
@@ -28,7 +32,7 @@ INTERRUPTED = 130
 
 
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
-    "Serve": (serve_command, join_command, pair_command, hosts_command, key_command),
+    "Serve": (serve_command, join_command, pair_command, hosts_command, key_command, service_command),
     "Use": (run_command, chat_command, status_command),
     "Make a checkpoint smaller": (quantize_command, quality_command),
     "Look into it": (doctor_command, topology_command, bench_command, completion_command),
@@ -46,16 +50,26 @@ class _Sections(click.Group):
 
 @click.group(
     cls=_Sections,
-    epilog="Start with: expertd run demo 'Once upon a time'. Every flag has a variable, such as EXPERTD_SERVE_PORT for "
-    "`serve --port`.",
+    epilog="Start with: expertd run demo 'Once upon a time'. Every flag has a variable (EXPERTD_SERVE_PORT is that of "
+    "`serve --port`) and a key in the config file (`port` under `[serve]`); a flag wins over both.",
     context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "EXPERTD"},
 )
 @click.version_option(expertd.__version__, prog_name="expertd", message="%(prog)s %(version)s")
+@click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Flags' values, in TOML [default: ~/.config/expertd/config.toml].",
+)
 @click.pass_context
-def cli(context: click.Context) -> None:
+def cli(context: click.Context, config: Path | None) -> None:
     """Serve one mixture-of-experts language model from one to four ranks."""
     if os.environ.get("NO_COLOR"):  # https://no-color.org
         context.color = False
+    assert isinstance(context.command, click.Group)
+    context.default_map = read_settings(
+        config or config_folder() / "config.toml", context.command, wanted=config is not None
+    )
 
 
 for _command in (command for commands in SECTIONS.values() for command in commands):

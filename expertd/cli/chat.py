@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,7 @@ class Chat:
         self.turns.append({"role": "assistant", "content": answer})
         _tell_speed(self.client, usage, time.monotonic() - began if began else 0.0)
 
-    def _events(self) -> Iterator[dict[str, Any]]:
+    def _events(self) -> Generator[dict[str, Any], None, None]:
         options = {"stream": True, "stream_options": {"include_usage": True}, "temperature": self.temperature}
         body: dict[str, Any] = {"model": self.model, **options}
         if self.max_tokens:

@@ -36,6 +36,8 @@ RDMA_MACOS = (26, 2)  # Apple TN3205
 LIBRARIES = {"Darwin": ["/usr/lib/librdma.dylib", "librdma.dylib"], "Linux": ["libibverbs.so.1"]}
 REINSTALL = "pip install --force-reinstall --no-deps expertd"
 PMSET = ("/usr/bin/pmset", "-g")
+WIRED = ("/usr/sbin/sysctl", "-n", "hw.memsize", "iogpu.wired_limit_mb")
+SYSTEM_MB = 8192  # what macOS and its programs need at least beside the GPU
 FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 MAILBOX_SIZES, MAILBOX_NUMS = [64, 4096, 16384, 65536, 1 << 20], [300, 300, 300, 200, 50]
 TCP_PAYLOADS, TCP_NUM = [64, 16384], 200
@@ -336,6 +338,21 @@ def check_sleep(visit: Visit) -> Finding:
     return Finding("ok", "the system does not sleep by itself")
 
 
+def check_wired_memory(visit: Visit) -> Finding:
+    """What the GPU may keep in memory. Above it, weights are paged in for each token: no error, but no speed."""
+    total, limit_mb = parsers_macos.parse_wired_memory(visit.tools.run(WIRED, visit.limit_s))
+    total_mb = total >> 20
+    most_mb = total_mb - max(SYSTEM_MB, total_mb // 16)
+    if not limit_mb:
+        text = f"the GPU may keep about {total_mb * 3 // 4 // 1024} of {total_mb // 1024} GB in memory, by default"
+        todo = f"for a larger model, until the next start: sudo sysctl iogpu.wired_limit_mb={most_mb}"
+        return Finding("ok", text, todo)
+    if limit_mb > most_mb:
+        text = f"the GPU may keep {limit_mb} of {total_mb} MB: too little is left for the system"
+        return Finding("warning", text, f"sudo sysctl iogpu.wired_limit_mb={most_mb}")
+    return Finding("ok", f"the GPU may keep {limit_mb // 1024} of {total_mb // 1024} GB in memory")
+
+
 def check_firewall(visit: Visit) -> Finding:
     if parsers_macos.parse_firewall(visit.tools.run((FIREWALL, "--getglobalstate"), visit.limit_s)):
         allow = f"sudo {FIREWALL} --add {sys.executable}; sudo {FIREWALL} --unblockapp {sys.executable}"
@@ -427,6 +444,7 @@ LADDER = (
     Step("RDMA address", check_gid, needs=("RDMA port",)),
     Step("RDMA queue pairs", check_open, needs=("RDMA address",)),
     Step("sleep", check_sleep, only_on="Darwin"),
+    Step("wired memory", check_wired_memory, only_on="Darwin"),
     Step("firewall", check_firewall, only_on="Darwin"),
     Step("other host", check_peer),
     Step("mailbox", check_mailbox, needs=("expertd's parts",), essential=True),

@@ -21,6 +21,7 @@ TEXTS = {
     "ifconfig": (SAMPLES / "ifconfig_configured.txt").read_text(),
     "rdma_ctl": "enabled",
     "pmset": " sleep  0\n",
+    "sysctl": "137438953472\n0\n",
     "socketfilterfw": "Firewall is disabled. (State = 0)",
 }
 DEVICE = {"name": "rdma_en2", "port_state": "active", "ipv4": ["10.0.0.1"], "error": ""}
@@ -78,6 +79,8 @@ def test_all_is_well() -> None:
     assert "rdma_en2 10.0.0.1" in rung(report, "RDMA address").found
     assert "64 B 9.5, 1 MiB 9.5" in rung(report, "mailbox").found
     assert "170.0 us per exchange" in rung(report, "hand-off").found
+    assert rung(report, "wired memory").found.startswith("the GPU may keep about 96 of 128 GB")
+    assert rung(report, "wired memory").next.endswith("sudo sysctl iogpu.wired_limit_mb=122880")
     assert "bound decoding" in rung(report, "hand-off").next
 
 
@@ -106,6 +109,8 @@ PMSET = (SAMPLES / "pmset.txt").read_text()
         (mac(), "RDMA of the other end", "MacBook Pro, on en3, offers no RDMA", "rdma_ctl enable", ""),
         (mac(pmset=PMSET), "sleep", "sleeps after 1 min", "sudo pmset -a sleep 0", ""),
         (mac(socketfilterfw="Firewall is enabled. (State = 1)"), "firewall", "is on", "--unblockapp", ""),
+        (mac(sysctl="137438953472\n131072\n"), "wired memory", "131072 of 131072 MB", "wired_limit_mb=122880", ""),
+        (mac(sysctl="sysctl: unknown oid"), "wired memory", "could not find out: sysctl: wanted two", "", ""),
         (mac(socketfilterfw="Feuerwand"), "firewall", "could not find out: socketfilterfw: wanted", "", ""),
         (mac(pmset=CommandError("pmset: no answer in 5 s")), "sleep", "no answer in 5 s", "", ""),
         (mac(system_profiler=CommandError("s: no answer")), "Thunderbolt ports", "no answer", "", "cable"),
