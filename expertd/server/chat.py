@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from expertd.dialect import Dialect
+from expertd.dialect import HARMONY, Dialect
 from expertd.engine.messages import Done, Grammar, Logprobs, Started, Submit, Token
 from expertd.server import tools as toolbox
 from expertd.server.errors import ApiError
+from expertd.server.harmony import HarmonySplitter
 from expertd.server.parse import Strict, Text, short, unsupported
 from expertd.server.parts import Call, Content, Part, Reasoning, Splitter
 from expertd.server.schema import MaxTokens, Request, TopLogprobs, only
@@ -193,7 +194,8 @@ class ChatRequest(Request):
         parser = None
         if self.choice_of_tools == "auto":
             parser = toolbox.parser_of(dialect, [_plain(tool) for tool in self.tools])
-        return Splitter(dialect, parser, forced and only_calls is not None, self.parallel_tool_calls)
+        kind = HarmonySplitter if dialect.call_parser == HARMONY else Splitter
+        return kind(dialect, parser, forced and only_calls is not None, self.parallel_tool_calls)
 
     def answer(self, head: Json, dialect: Dialect) -> Answer:
         choices = [ChatChoice(i, head["id"], self.logprobs, self.splitter(dialect)) for i in range(self.n)]

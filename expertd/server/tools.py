@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from expertd.dialect import Dialect
+from expertd.dialect import HARMONY, Dialect
 from expertd.engine.messages import Grammar
 from expertd.errors import ConfigError
 from expertd.server.errors import ApiError
@@ -105,10 +105,15 @@ def _definitions(tools: list[Function]) -> dict[str, Any]:
 
 def parser_of(dialect: Dialect, tools: list[dict[str, Any]]) -> Parser | None:
     """What reads the calls that a model writes in its own words, None if it has none."""
-    if not dialect.call_parser:
-        return None
+    if dialect.call_parser in ("", HARMONY):
+        return _no_calls if dialect.call_parser else None
     parse = _load_parser(dialect.call_parser)
     return lambda text: parse(text, tools)
+
+
+def _no_calls(text: str) -> list[Any]:
+    """For a format that server/harmony.py reads by itself."""
+    return []
 
 
 @functools.cache
