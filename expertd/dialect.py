@@ -12,8 +12,8 @@ class Dialect:
 
     `call_parser` names the parser of mlx-lm that reads what is between `call_start` and `call_end` (an empty
     `call_end`: the rest of the text), or is HARMONY. `template` lists the names that the chat template knows; "tools"
-    is among them if it has tools. `shown` are more special tokens that the text must show, `ends` more that end an answer.
-    `answer_start` is what an answer's grammar begins after, wherever that comes.
+    is among them if it has tools. `shown` are more special tokens that the text must show, `ends` more that end an
+    answer. `answer_start` is what an answer's grammar begins after, wherever that comes.
     """
 
     think_start: str = ""

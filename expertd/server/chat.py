@@ -171,7 +171,10 @@ class ChatRequest(Request):
             message = f"{found[0].param}: not supported beside tools that may be called. Leave one out."
             raise ApiError(400, message, found[0].param, "unsupported_parameter")
         functions = [tool.function for tool in self.tools]
-        calls = toolbox.forced(functions, self.choice_of_tools, self.parallel_tool_calls)
+        if self.choice_of_tools == "auto":
+            calls = toolbox.strict_calls(functions)
+        else:
+            calls = toolbox.forced(functions, self.choice_of_tools, self.parallel_tool_calls)
         return [*found, calls] if calls else found
 
     def _template_args(self, dialect: Dialect) -> dict[str, Any]:
@@ -210,9 +213,11 @@ def check_tools(choice: "toolbox.Choice", tools: list[Tool], dialect: Dialect) -
         message = "tools: this model's chat template knows no tools. Force a call by tool_choice, or leave tools out."
         raise ApiError(400, message, "tools", "unsupported_parameter")
     for i, tool in enumerate(tools):
-        if tool.function.strict:
+        if tool.function.strict and dialect.call_parser != "json_tools":
             param = f"tools[{i}].function.strict"
-            message = f"{param}: only a call that tool_choice forces keeps to its schema. Leave strict out."
+            message = (
+                f"{param}: this model writes no JSON calls; force one by tool_choice, or leave strict out."
+            )
             raise ApiError(400, message, param, "unsupported_parameter")
 
 
