@@ -5,7 +5,7 @@ READY := .venv/.installed
 DEMO := build/demo-2bit
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test rxe check bench quality fuzz soak cross format clean
+.PHONY: help demo smoke test rxe check bench quality fuzz soak compat cross format clean
 FUZZ_S ?= 60
 FUZZED := tests/native/fuzz_frame.c $(addprefix native/,crc32c.c frame.c transport.c tcp.c self_test.c)
 FUZZ_FLAGS := -std=c11 -g -O1 -Inative
@@ -33,10 +33,10 @@ smoke: $(DEMO) ## The same, with one question over HTTP and the speed of one ran
 
 test: $(READY) ## Run the tests: the calm ones on two cores, then those that kill processes or look at a clock, one by one
 	mkdir -p build
-	$(BIN)/python -m pytest -q -m "calm and not soak" tests/quant >build/test-quant.log 2>&1 & quant=$$!; \
-	$(BIN)/python -m pytest -m "calm and not soak" --ignore tests/quant; rest=$$?; \
+	$(BIN)/python -m pytest -q -m "calm and not (soak or compat)" tests/quant >build/test-quant.log 2>&1 & quant=$$!; \
+	$(BIN)/python -m pytest -m "calm and not (soak or compat)" --ignore tests/quant; rest=$$?; \
 	wait $$quant; quant=$$?; cat build/test-quant.log; exit $$((quant | rest))
-	$(BIN)/python -m pytest -m "not calm and not soak"
+	$(BIN)/python -m pytest -m "not (calm or soak or compat)"
 
 rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
 	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v -m "not slow" tests/rxe/suite --durations=12 \
@@ -83,6 +83,10 @@ soak: $(READY) ## The long forms: ranks killed at 2000 points; a million swaps o
 	$(BIN)/python -m expertd.bench.convert --soak
 	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1800 -- $(BIN)/python -m pytest -p no:cacheprovider -v \
 		-m slow tests/rxe/suite
+
+compat: $(READY) ## Run other people's clients against the demo: LiteLLM, lm-evaluation-harness, schemathesis (installs them)
+	$(BIN)/python -m pip install --quiet --editable '.[compat]'
+	$(BIN)/python -m pytest -m compat tests/compat
 
 cross: $(READY) ## Compile the C code for a Mac, and run it for ARM in QEMU (downloads a compiler of 100 MB)
 	$(BIN)/python -m pip install --quiet --editable '.[cross]'

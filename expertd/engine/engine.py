@@ -253,7 +253,7 @@ class Engine:
             if submit.echo and not submit.generated
             else None,
             matcher=self._grammars.compile(submit.grammar) if submit.grammar else None,
-            grammar_after=list(tokenizer.think_end) if thinking else [],
+            grammar_after=tokenizer.grammar_after(prompt) if chat else [],
             opening=tokenizer.dialect.think_start if thinking else "",
         )
 

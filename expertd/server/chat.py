@@ -6,10 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from expertd.dialect import Dialect
+from expertd.dialect import HARMONY, Dialect
 from expertd.engine.messages import Done, Grammar, Logprobs, Started, Submit, Token
 from expertd.server import tools as toolbox
 from expertd.server.errors import ApiError
+from expertd.server.harmony import HarmonySplitter
 from expertd.server.parse import Strict, Text, short, unsupported
 from expertd.server.parts import Call, Content, Part, Reasoning, Splitter
 from expertd.server.schema import MaxTokens, Request, TopLogprobs, only
@@ -170,7 +171,10 @@ class ChatRequest(Request):
             message = f"{found[0].param}: not supported beside tools that may be called. Leave one out."
             raise ApiError(400, message, found[0].param, "unsupported_parameter")
         functions = [tool.function for tool in self.tools]
-        calls = toolbox.forced(functions, self.choice_of_tools, self.parallel_tool_calls)
+        if self.choice_of_tools == "auto":
+            calls = toolbox.strict_calls(functions)
+        else:
+            calls = toolbox.forced(functions, self.choice_of_tools, self.parallel_tool_calls)
         return [*found, calls] if calls else found
 
     def _template_args(self, dialect: Dialect) -> dict[str, Any]:
@@ -193,7 +197,8 @@ class ChatRequest(Request):
         parser = None
         if self.choice_of_tools == "auto":
             parser = toolbox.parser_of(dialect, [_plain(tool) for tool in self.tools])
-        return Splitter(dialect, parser, forced and only_calls is not None, self.parallel_tool_calls)
+        kind = HarmonySplitter if dialect.call_parser == HARMONY else Splitter
+        return kind(dialect, parser, forced and only_calls is not None, self.parallel_tool_calls)
 
     def answer(self, head: Json, dialect: Dialect) -> Answer:
         choices = [ChatChoice(i, head["id"], self.logprobs, self.splitter(dialect)) for i in range(self.n)]
@@ -208,9 +213,11 @@ def check_tools(choice: "toolbox.Choice", tools: list[Tool], dialect: Dialect) -
         message = "tools: this model's chat template knows no tools. Force a call by tool_choice, or leave tools out."
         raise ApiError(400, message, "tools", "unsupported_parameter")
     for i, tool in enumerate(tools):
-        if tool.function.strict:
+        if tool.function.strict and dialect.call_parser != "json_tools":
             param = f"tools[{i}].function.strict"
-            message = f"{param}: only a call that tool_choice forces keeps to its schema. Leave strict out."
+            message = (
+                f"{param}: this model writes no JSON calls; force one by tool_choice, or leave strict out."
+            )
             raise ApiError(400, message, param, "unsupported_parameter")
 
 

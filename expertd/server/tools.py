@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from expertd.dialect import Dialect
+from expertd.dialect import HARMONY, Dialect
 from expertd.engine.messages import Grammar
 from expertd.errors import ConfigError
 from expertd.server.errors import ApiError
@@ -66,16 +66,37 @@ def forced(tools: list[Function], choice: "Choice | str", parallel: bool) -> Gra
         name = choice.function.name if isinstance(choice, NamedTool) else choice
         raise ApiError(400, f"tool_choice: {name!r}, but no such tool is in tools. Add it.", "tool_choice")
     alone = isinstance(choice, NamedTool) or not parallel
-    calls = [_call_schema(tool) for tool in wanted]
     schema = {
         "type": "array",
-        "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
+        "items": _calls_schema(wanted),
         "minItems": 1,
         "maxItems": 1 if alone else MAX_CALLS,
     }
-    if definitions := _definitions(wanted):
-        schema["$defs"] = definitions
-    return Grammar("json_schema", json.dumps(schema), "tools")
+    return Grammar("json_schema", json.dumps(schema | _definitions(wanted)), "tools")
+
+
+def strict_calls(tools: list[Function]) -> Grammar | None:
+    """The grammar of free text in which every call keeps to its tool's schema; None if no tool is strict.
+
+    For models that write calls in JSON between marks. What comes before a call ends with its first mark.
+    """
+    if not any(tool.strict for tool in tools):
+        return None
+    schema = _calls_schema(tools) | _definitions(tools) | {"x-guidance": {"whitespace_pattern": "[ ]?"}}
+    rules = (
+        "start: (before call)* after",
+        r'before[suffix="<tool_call>"]: /(.|\n)*/',
+        'call: SPACE json SPACE "</tool_call>"',
+        r"SPACE: /[ \n]{0,2}/",
+        f"json: %json {json.dumps(schema)}",
+        r"after: /(.|\n)*/",
+    )
+    return Grammar("lark", "\n".join(rules), "tools")
+
+
+def _calls_schema(tools: list[Function]) -> dict[str, Any]:
+    calls = [_call_schema(tool) for tool in tools]
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 def _call_schema(tool: Function) -> dict[str, Any]:
@@ -94,21 +115,26 @@ def _definitions(tools: list[Function]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for tool in tools:
         if "definitions" in (tool.parameters or {}):
-            message = f"tools: {tool.name}: write $defs for definitions where tool_choice forces a call."
+            message = f"tools: {tool.name}: write $defs for definitions where a call must keep to its schema."
             raise ApiError(400, message, "tools")
         for name, value in (tool.parameters or {}).get("$defs", {}).items():
             if found.setdefault(name, value) != value:
                 message = f"tools: two tools define $defs/{name} differently. Rename one."
                 raise ApiError(400, message, "tools")
-    return found
+    return {"$defs": found} if found else {}
 
 
 def parser_of(dialect: Dialect, tools: list[dict[str, Any]]) -> Parser | None:
     """What reads the calls that a model writes in its own words, None if it has none."""
-    if not dialect.call_parser:
-        return None
+    if dialect.call_parser in ("", HARMONY):
+        return _no_calls if dialect.call_parser else None
     parse = _load_parser(dialect.call_parser)
     return lambda text: parse(text, tools)
+
+
+def _no_calls(text: str) -> list[Any]:
+    """For a format that server/harmony.py reads by itself."""
+    return []
 
 
 @functools.cache

@@ -31,7 +31,9 @@ class ByteTokenizer:
 
     end_ids = frozenset({END})
     dialect = Dialect()
-    think_end: tuple[int, ...] = ()
+
+    def grammar_after(self, ids: list[int]) -> list[int]:
+        return []
 
     def opens_reasoning(self, ids: list[int]) -> bool:
         return False

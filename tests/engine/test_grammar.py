@@ -10,6 +10,7 @@ from expertd.dialect import Dialect
 from expertd.engine.grammar import Grammars
 from expertd.engine.messages import Failed, Grammar, Rejected
 from expertd.engine.text import Tokenizer
+from expertd.server.tools import Function, strict_calls
 from tests.engine.scripted import END, VOCAB, Bench, break_off
 from tests.tiny import write_json, write_tokenizer
 
@@ -72,6 +73,23 @@ def test_other_grammars(bench: Bench, grammar: Grammar, wanted: str) -> None:
     bench.finish()
     for seed in range(5):
         assert re.fullmatch(wanted, bench.text(f"r{seed}")), bench.text(f"r{seed}")
+
+
+def test_calls_of_strict_tools(bench: Bench) -> None:
+    """Text is free, and so is whether there is a call; what a call says is not."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    grammar = strict_calls([Function(name="f", parameters=schema, strict=True)])
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": %s}}\n</tool_call>'
+    for text, wanted in (("a <tool", ""), (f"Hm {call % 1} and {call % 2}.", ""), (call % 3, "error")):
+        matcher = bench.engine._grammars.compile(grammar)  # type: ignore[arg-type]
+        for token_id in cast(Any, bench.engine.tokenizer).encode(text):
+            matcher.take(token_id)
+        assert bool(matcher.error) == bool(wanted), (text, matcher.error)
 
 
 def test_an_answer_that_is_cut_is_told_apart(bench: Bench) -> None:

@@ -188,6 +188,18 @@ def test_how_an_answer_s_look_is_asked_for(
     with_app(tmp_path, test)
 
 
+def test_strict_tools_keep_to_their_schemas(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
+        strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+        assert (
+            await client.post("/v1/chat/completions", json=saying("hi", tools=[strict]))
+        ).status_code == 200
+        (submit,) = submits(tmp_path)
+        assert submit["grammar"]["kind"] == "lark" and '{"const": "f"}' in submit["grammar"]["text"]
+
+    with_app(tmp_path, test, r0="tools")
+
+
 @pytest.mark.parametrize(
     "choice, wanted, most", [("required", {"f", "g"}, 8), (named("g"), {"g"}, 1)], ids=["required", "named"]
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from expertd.dialect import Dialect
+from expertd.dialect import HARMONY, Dialect
+from expertd.server.harmony import HarmonySplitter
 from expertd.server.parts import Arguments, Call, Content, Reasoning, Splitter
 from expertd.server.tools import parser_of
 
@@ -15,6 +16,7 @@ XML = Dialect("<think>", "</think>", "<tool_call>", "</tool_call>", "qwen3_coder
 KIMI = Dialect(
     call_start="<|tool_calls_section_begin|>", call_end="<|tool_calls_section_end|>", call_parser="kimi_k2"
 )
+GPT_OSS = Dialect(call_parser=HARMONY)
 MISTRAL = Dialect(call_start="[TOOL_CALLS]", call_parser="mistral")
 TOOLS: list[dict[str, Any]] = [
     {
@@ -78,6 +80,18 @@ def split(splitter: Splitter, pieces: list[str]) -> dict[str, Any]:
             "<|tool_call_end|><|tool_calls_section_end|>",
             ("", "Hm.", [("f", {"a": 1}), ("g", {})]),
         ),
+        (
+            GPT_OSS,
+            "<|channel|>analysis<|message|>why < because<|end|><|start|>assistant<|channel|>final<|message|>so",
+            ("why < because", "so", []),
+        ),
+        (
+            GPT_OSS,
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.f "
+            '<|constrain|>json<|message|>{"a": 1}',
+            ("hm", "", [("f", {"a": 1})]),
+        ),
+        (GPT_OSS, "no header", ("", "no header", [])),
         (MISTRAL, '[TOOL_CALLS]f[ARGS]{"a": 3}', ("", "", [("f", {"a": 3})])),
     ],
 )
@@ -90,7 +104,8 @@ def test_a_text_is_divided_the_same_in_any_pieces(
         places = sorted(chance.sample(range(len(text) + 1), min(4, len(text))))
         cuts.append([text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)])
     for pieces in cuts:
-        found = split(Splitter(dialect, parser_of(dialect, TOOLS)), pieces)
+        kind = HarmonySplitter if dialect is GPT_OSS else Splitter
+        found = split(kind(dialect, parser_of(dialect, TOOLS)), pieces)
         assert (found["reasoning"], found["content"], found["calls"]) == wanted, pieces
 
 
