@@ -12,7 +12,7 @@ from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.fault
 
-NUM_POINTS = 30
+NUM_POINTS = 24
 
 
 @pytest.fixture(autouse=True)
