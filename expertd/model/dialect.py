@@ -33,7 +33,11 @@ def find_dialect(tokenizer: Any) -> Dialect:
     parser = tokenizer.init_kwargs.get("tool_parser_type") or _infer_tool_parser(tokenizer)
     if parser:
         module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")
-        marks |= {"call_start": module.tool_call_start, "call_end": module.tool_call_end, "call_parser": parser}
+        marks |= {
+            "call_start": module.tool_call_start,
+            "call_end": module.tool_call_end,
+            "call_parser": parser,
+        }
     return Dialect(**marks, template=_names(tokenizer.chat_template))
 
 
