@@ -44,6 +44,7 @@ from expertd.engine.messages import (
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.planner import Planner, Work
 from expertd.engine.prefix import Prefixes
+from expertd.engine.reasoning import budget_of
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
 from expertd.engine.speculate import Guesses, pick_length
@@ -254,6 +255,7 @@ class Engine:
             else None,
             matcher=self._grammars.compile(submit.grammar) if submit.grammar else None,
             grammar_after=tokenizer.grammar_after(prompt) if chat else [],
+            budget=budget_of(submit, tokenizer, thinking) if chat else None,
             opening=tokenizer.dialect.think_start if thinking else "",
         )
 

@@ -77,7 +77,7 @@ class Submit:
 
     `tools` and `template_args` go to the chat template. `echo` asks for the prompt in Started, `prompt_logprobs` 0 to
     20 also for the log-probability of each of its tokens; with `max_tokens` 0 that is all. `grammar` bounds the answer,
-    or what comes after its reasoning.
+    or what comes after its reasoning, which may have `max_reasoning` tokens.
     """
 
     request_id: str
@@ -101,6 +101,7 @@ class Submit:
     echo: bool = False
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    max_reasoning: int | None = None
 
 
 @dataclass(frozen=True)

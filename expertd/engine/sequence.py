@@ -9,6 +9,7 @@ import mlx.core as mx
 from expertd.engine.echo import Echo
 from expertd.engine.grammar import Matcher
 from expertd.engine.messages import Done, Started, Submit
+from expertd.engine.reasoning import ReasoningBudget
 from expertd.engine.speculate import Guesses
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import ConfigError
@@ -61,6 +62,7 @@ class Sequence:
     echo: Echo | None = None
     matcher: Matcher | None = None
     grammar_after: list[int] = field(default_factory=list)  # its grammar begins after these tokens
+    budget: ReasoningBudget | None = None
     opening: str = ""  # text that belongs before the first token's
     num_computed: int = 0  # tokens in the cache, of every rank or of its home's
     num_cached: int = 0  # of the prompt: those that another sequence's cache had
@@ -103,6 +105,8 @@ class Sequence:
 
     def choose(self, row: Row) -> int:
         """The next token, from its logits [vocab]."""
+        if self.budget and (forced := self.budget.forced(self.generated)) is not None:
+            return forced
         position, bound = len(self.generated), self._bound
         may_end = position + 1 > self.submit.min_tokens
         if bound:
@@ -119,6 +123,8 @@ class Sequence:
             self.first_token_at = time.monotonic()
         self.generated.append(token_id)
         self.sampler.add(token_id)
+        if self.budget:
+            self.budget.take(self.generated)
         if self.guesses:
             self.guesses.add(token_id)
         if token_id in self.end_ids:

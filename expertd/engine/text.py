@@ -47,10 +47,8 @@ class Tokenizer:
         self.dialect = dialect
         self._hidden_ids = {i for i, token in self.inner.added_tokens_decoder.items() if token.special}
         self._hidden_ids -= {i for mark in dialect.marks for i in self._ids_of(mark)}
-        self._think_start, self._think_end = (
-            self._ids_of(dialect.think_start),
-            self._ids_of(dialect.think_end),
-        )
+        self.think_start = self._ids_of(dialect.think_start)
+        self.think_end = self._ids_of(dialect.think_end)
         self.end_ids |= {i for mark in dialect.ends for i in self._ids_of(mark)}
 
     def _ids_of(self, mark: str) -> list[int]:
@@ -73,14 +71,14 @@ class Tokenizer:
 
     def opens_reasoning(self, ids: list[int]) -> bool:
         """Whether a prompt ends inside reasoning, as some chat templates have it."""
-        start, end = _last(self._think_start, ids), _last(self._think_end, ids)
+        start, end = _last(self.think_start, ids), _last(self.think_end, ids)
         return start > end
 
     def grammar_after(self, prompt: list[int]) -> list[int]:
         """The tokens of a chat answer after which its grammar begins; [] if it does at once."""
         if self.dialect.answer_start:
             return self._ids_of(self.dialect.answer_start)
-        return self._think_end if self.opens_reasoning(prompt) else []
+        return self.think_end if self.opens_reasoning(prompt) else []
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.inner.encode(text)

@@ -29,7 +29,7 @@ def find_dialect(tokenizer: Any) -> Dialect:
             answer_start="<|channel|>final<|message|>",
         )
     wrapped = TokenizerWrapper(tokenizer)
-    marks = {"think_start": wrapped.think_start or "", "think_end": wrapped.think_end or ""}
+    marks: dict[str, Any] = {"think_start": wrapped.think_start or "", "think_end": wrapped.think_end or ""}
     parser = tokenizer.init_kwargs.get("tool_parser_type") or _infer_tool_parser(tokenizer)
     if parser:
         module = importlib.import_module(f"mlx_lm.tool_parsers.{parser}")

@@ -143,10 +143,10 @@ class ToolChoice(Strict):
 
 
 class Thinking(Strict):
-    """Whether the chat template asks for reasoning. How long that may be is the model's choice: no budget is kept."""
+    """Whether the chat template asks for reasoning, and how many tokens that may have; then it is ended."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: int | None = Field(None, ge=1, le=2**31)
 
 
 class OutputFormat(Strict):
@@ -196,6 +196,8 @@ class CountRequest(Body):
             options["parallel_tool_calls"] = not self.tool_choice.disable_parallel_tool_use
         if self.thinking:
             options["chat_template_kwargs"] = self._thinking_args(dialect)
+            if self.thinking.budget_tokens:
+                options["thinking_token_budget"] = self.thinking.budget_tokens
         if self.output_config and self.output_config.format:
             schema = {"name": "output", "schema": self.output_config.format.schema_}
             options["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -205,9 +207,6 @@ class CountRequest(Body):
 
     def _thinking_args(self, dialect: Dialect) -> Json:
         assert self.thinking
-        if self.thinking.budget_tokens is not None:
-            message = "thinking.budget_tokens: no budget can be kept. Use type 'adaptive', or max_tokens."
-            raise ApiError(400, message, "thinking.budget_tokens", "unsupported_parameter")
         wanted = self.thinking.type != "disabled"
         known = [name for name in ("enable_thinking", "thinking") if name in dialect.template]
         if wanted and not dialect.think_start:

@@ -136,6 +136,7 @@ class ChatRequest(Request):
     parallel_tool_calls: bool = True
     reasoning_effort: Text | None = None
     chat_template_kwargs: dict[str, Any] = {}
+    thinking_token_budget: int | None = Field(None, ge=0, le=2**31)
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:
@@ -162,6 +163,7 @@ class ChatRequest(Request):
             "messages": [m.for_template() for m in self.messages],
             "tools": [] if self.choice_of_tools == "none" else [_plain(tool) for tool in self.tools],
             "template_args": self._template_args(dialect),
+            "max_reasoning": self._budget(dialect),
         }
 
     def grammars(self) -> list[Grammar]:
@@ -189,6 +191,12 @@ class ChatRequest(Request):
                 raise unsupported("reasoning_effort", self.reasoning_effort)
             args["reasoning_effort"] = self.reasoning_effort
         return args
+
+    def _budget(self, dialect: Dialect) -> int | None:
+        """How many tokens of reasoning there may be, by vLLM's name."""
+        if self.thinking_token_budget is not None and not dialect.think_end:
+            raise unsupported("thinking_token_budget", self.thinking_token_budget)
+        return self.thinking_token_budget
 
     def splitter(self, dialect: Dialect) -> Splitter:
         """What divides the answer's text."""

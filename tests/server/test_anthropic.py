@@ -69,6 +69,7 @@ def test_thinking_and_tools_whole_and_streamed(tmp_path: Path) -> None:
     async def test(url: str) -> None:
         content = f"<think> hm </think> Look: {CALL}"
         asked = {**ASKED, "tools": [TOOL], "messages": [{"role": "user", "content": content}]}
+        asked["thinking"] = {"type": "enabled", "budget_tokens": 1024}
         async with client_of(url) as client:
             whole = await client.messages.create(**asked)
             async with client.messages.stream(**asked) as stream:
@@ -77,6 +78,7 @@ def test_thinking_and_tools_whole_and_streamed(tmp_path: Path) -> None:
         assert whole.content[2].input == {"a": "b c"} and whole.stop_reason == "tool_use"  # type: ignore[union-attr]
         assert streamed.content[2].input == {"a": "b c"}  # type: ignore[union-attr]
         assert (streamed.stop_reason, streamed.usage) == (whole.stop_reason, whole.usage)
+        assert received(tmp_path)[0]["max_reasoning"] == 1024
 
     with_server(tmp_path, test, r0="tools")
 
@@ -133,7 +135,7 @@ WRONG = [
     ({"tool_choice": {"type": "tool"}}, "name need each other"),
     ({"tools": [TOOL]}, "knows no tools"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
-    ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "no budget can be kept"),
+    ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "greater than or equal to 1"),
     ({"thinking": {"type": "adaptive"}}, "does not think"),
     ({"mcp_servers": [{}]}, "mcp_servers"),
     ({"stop_sequence": ["x"]}, "Did you mean stop_sequences?"),

@@ -223,6 +223,7 @@ WRONG = [
     ({**CHAT, "structured_outputs": {}}, "structured_outputs", "exactly one of json"),
     ({**CHAT, "chat_template_kwargs": {"tokenize": 1}}, "chat_template_kwargs.tokenize", "knows no tokenize"),
     ({**CHAT, "reasoning_effort": "low"}, "reasoning_effort", "not supported"),
+    ({**CHAT, "thinking_token_budget": 5}, "thinking_token_budget", "not supported"),
     ({**CHAT, "max_tokens": "5"}, "max_tokens", "valid integer, found '5'"),
     ({**CHAT, "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ({**CHAT, "max_tokens": True}, "max_tokens", "valid integer"),

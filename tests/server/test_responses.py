@@ -3,6 +3,7 @@
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -11,7 +12,12 @@ import pytest
 from openai.types.responses import Response
 from stub_group import received, until
 
+from expertd.cluster.copies import copy_of
+from expertd.cluster.requests import Requests
 from expertd.cluster.supervisor import Cluster
+from expertd.config import ServerConfig
+from expertd.server.app import make_app
+from expertd.server.service import Service
 from tests.server.test_app import with_app
 from tests.server.test_serve import client_of, with_server
 
@@ -139,6 +145,36 @@ def test_a_stream_that_was_left_goes_on_and_can_be_cancelled(tmp_path: Path) -> 
                 await client.responses.retrieve(created.response.id)  # type: ignore[union-attr]
 
     with_server(tmp_path, test)
+
+
+def test_another_host_goes_on_with_a_stream(tmp_path: Path) -> None:
+    """It holds a copy of the first tokens; the host that made them is gone; no event differs, none is repeated."""
+
+    async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
+        text = "<think> hm </think> @slow:0.02 @repeat:10 one two"
+        asked = asyncio.create_task(client.post(PATH, json={"model": "demo", "input": text, "stream": True}))
+        await until(lambda: [t for t in cluster.requests.kept.all() if t.num_tokens > 5])
+        (transcript,) = cluster.requests.kept.all()
+        copy = copy_of(transcript)
+        assert len(copy.tokens) < 20
+        requests = Requests(cluster._find_leader)
+        requests.hold([copy])
+        requests.lose_leaders()
+        other: Any = SimpleNamespace(
+            requests=requests, resume=requests.resume, ready=cluster.ready, failure=None
+        )
+        app = make_app(Service(ServerConfig(model_id="demo"), other))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://b") as at_b:
+            path = f"{PATH}/{transcript.request_id}"
+            again = events_of(await at_b.get(path, params={"stream": "true"}))
+            rest = events_of(await at_b.get(path, params={"stream": "true", "starting_after": "7"}))
+        events = events_of(await asked)
+        assert again == events and rest == events[8:]
+        assert [m["resumed"] for m in received(tmp_path) if m["op"] == "Submit"] == [False, True]
+        assert events[-1]["type"] == "response.completed"
+        await requests.close()
+
+    with_app(tmp_path, test, r0="tools")
 
 
 def test_a_failure_is_an_event_and_a_status(tmp_path: Path) -> None:
