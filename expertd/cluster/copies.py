@@ -56,6 +56,7 @@ class _Host:
         self._send, self._settle = send, settle
         self._progress: dict[Transcript, _Progress] = {}
         self._new: dict[Transcript, None] = {}
+        self._forgotten: list[str] = []
         self._sent: deque[_Sent] = deque()
         self._num_holds = 0
         self._wake = asyncio.Event()
@@ -65,6 +66,10 @@ class _Host:
         """Send what is new of it, soon."""
         self._progress.setdefault(transcript, _Progress())
         self._new[transcript] = None
+        self._wake.set()
+
+    def forget(self, request_id: str) -> None:
+        self._forgotten.append(request_id)
         self._wake.set()
 
     def num_held(self, transcript: Transcript) -> int:
@@ -109,7 +114,8 @@ class _Host:
                 sent.upto = [(t, self._progress[t].sent) for t in hold]
                 self._sent.append(sent)
                 loop.call_later(HELD_TIMEOUT_S + 0.01, self._look_at, sent)
-                await self._send(Hold(sent.number, list(hold.values())))
+                forgotten, self._forgotten = self._forgotten, []
+                await self._send(Hold(sent.number, list(hold.values()), forgotten))
         except ExpertdError as e:  # whoever reads the channel sees it too, and closes us
             _log.debug("copies for host %s: %s", self.host_id, e)
 
@@ -178,6 +184,11 @@ class Copies:
                 if host.host_id != transcript.origin:  # which is given it as its answer
                     host.offer(transcript)
         self._settle([transcript])
+
+    def forget(self, request_id: str) -> None:
+        """Let every host forget a request, after what was said of it before."""
+        for host in self._hosts.values():
+            host.forget(request_id)
 
     def close(self) -> None:
         for host_id in list(self._hosts):

@@ -203,10 +203,12 @@ class Copy:
 
 @dataclass(frozen=True)
 class Hold:
-    """Copies to hold for whoever asks for these requests, here and after the leader's end; answered by Held."""
+    """Copies to hold for whoever asks for these requests, here and after the leader's end, and the ids of those to
+    forget; answered by Held."""
 
     number: int
     copies: list[Copy]
+    forgotten: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

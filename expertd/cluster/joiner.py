@@ -228,6 +228,7 @@ class Joiner:
         self._local = LocalCoordinator(cluster)
         self._site = LocalSite(cluster, self._settings, lambda ended: self._start(self._say(ended)))
         cluster.coordinator = self
+        cluster.requests.tell_leader = lambda request_id: self._start(self._say(Hold(0, [], [request_id])))
         self._watch = asyncio.create_task(self._watch_end(cluster))
         self._show(cluster, welcome.model_id)
 
@@ -284,7 +285,7 @@ class Joiner:
             self._start(self._obey(message))
         elif isinstance(message, Hold):
             if self._cluster:
-                self._cluster.requests.hold(message.copies)
+                self._cluster.requests.hold(message)
                 await self._say(Held(message.number))
         elif isinstance(message, Stop):
             if self._site:

@@ -157,7 +157,7 @@ class Member:
         elif isinstance(message, Held):
             self._cluster.requests.copies.held(self.host_id, message.number)
         elif isinstance(message, Hold):
-            self._cluster.requests.hold(message.copies)
+            self._cluster.requests.hold(message)
         elif isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Cancel):

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from expertd.cluster.copies import Copies, copy_of
-from expertd.cluster.host_messages import Copy
+from expertd.cluster.host_messages import Copy, Hold
 from expertd.cluster.reply import LeaderLost
 from expertd.cluster.transcripts import Event, Kept, Transcript
 from expertd.engine.messages import Done, Submit
@@ -45,10 +45,11 @@ class Leader(Protocol):
 
 class Requests:
     """`find_leader` waits for whoever answers requests at the moment, longer for a request that was accepted (True),
-    and raises ClusterError when nobody will."""
+    and raises ClusterError when nobody will. On a host that joined, `tell_leader` has the leader forget a request."""
 
     def __init__(self, find_leader: Callable[[bool], Awaitable[Leader]]) -> None:
         self.kept, self.copies = Kept(), Copies()
+        self.tell_leader: Callable[[str], None] = lambda request_id: None
         self._find_leader = find_leader
         self._open: dict[Transcript, asyncio.Task[None]] = {}
         self._is_closed = False
@@ -92,13 +93,18 @@ class Requests:
             yield event
 
     def forget(self, request_id: str) -> None:
-        """End a kept request, if it still runs, and forget it on this host. Raises NotFoundError."""
-        transcript = self.kept.find(request_id)
-        if transcript is None:
+        """End a kept request, if it still runs, and forget it on every host. Raises NotFoundError."""
+        if not self.kept.find(request_id):
             raise NotFoundError(f"request {request_id}: not known here, or not any more.")
-        transcript.fail(ClusterError(f"request {request_id} was cancelled."))
-        self._stop(transcript)
-        self.kept.remove(request_id)
+        self._forget(request_id)
+        self.tell_leader(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        if transcript := self.kept.find(request_id):
+            transcript.fail(ClusterError(f"request {request_id} was cancelled."))
+            self._stop(transcript)
+            self.kept.remove(request_id)
+        self.copies.forget(request_id)
 
     async def finish(self, timeout_s: float, reason: str) -> None:
         """Wait until the requests of this host's own clients are over; after the time they end with the reason."""
@@ -129,15 +135,17 @@ class Requests:
         idle = (t for t in self.kept.all() if t not in self._open and t.events)
         return [copy_of(t) for t in idle]
 
-    def hold(self, copies: list[Copy]) -> None:
+    def hold(self, hold: Hold) -> None:
         """Write down what is new of requests that other hosts see to."""
-        for copy in copies:
+        for copy in hold.copies:
             transcript = self.kept.find(copy.request_id)
             if transcript is None and copy.submit:
                 transcript = Transcript(copy.submit)
                 self.kept.put(transcript)
             if transcript and transcript not in self._open and not transcript.end:
                 _write(transcript, copy)
+        for request_id in hold.forgotten:
+            self._forget(request_id)
 
     def lose_leaders(self) -> None:
         """Nobody that we hear of sees to the requests of other hosts: whoever is asked for one goes on with it."""

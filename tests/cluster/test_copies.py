@@ -31,7 +31,7 @@ class Wire:
     async def send(self, hold: Hold) -> None:
         [message] = codec.decoder().feed(codec.encode(hold))
         self.holds.append(message)
-        self.other.hold(message.copies)
+        self.other.hold(message)
         if self.is_open:
             self.answer()
 
@@ -173,7 +173,7 @@ def test_a_host_that_comes_later_gets_what_is_kept() -> None:
         # The other way round: a leader that was started again.
         again = Requests(a.find)
         for copy in b.snapshot():
-            again.hold([copy])
+            again.hold(Hold(0, [copy]))
         assert [e async for e in again.resume("s")] == running.events
         await a.requests.close()
 
@@ -209,9 +209,9 @@ def test_a_request_of_another_host_is_carried_by_the_leader() -> None:
 def test_pieces_that_do_not_meet_are_made_again() -> None:
     async def main() -> None:
         a, b = Leaders(), Leaders()
-        b.requests.hold([copies.copy_of(_transcript(EVENTS[:3]))])
+        b.requests.hold(Hold(0, [copies.copy_of(_transcript(EVENTS[:3]))]))
         after = _transcript([EVENTS[0], Token("r", ANSWER[:3], "3 1 4 "), *EVENTS[4:]])
-        b.requests.hold([copies.copy_of(after)])
+        b.requests.hold(Hold(0, [copies.copy_of(after)]))
         assert [e async for e in b.requests.resume("r")] == EVENTS
         assert [s.generated for s in b.asked] == [ANSWER[:2]] and a.asked == []
 
@@ -225,17 +225,23 @@ def _transcript(events: list[Any]) -> transcripts.Transcript:
     return transcript
 
 
-def test_a_kept_request_can_be_forgotten() -> None:
+def test_a_kept_request_can_be_forgotten_by_all_hosts() -> None:
     async def main() -> None:
         a = Paced(allowed=2)
+        b, c = Requests(a.find), Requests(a.find)
+        for host_id, other in (("b", b), ("c", c)):
+            Wire(a.requests, other, host_id)
+        b.tell_leader = lambda request_id: a.requests.hold(Hold(0, [], [request_id]))
         reader = Reader(a.requests.generate(KEPT))
         await until(lambda: reader.num_tokens == 2)
-        a.requests.forget("r")
+        b.forget("r")
         with pytest.raises(ClusterError, match="request r was cancelled"):
             await reader.task
+        await until(lambda: not c.kept.find("r") and not b.kept.find("r"))
         with pytest.raises(NotFoundError):
             a.requests.forget("r")
         await until(lambda: a.requests.num_open == 0)
+        await a.requests.close()
 
     finish(main())
 
