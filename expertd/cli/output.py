@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # POSIX: a pipe that is ready for writing takes this much at once.
@@ -44,17 +44,24 @@ async def _wait_writable(fd: int) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Show "what ... 12 s" on standard error during the block, if that is a terminal; needs a loop."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    task = asyncio.create_task(_tick(what))
+def progress(what: str) -> Iterator[Callable[[], None]]:
+    """Show "what ... 12 s" on standard error during the block, if that is a terminal; needs a loop.
+
+    The function that this gives ends it sooner, for whoever has more to say.
+    """
+    task = asyncio.create_task(_tick(what)) if sys.stderr.isatty() else None
+
+    def stop() -> None:
+        nonlocal task
+        if task:
+            task.cancel()
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        task = None
+
     try:
-        yield
+        yield stop
     finally:
-        task.cancel()
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        stop()
 
 
 async def _tick(what: str) -> None:
@@ -80,14 +87,14 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
         with self._lock:
             if what != self._what:
-                self._close()
+                self.close()
                 self._what = what
                 scaled = self._unit == "B"
                 self._bar = tqdm(
@@ -95,9 +102,10 @@ class Progress:
                 )
             self._bar.update(done - self._bar.n)
             if done >= total:
-                self._close()
+                self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Take the bar away; the next call draws another."""
         if self._bar is not None:
             self._bar.close()
         self._bar, self._what = None, ""

@@ -1,8 +1,10 @@
 """`expertd run`: one prompt, one answer."""
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,13 @@ from expertd.errors import ClusterError, ConfigError, ExpertdError
 from expertd.sampling import MAX_LOGPROBS, Sampling
 
 if TYPE_CHECKING:
+    from expertd.cluster.supervisor import Cluster
     from expertd.engine.messages import Candidate, Done, Logprobs, Submit, Token
 
 # What a shell reports for a program that a broken pipe ended.
 BROKEN_PIPE = 141
+# The leader says how far it is once a second.
+READ_S = 0.5
 
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -113,19 +118,26 @@ def _answer(group: GroupConfig, submit: "Submit", as_json: bool) -> int:
 async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None:
     from contextlib import AsyncExitStack
 
-    from expertd.cli.output import progress, write_out
+    from expertd.cli.output import Progress, progress, write_out
     from expertd.cluster.supervisor import Cluster
     from expertd.engine.messages import Done, Token
 
     tokens: list[Token] = []
     done: Done | None = None
     async with AsyncExitStack() as stack:
-        with progress(f"loading {group.num_ranks} rank(s)"):
-            cluster = await stack.enter_async_context(Cluster.open(group))
+        with progress(what := f"loading {group.num_ranks} rank(s)") as no_longer, Progress() as bar:
+
+            def loaded(num_bytes: int, total_bytes: int) -> None:
+                no_longer()  # the seconds: a bar says more
+                bar(what, num_bytes, total_bytes)
+
+            cluster = await stack.enter_async_context(Cluster.open(group, loading=loaded))
         events = await stack.enter_async_context(aclosing(cluster.generate(submit)))
+        tell_no_more = stack.enter_context(_reading(cluster))
         try:
             async for event in events:
                 if isinstance(event, Token):
+                    tell_no_more()
                     tokens.append(event)
                     await write_out("" if as_json else event.text)
                 elif isinstance(event, Done):
@@ -142,6 +154,33 @@ async def _generate(group: GroupConfig, submit: "Submit", as_json: bool) -> None
             _as_json(tokens, text, done, kernels) if as_json else "" if text.endswith("\n") else "\n"
         )
     print(_figures(done), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _reading(cluster: "Cluster") -> "Iterator[Callable[[], None]]":
+    """Until the function that this gives is called, show a terminal how much of the prompt is read."""
+    import asyncio
+
+    from expertd.cli.output import Progress
+
+    with Progress("tokens") as bar:
+
+        async def tell() -> None:
+            while True:
+                await asyncio.sleep(READ_S)
+                if (latest := cluster.record.latest) and latest.reading:
+                    bar("reading the prompt", latest.reading[0].num_read, latest.reading[0].num_tokens)
+
+        task = asyncio.create_task(tell())
+
+        def stop() -> None:
+            task.cancel()
+            bar.close()
+
+        try:
+            yield stop
+        finally:
+            stop()
 
 
 def _as_json(tokens: "list[Token]", text: str, done: "Done", kernels: str) -> str:

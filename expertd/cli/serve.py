@@ -123,14 +123,19 @@ def _serve(
 
     async def work() -> None:
         with ExitStack() as loading, Progress() as bytes_done:
-            loading.enter_context(progress(f"loading {config.group.num_ranks} rank(s)"))
+            what = f"loading {config.group.num_ranks} rank(s)"
+            loading.enter_context(progress(what))
+
+            def loaded(num_bytes: int, total_bytes: int) -> None:
+                loading.close()  # the seconds: a bar says more
+                bytes_done(what, num_bytes, total_bytes)
 
             def announce(cluster: "Cluster") -> None:
                 loading.close()
                 click.echo(greeting(config, listener.getsockname()[1]))
 
             lead = _leading(config, info, hosts, bytes_done)
-            await serve_http(config, listener, announce, lead, wishes)
+            await serve_http(config, listener, announce, lead, wishes, loaded)
 
     try:
         run_until_signal(work(), wishes.take)

@@ -29,7 +29,7 @@ COLORS = {
 @click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; with --watch, one per line.")
 def status_command(server: str, api_key: str, watch: bool, as_json: bool) -> None:
-    """Show a running server: its ranks and hosts, the link, the split in use, its streams, and what happened last.
+    """Show a running server on one screen: ranks, link, split, streams, events.
 
     Exit code 1 means that nothing answers. The page at the server's address shows the same, and more.
     """
@@ -94,7 +94,11 @@ def screen(status: dict[str, Any], server: str) -> str:
 
 
 def _head(status: dict[str, Any], server: str) -> str:
-    words = {"ok": "serving", "loading": "loading the model", "failed": f"stopped: {status['reason']}"}
+    words = {
+        "ok": "serving",
+        "loading": f"loading the model, {100 * status['loaded']:.0f} %",
+        "failed": f"stopped: {status['reason']}",
+    }
     state = click.style(words[status["status"]], COLORS[status["status"]])
     model = click.style(status["model"] or "no model", bold=True)
     return f"{model} at {server}: {state}, up {span(status['uptime_s'])}, expertd {status['version']}"

@@ -76,6 +76,7 @@ class LocalRank:
         self.id = rank_id
         self.process = process
         self.ready: Ready | None = None
+        self.num_loaded = 0  # bytes of weights in its memory
         self.dead: str | None = None
         self.seats: list[Seat] = []
         self.pulse = Pulse()

@@ -35,6 +35,7 @@ from expertd.engine.messages import (
     Failed,
     Fatal,
     Joined,
+    Loading,
     Message,
     Observe,
     Ready,
@@ -269,7 +270,9 @@ def _load(setup: Setup, control: Control) -> Rank:
     if not group.wide:
         num_threads = share_of_threads(1 if group.cpus else group.num_ranks)
         kernels = open_kernels(group.kernels, group.activation_bits, num_threads)
-    model = Model(info.folder, info.config, group.wide, kernels)
+    model = Model(
+        info.folder, info.config, group.wide, kernels, lambda done, total: control.send(Loading(done, total))
+    )
     model.require(group.split)
     # Every rank may come to lead, and has no time to spare then.
     tokenizer = Tokenizer(info.folder, info.config)

@@ -49,6 +49,7 @@ from expertd.engine.messages import (
     Failed,
     Fatal,
     Joined,
+    Loading,
     Message,
     Observe,
     Ready,
@@ -97,9 +98,14 @@ class Cluster:
     """A running group of ranks; `async with Cluster.open(group) as cluster` is the only way to get one."""
 
     def __init__(
-        self, group: GroupConfig, coordinator: "Callable[[Cluster], Coordinator]", restarts: Restarts | None
+        self,
+        group: GroupConfig,
+        coordinator: "Callable[[Cluster], Coordinator]",
+        restarts: Restarts | None,
+        loading: Callable[[int, int], None],
     ) -> None:
         self.group = group
+        self._loading = loading
         self._restarts = restarts
         self._restarting: set[int] = set()  # ids of ranks whose place is empty, or whose process loads
         self._rank_module = RANK_MODULE
@@ -131,15 +137,18 @@ class Cluster:
         load_timeout_s: float = LOAD_TIMEOUT_S,
         coordinator: "Callable[[Cluster], Coordinator]" = LocalCoordinator,
         restart: bool = False,
+        loading: Callable[[int, int], None] = lambda num_bytes, total_bytes: None,
     ) -> AsyncIterator[Self]:
         """Start the ranks of `group`, wait until all are ready, and end all of them at the exit.
+
+        `loading` is told meanwhile how much of all ranks' weights is in memory.
 
         What `coordinator` makes of the cluster decides about its epochs. With `restart`, a rank that dies later is
         started again. Raises what a rank names when it cannot
         start (CheckpointError, ConfigError, ...), ClusterError when one dies or is not ready within
         `load_timeout_s` seconds.
         """
-        cluster = cls(group, coordinator, Restarts() if restart else None)
+        cluster = cls(group, coordinator, Restarts() if restart else None, loading)
         try:
             cluster._rank_module = rank_module or RANK_MODULE
             await cluster._start(load_timeout_s)
@@ -460,6 +469,11 @@ class Cluster:
         rank.last_word = time.monotonic()
         if isinstance(message, Fatal):
             self._died(rank, f"died: {message.message}", _error_named(message.kind, message.message))
+        elif isinstance(message, Loading):
+            rank.num_loaded = message.num_bytes
+            if not self._all_ready.is_set():
+                all_loaded = sum(r.num_loaded for r in self._ranks)
+                self._loading(all_loaded, message.total_bytes * self.group.num_ranks)
         elif isinstance(message, Ready) and not rank.ready:
             rank.ready = self._last_ready = message
             if self._all_ready.is_set():

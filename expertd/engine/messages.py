@@ -1,8 +1,8 @@
 """What a supervisor and its ranks say to each other; expertd.wire frames it.
 
-A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Ready (once),
-Joined and Ended (each at most once per epoch) and Fatal (last); as leader also Choice and Stats, and per request
-Started, Token..., and one of Done, Rejected (the request is wrong) and Failed (we are, or do not lead any more).
+A supervisor says Setup (first, once), Begin (once per epoch), Submit, Observe and Cancel. A rank says Loading... and
+Ready (once), Joined and Ended (each at most once per epoch) and Fatal (last); as leader also Choice and Stats, and per
+request Started, Token..., and one of Done, Rejected (the request is wrong) and Failed (we are, or lead no more).
 """
 
 from dataclasses import dataclass, field
@@ -122,6 +122,14 @@ class Observe:
 @dataclass(frozen=True)
 class Cancel:
     request_id: str
+
+
+@dataclass(frozen=True)
+class Loading:
+    """So much of the weights is in the rank's memory; said now and then before Ready."""
+
+    num_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)
@@ -341,6 +349,7 @@ Message = (
     | Submit
     | Observe
     | Cancel
+    | Loading
     | Ready
     | Joined
     | Choice

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 from mlx_lm.utils import load_model
@@ -41,6 +41,12 @@ from expertd.split.cut import StepSplit, cut
 # SwitchGLU sorts its rows from this many on (mlx-lm 0.32.2), which on a GPU means another kernel; a slice
 # must take the kernel that the whole call would take.
 SORT_FROM = 64
+
+
+# What is read between two words of it. A fast disk gives that in 40 ms; a single tensor may be larger.
+PIECE_BYTES = 256 << 20
+
+Told = Callable[[int, int], None]
 
 
 class StepState:
@@ -243,12 +249,16 @@ def divide(model: nn.Module, step: StepState) -> list[str]:
 
 
 def load(
-    folder: Path, config: dict[str, Any], wide: bool = False, kernels: Kernels | None = None
+    folder: Path,
+    config: dict[str, Any],
+    wide: bool = False,
+    kernels: Kernels | None = None,
+    told: Told | None = None,
 ) -> nn.Module:
     """Load an mlx-lm model from a checked folder, with `config` (normalised) over its config.json.
 
-    Weights are read into memory before this returns; `wide` makes all of them float32 (see `_widen`), which
-    `kernels` do not compute.
+    Weights are read into memory before this returns, and `told` is given the bytes that are there, of how many; `wide`
+    makes all of them float32 (see `_widen`), which `kernels` do not compute.
     Raises CheckpointError when they do not fit the model.
     """
     try:
@@ -261,7 +271,7 @@ def load(
             use_native_kernels(model, kernels)
         else:
             _use_float32_experts_on_cpu(model)
-        mx.eval(model.parameters())
+        _read(model, told)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, FileNotFoundError) as e:
         reason = " ".join(str(e).split())[:300]
         raise CheckpointError(
@@ -269,6 +279,21 @@ def load(
             "Download it again or convert it with `expertd quantize`."
         ) from e
     return model
+
+
+def _read(model: nn.Module, told: Told | None) -> None:
+    """Evaluate all parameters, in pieces large enough to keep a disk busy."""
+    leaves: Any = tree_flatten(model.parameters())
+    arrays: list[mx.array] = [array for _, array in leaves]
+    total, done, piece, size = sum(a.nbytes for a in arrays), 0, list[mx.array](), 0
+    for i, array in enumerate(arrays, 1):
+        piece.append(array)
+        size += array.nbytes
+        if size >= PIECE_BYTES or i == len(arrays):
+            mx.eval(piece)
+            done, piece, size = done + size, [], 0
+            if told:
+                told(done, total)
 
 
 def _use_float32_experts_on_cpu(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.errors import ConfigError
-from expertd.model.adapter import StepState, Taps, divide, fast_attention, load, tap
+from expertd.model.adapter import StepState, Taps, Told, divide, fast_attention, load, tap
 from expertd.model.caches import rotates
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
@@ -34,12 +34,17 @@ class Model:
     """One rank's copy of the whole model; it is alone until `attach` gives it a link to others."""
 
     def __init__(
-        self, folder: Path, config: dict[str, Any], wide: bool = False, kernels: Kernels | None = None
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        wide: bool = False,
+        kernels: Kernels | None = None,
+        told: Told | None = None,
     ) -> None:
-        """`wide` is for evaluation: float32 weights, and experts in tiles (adapter.load). `kernels` None: MLX's."""
+        """`wide` is for evaluation: float32 weights, and experts in tiles. `kernels` None: MLX's. See adapter.load."""
         start = time.monotonic()
         self._state = StepState()
-        self._model = load(folder, config, wide, kernels)
+        self._model = load(folder, config, wide, kernels, told)
         self._functions = native_functions(kernels) if kernels and not wide else []
         self.splits = [*divide(self._model, self._state), "sequences"]
         self._taps: Taps | None = None

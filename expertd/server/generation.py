@@ -64,10 +64,13 @@ class Generation:
         self._ranks, self._hosts = ranks, hosts
 
     @classmethod
-    async def open(cls, config: ServerConfig) -> Self:
-        """Load the ranks. Raises as Cluster.open."""
+    async def open(
+        cls, config: ServerConfig, loading: Callable[[int, int], None] = lambda num_bytes, total_bytes: None
+    ) -> Self:
+        """Load the ranks. `loading` and what is raised: as Cluster.open."""
         ranks = AsyncExitStack()
-        cluster = await ranks.enter_async_context(Cluster.open(config.group, restart=True))
+        opening = Cluster.open(config.group, restart=True, loading=loading)
+        cluster = await ranks.enter_async_context(opening)
         return cls(cluster, ranks, AsyncExitStack())
 
     async def show(self, service: Service, config: ServerConfig, lead: Lead | None) -> None:

@@ -70,6 +70,7 @@ async def serve(
     announce: Callable[[Cluster], None],
     lead: Lead | None = None,
     wishes: Wishes | None = None,
+    loading: Callable[[int, int], None] = lambda num_bytes, total_bytes: None,
 ) -> None:
     """Serve until cancelled or drained; `announce` is called once, when requests can be answered. `lead` lets other
     hosts join.
@@ -80,7 +81,7 @@ async def serve(
     service, wishes = Service(config), wishes or Wishes()
     async with _running_server(service, listener) as (server, served), contextlib.AsyncExitStack() as retired:
         try:
-            generation = await _or_drained(Generation.open(config), wishes)
+            generation = await _or_drained(Generation.open(config, service.loads(loading)), wishes)
             try:
                 await generation.show(service, config, lead)
                 announce(generation.cluster)

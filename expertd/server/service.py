@@ -30,6 +30,7 @@ class Service:
     is_draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     started: float = field(default_factory=time.monotonic)
+    loaded: float = 0.0  # of the weights, while the ranks load
     metrics: Metrics = field(init=False)
     history: History = field(init=False)
 
@@ -60,6 +61,15 @@ class Service:
     def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         """Cluster.generate, counted. Raises ClusterError as `alive`."""
         return self.metrics.watch(self.alive().generate(submit))
+
+    def loads(self, told: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """What a cluster that loads is to tell: how far it is, for the page, and `told`."""
+
+        def tell(num_bytes: int, total_bytes: int) -> None:
+            self.loaded = num_bytes / max(1, total_bytes)
+            told(num_bytes, total_bytes)
+
+        return tell
 
     def check_model(self, name: str) -> None:
         """Raise ApiError (404) unless `name` is the model that is served."""

@@ -31,6 +31,7 @@ def status(service: "Service", since: int = 0, experts: bool = True) -> dict[str
     return {
         "status": "failed" if failure else "ok" if cluster else "loading",
         "reason": failure,
+        "loaded": 1.0 if cluster else round(service.loaded, 3),
         "version": expertd.__version__,
         "model": service.config.model_id,
         "host": socket.gethostname(),

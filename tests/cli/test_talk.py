@@ -180,8 +180,8 @@ def test_screen_of_two_hosts_and_of_nothing() -> None:
     bars = next(line for line in text.splitlines() if "speed" in line).split()[-1]
     assert len(bars) == 60 and set(bars) <= set(status.BARS)
     nothing = dict.fromkeys(("ready", "group", "hosts", "engine"))
-    loading = busy_status() | nothing | {"status": "loading", "history": [], "events": []}
-    assert "loading the model" in status.screen(loading, "http://there")
+    loading = busy_status() | nothing | {"status": "loading", "loaded": 0.42, "history": [], "events": []}
+    assert "loading the model, 42 %" in status.screen(loading, "http://there")
     assert status.line(loading).split("  ")[1] == "loading"
 
 

@@ -32,6 +32,7 @@ from expertd.engine.messages import (
     Failed,
     Fatal,
     Load,
+    Loading,
     Logprobs,
     Message,
     Prompt,
@@ -93,6 +94,8 @@ class Rank:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         else:
             threading.Thread(target=self.watch_lifeline, daemon=True).start()
+        for num_bytes in (5, 10):
+            self.say(Loading(num_bytes, 10))
         if self.mood != "mute":
             ready = Ready(self.setup.rank, "stub", CONTEXT_LENGTH, 1000, 8, 2, ["solo", "experts"], 0.1)
             self.say(replace(ready, dialect=TOOLS) if self.mood == "tools" else ready)

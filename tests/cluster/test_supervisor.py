@@ -41,6 +41,19 @@ def test_two_ranks_answer(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_loading_is_told_of_all_ranks(tmp_path: Path) -> None:
+    async def main() -> None:
+        told: list[tuple[int, int]] = []
+
+        def loading(num_bytes: int, total_bytes: int) -> None:
+            told.append((num_bytes, total_bytes))
+
+        async with Cluster.open(group_of(tmp_path, 2), loading=loading):
+            assert len(told) == 4 and told[0] == (5, 20) and told[-1] == (20, 20)
+
+    asyncio.run(main())
+
+
 def test_two_requests_at_once_do_not_mix(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_group(tmp_path) as cluster:

@@ -20,6 +20,7 @@ from expertd.engine.messages import (
     Fatal,
     Joined,
     Load,
+    Loading,
     Logprobs,
     Message,
     Observe,
@@ -61,6 +62,7 @@ MESSAGES: list[Message] = [
         1, 2, 3, 4, [Reading("r", 5, 9)], [Steps("solo", True, 1, 2, 0.5)], [0, 7], 0.25, [Load(3, [1, 0])]
     ),
     Ended(3, "LinkDown", "rank 0, exchange 1 with rank 1: it is dead"),
+    Loading(1 << 40, 1 << 41),
     Ready(0),
     Ready(3, "mixtral", 4096, 257, 8, 2, ["solo", "experts"], 1.25, "0.32.4", "applegpu_g15d", "gpu"),
     Fatal(2, "CheckpointError", "checkpoint /x: gone"),

@@ -23,6 +23,16 @@ def decode_all(model: Model) -> list[list[float]]:
     return [model.decode([token], [cache], SOLO)[0].tolist() for token in TOKENS]
 
 
+def test_loading_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertd.model.adapter.PIECE_BYTES", 10_000)
+    info = check_checkpoint(make_tiny(tmp_path / "tiny", "mixtral"))
+    told: list[tuple[int, int]] = []
+    Model(info.folder, info.config, told=lambda done, total: told.append((done, total)))
+    done, totals = zip(*told, strict=True)
+    assert len(told) > 2 and sorted(set(done)) == list(done)
+    assert set(totals) == {done[-1]}
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_the_load_is_what_the_routers_chose(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

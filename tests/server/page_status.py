@@ -15,6 +15,7 @@ ROUTE = {
 STATUS: dict[str, Any] = {
     "status": "ok",
     "reason": None,
+    "loaded": 1.0,
     "version": "0.1.0",
     "model": "Qwen3-235B-A22B-2bit",
     "host": "studio",

@@ -132,9 +132,15 @@ def test_what_the_leader_and_the_group_say(tmp_path: Path) -> None:
 
 
 def test_metrics_while_loading_and_after_a_death(tmp_path: Path) -> None:
+    told: list[tuple[int, ...]] = []
+
     async def test(client: httpx.AsyncClient, service: Service) -> None:
         cluster, service.cluster = service.cluster, None
         assert cluster and value(await scrape(client), "ready") == 0
+        service.loads(lambda *sizes: told.append(sizes))(5, 20)
+        status = (await client.get("/status.json")).json()
+        assert (status["status"], status["loaded"], status["group"]) == ("loading", 0.25, None)
+        assert told == [(5, 20)]
         service.cluster = cluster
         os.kill(cluster.living[0].pid, signal.SIGKILL)
         await until(lambda: cluster.epoch == 2)

@@ -180,9 +180,9 @@ async def check_keys_and_names(browser: Any, url: str) -> None:
 async def check_missing_figures(browser: Any, url: str) -> None:
     loading = busy_status()
     gone = dict.fromkeys(("ready", "group", "hosts", "engine"))
-    loading |= {"status": "loading", "history": [], "events": [], "experts": {}, **gone}
+    loading |= {"status": "loading", "loaded": 0.42, "history": [], "events": [], "experts": {}, **gone}
     shown = await open_page(browser, url, loading)
-    assert "loading the model" in await texts(shown, "#state") and shown.errors == []
+    assert "loading the model, 42 %" in await texts(shown, "#state") and shown.errors == []
     await shown.context.close()
     followed = busy_status()
     followed |= {"engine": None, "experts": {}, "hosts": {"role": "joined", "link": "none", "hosts": []}}

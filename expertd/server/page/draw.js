@@ -30,6 +30,7 @@ function bytes(count) {
 
 function duration(us) {
   if (us === null || us === undefined) return ["–", ""];
+  if (us === 0) return ["0", "µs"];
   if (us >= 1e6) return [(us / 1e6).toFixed(1), "s"];
   if (us >= 1000) return [(us / 1000).toFixed(us < 1e4 ? 1 : 0), "ms"];
   return [us < 10 ? us.toFixed(1) : Math.round(us).toString(), "µs"];

@@ -44,7 +44,7 @@ function drawAll() {
 function drawHead(status) {
   document.title = `${rate(status.speed.generated_per_s)} tokens/s – ${status.model}`;
   setText("#model", status.model);
-  const words = { ok: "serving", loading: "loading the model", failed: `stopped: ${status.reason}` };
+  const words = { ok: "serving", loading: `loading the model, ${Math.round(100 * status.loaded)} %`, failed: `stopped: ${status.reason}` };
   find("#state").className = status.status;
   setText("#state", `${words[status.status]}, up ${span(status.uptime_s)}`, 60);
   setText("#version", `expertd ${status.version}`);
