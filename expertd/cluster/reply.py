@@ -45,7 +45,8 @@ class Reply:
         last = self._pending[-1] if self._pending else None
         if len(self._pending) >= MAX_PENDING_EVENTS and isinstance(event, Token) and isinstance(last, Token):
             last.token_ids.extend(event.token_ids)
-            event = Token(event.request_id, last.token_ids, last.text + event.text)
+            text, logprobs = last.text + event.text, [*last.logprobs, *event.logprobs]
+            event = Token(event.request_id, last.token_ids, text, logprobs)
             self._pending.pop()
         self._pending.append(event)
         self._arrived.set()

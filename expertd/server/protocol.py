@@ -5,6 +5,7 @@ slowly its bytes come. Bodies have a deadline of their own (stream.py), and so h
 """
 
 import asyncio
+import resource
 from typing import Any
 
 import h11
@@ -13,14 +14,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_TIMEOUT_S = 60.0  # as nginx
 # Names, values and the request line together; more than any client of ours sends, and not enough to fill memory.
 MAX_HEAD_BYTES = 32 << 10
-# The oldest of those that wait for a request is closed for a new one. A process may often have 1024 descriptors.
-MAX_CONNECTIONS = 900
+# Above this the oldest of those that wait for a request is closed for a new one.
+MAX_CONNECTIONS = 10_000
+# A process may often have 1024 descriptors, on a Mac 256; ranks, links and other hosts need some of them.
+OWN_DESCRIPTORS = 124
 
 
 class GuardedProtocol(H11Protocol):
     """One connection; `waiting` has all that wait for a request's head, the oldest first."""
 
     waiting: "dict[GuardedProtocol, None]"
+    max_connections: int
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -28,7 +32,7 @@ class GuardedProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > self.max_connections:
             oldest = next(iter(self.waiting), self)
             oldest.transport.abort()
         self._wait_for_head()
@@ -64,4 +68,7 @@ class GuardedProtocol(H11Protocol):
 
 def guarded_protocol() -> type[GuardedProtocol]:
     """A protocol for one server."""
-    return type("ServerProtocol", (GuardedProtocol,), {"waiting": {}})
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(64, soft - OWN_DESCRIPTORS)
+    most = min(MAX_CONNECTIONS, free)
+    return type("ServerProtocol", (GuardedProtocol,), {"waiting": {}, "max_connections": most})

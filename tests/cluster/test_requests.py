@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from expertd.cluster import requests
+from expertd.cluster import reply, requests
 from expertd.cluster.reply import LeaderLost
-from expertd.engine.messages import Submit
+from expertd.engine.messages import Candidate, Logprobs, Submit, Token
 from expertd.errors import ClusterError, ConfigError
 from tests.cluster.answering import ANSWER, EVENTS, Leaders
 from tests.cluster.hosts import finish
@@ -79,5 +79,21 @@ def test_a_reader_that_leaves_ends_the_request() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert leaders.requests.num_open == 0
+
+    finish(main())
+
+
+def test_tokens_that_are_joined_for_a_slow_reader_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reply, "MAX_PENDING_EVENTS", 2)
+
+    async def main() -> None:
+        events = reply.Reply("r")
+        for i in range(5):
+            found = Logprobs(Candidate(i, b"x", -1.0), [], i)
+            events.put(Token("r", [i], "x", [found]))
+        first, rest = await events.get(), await events.get()
+        assert isinstance(first, Token) and first.token_ids == [0]
+        assert isinstance(rest, Token) and (rest.token_ids, rest.text) == ([1, 2, 3, 4], "xxxx")
+        assert [found.text_offset for found in rest.logprobs] == [1, 2, 3, 4]
 
     finish(main())

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import stub_group
 
-from tests.cluster import stub_group
 from tests.server.test_serve import with_server
 
 pytestmark = pytest.mark.compat

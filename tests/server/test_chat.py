@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from stub_group import received
@@ -160,30 +159,28 @@ def test_what_a_conversation_with_tools_tells_the_template(tmp_path: Path) -> No
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
-@pytest.mark.parametrize(
-    "values, kind, text",
-    [
-        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
-        (
-            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
-            "json_schema",
-            json.dumps(SCHEMA),
-        ),
-        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
-        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", json.dumps(SCHEMA)),
-        ({"structured_outputs": {"choice": ["a", 'b"c']}}, "lark", 'start: "a" | "b\\"c"'),
-        ({"guided_grammar": 'start: "a"'}, "lark", 'start: "a"'),
-        ({"guided_json": SCHEMA}, "json_schema", json.dumps(SCHEMA)),
-    ],
-)
-def test_how_an_answer_s_look_is_asked_for(
-    values: dict[str, Any], kind: str, text: str, tmp_path: Path
-) -> None:
+LOOKS: list[tuple[dict[str, Any], str, str]] = [
+    ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+        "json_schema",
+        json.dumps(SCHEMA),
+    ),
+    ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+    ({"structured_outputs": {"json": SCHEMA}}, "json_schema", json.dumps(SCHEMA)),
+    ({"structured_outputs": {"choice": ["a", 'b"c']}}, "lark", 'start: "a" | "b\\"c"'),
+    ({"guided_grammar": 'start: "a"'}, "lark", 'start: "a"'),
+    ({"guided_json": SCHEMA}, "json_schema", json.dumps(SCHEMA)),
+]
+
+
+def test_how_an_answer_s_look_is_asked_for(tmp_path: Path) -> None:
     async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
-        for path, body in ("/v1/chat/completions", CHAT), ("/v1/completions", TEXT):
-            assert (await client.post(path, json={**body, **values})).status_code == 200
-        wanted = {"kind": kind, "text": text, "param": next(iter(values))}
-        assert [m["grammar"] for m in submits(tmp_path)] == [wanted, wanted]
+        for values, kind, text in LOOKS:
+            for path, body in ("/v1/chat/completions", CHAT), ("/v1/completions", TEXT):
+                assert (await client.post(path, json={**body, **values})).status_code == 200
+                wanted = {"kind": kind, "text": text, "param": next(iter(values))}
+                assert submits(tmp_path)[-1]["grammar"] == wanted
 
     with_app(tmp_path, test)
 
@@ -200,20 +197,18 @@ def test_strict_tools_keep_to_their_schemas(tmp_path: Path) -> None:
     with_app(tmp_path, test, r0="tools")
 
 
-@pytest.mark.parametrize(
-    "choice, wanted, most", [("required", {"f", "g"}, 8), (named("g"), {"g"}, 1)], ids=["required", "named"]
-)
-def test_a_forced_call_is_a_grammar(choice: Any, wanted: set[str], most: int, tmp_path: Path) -> None:
+def test_a_forced_call_is_a_grammar(tmp_path: Path) -> None:
     async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
         tools = [TOOL, {"type": "function", "function": {"name": "g"}}]
         said = '[{"name": "g", "arguments": {"x": 1}}]'
-        asked = saying(said, tools=tools, tool_choice=choice)
-        choice_made = (await client.post("/v1/chat/completions", json=asked)).json()["choices"][0]
-        assert choice_made["finish_reason"] == "tool_calls" and choice_made["message"]["content"] is None
-        assert choice_made["message"]["tool_calls"][0]["function"] == {"name": "g", "arguments": '{"x": 1}'}
-        schema = json.loads(submits(tmp_path)[0]["grammar"]["text"])
-        items = schema["items"].get("anyOf", [schema["items"]])
-        assert {item["properties"]["name"]["const"] for item in items} == wanted
-        assert schema["maxItems"] == most
+        for choice, wanted, most in (("required", {"f", "g"}, 8), (named("g"), {"g"}, 1)):
+            asked = saying(said, tools=tools, tool_choice=choice)
+            made = (await client.post("/v1/chat/completions", json=asked)).json()["choices"][0]
+            assert made["finish_reason"] == "tool_calls" and made["message"]["content"] is None
+            assert made["message"]["tool_calls"][0]["function"] == {"name": "g", "arguments": '{"x": 1}'}
+            schema = json.loads(submits(tmp_path)[-1]["grammar"]["text"])
+            items = schema["items"].get("anyOf", [schema["items"]])
+            assert {item["properties"]["name"]["const"] for item in items} == wanted
+            assert schema["maxItems"] == most
 
     with_app(tmp_path, test)
