@@ -336,7 +336,8 @@ class Runner:
 
     def can_cut(self, sequence_id: int) -> bool:
         """Rank 0: whether any number of a sequence's last tokens can be taken back."""
-        return self.caches[sequence_id].forgets
+        cache = self.caches.get(sequence_id)  # none yet: its first step takes a copy of another's
+        return cache is not None and cache.forgets
 
     def save(self, sequence_id: int) -> None:
         """Let a finished sequence's cache outlive this process, where that is wanted."""

@@ -42,6 +42,19 @@ def test_an_answer_is_the_same_with_drafts(
     assert (drafted.plans < plain.plans, done.guessed_tokens > 0) == (able, able)
 
 
+def test_a_prompt_whose_cache_is_anothers_is_answered(tmp_path: Path) -> None:
+    """Its first step is a decode step, before which it has no cache of its own that could be cut."""
+    model = load(make_tiny(tmp_path / "tiny", "qwen3_moe"), "native")
+    served = Served(model, tmp_path / "served")
+    served.engine.speculates = True
+    served.engine.prefixes = Prefixes(1 << 20, 16, model.one_by_one)
+    for name in ("r", "s"):
+        served.ask(name, "abcbcacabacb" * 4, max_tokens=10, sampling=FEW)
+        assert served.live()
+    assert served.ids("r") == served.ids("s")
+    assert [e.cached_tokens for e in served.events if isinstance(e, Done)] == [0, 47]
+
+
 def test_right_guesses_save_steps_and_wrong_ones_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "pick_length", lambda rate, cost_s: 3)
     bench = Bench()
