@@ -187,7 +187,8 @@ async def _load(
         GroupConfig,
     )
     require_memory(info, group)
-    cluster = await stack.enter_async_context(Cluster.open(group, restart=True))
+    loading = functools.partial(progress, f"loading {group.num_ranks} rank(s)")
+    cluster = await stack.enter_async_context(Cluster.open(group, restart=True, loading=loading))
     return cluster, facts_of(cluster, info, manifest)
 
 
