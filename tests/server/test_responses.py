@@ -13,6 +13,7 @@ from openai.types.responses import Response
 from stub_group import received, until
 
 from expertd.cluster.copies import copy_of
+from expertd.cluster.host_messages import Hold
 from expertd.cluster.requests import Requests
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
@@ -158,7 +159,7 @@ def test_another_host_goes_on_with_a_stream(tmp_path: Path) -> None:
         copy = copy_of(transcript)
         assert len(copy.tokens) < 20
         requests = Requests(cluster._find_leader)
-        requests.hold([copy])
+        requests.hold(Hold(1, [copy]))
         requests.lose_leaders()
         other: Any = SimpleNamespace(
             requests=requests, resume=requests.resume, ready=cluster.ready, failure=None
