@@ -151,7 +151,6 @@ class ResponsesRequest(Body):
     """POST /v1/responses."""
 
     neutral: ClassVar = {
-        "background": (False,),
         "context_management": ([],),
         "conversation": (),
         "max_tool_calls": (),
@@ -178,6 +177,7 @@ class ResponsesRequest(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     store: bool = True
+    background: bool = False
     previous_response_id: Text | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: float = Field(1.0, ge=0, le=2)
@@ -192,9 +192,11 @@ class ResponsesRequest(Body):
     metadata: dict[Text, Text] = {}
 
     @model_validator(mode="after")
-    def _known_includes(self) -> Self:
+    def _check(self) -> Self:
         if unknown := sorted(set(self.include) - INCLUDABLE):
             raise ValueError(f"include: {unknown[0]!r} is not known. Known: {', '.join(sorted(INCLUDABLE))}")
+        if self.background and not self.store:
+            raise ValueError("background needs 'store': true")
         return self
 
     @property
@@ -253,7 +255,7 @@ class ResponsesRequest(Body):
             "object": "response",
             "created_at": created_at,
             "model": model_id,
-            "background": False,
+            "background": self.background,
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
             "metadata": self.metadata,

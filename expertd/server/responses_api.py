@@ -34,7 +34,7 @@ async def create(service: Service, request: Request) -> Response:
     if wanted.stream:
         return await _streamed(request, events, built, -1)
     try:
-        await while_connected(request.receive, _collect(events, built))
+        await while_connected(request.receive, _collect(events, built, only_first=wanted.background))
     except ClientDisconnect:
         _forget_unread(service, submit)
         raise
@@ -123,10 +123,13 @@ async def _next(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces)
 
 
-async def _collect(events: EngineEvents, built: ResponseEvents) -> None:
+async def _collect(events: EngineEvents, built: ResponseEvents, only_first: bool) -> None:
+    """Read the answer; with `only_first`, that it has begun: a stored one goes on without a reader."""
     async with aclosing(events):
         async for event in events:
             built.take(event)
+            if only_first:
+                return
 
 
 async def _pieces(events: EngineEvents, built: ResponseEvents, after: int) -> AsyncGenerator[bytes, None]:

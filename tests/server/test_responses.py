@@ -178,6 +178,18 @@ def test_another_host_goes_on_with_a_stream(tmp_path: Path) -> None:
     with_app(tmp_path, test, r0="tools")
 
 
+def test_in_the_background(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
+        asked = {"model": "demo", "input": "@slow:0.02 @repeat:10 x", "background": True}
+        begun = checked((await client.post(PATH, json=asked)).json())
+        assert (begun.status, begun.background, begun.output) == ("in_progress", True, [])
+        await until(lambda: cluster.requests.kept.find(begun.id).end)  # type: ignore[union-attr]
+        done = checked((await client.get(f"{PATH}/{begun.id}")).json())
+        assert (done.status, done.output_text) == ("completed", "x " * 10)
+
+    with_app(tmp_path, test)
+
+
 def test_a_failure_is_an_event_and_a_status(tmp_path: Path) -> None:
     async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
         events = events_of(
@@ -202,7 +214,8 @@ WRONG = [
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "need each other"),
     ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
     ({"include": ["web_search_call.results"]}, "include"),
-    ({"background": True}, "background"),
+    ({"background": True, "store": False}, "background needs 'store': true"),
+    ({"conversation": "c"}, "conversation"),
     ({"truncation": "auto"}, "truncation"),
     ({"max_tokens": 5}, "unknown parameter"),
 ]
