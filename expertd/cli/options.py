@@ -106,7 +106,9 @@ def prefix_cache_options(command: F) -> F:
         click.option(
             "--prefix-cache-dir",
             type=click.Path(file_okay=False, resolve_path=True),
-            default="",
+            callback=lambda context, parameter, value: (
+                value or ""
+            ),  # a default of "" would be resolved, to here
             help="Keep them in files there as well, across restarts.",
         ),
         click.option(

@@ -165,3 +165,9 @@ def test_a_link_without_effect_is_said(
     options.warn_of_link(GroupConfig("", ranks, link=link))
     line = f"expertd: --link {link}: ranks of one host use shared memory; it counts for hosts that join\n"
     assert capsys.readouterr().err == (line if said else "")
+
+
+def test_prompts_stay_in_memory_unless_a_folder_is_named(tmp_path: Path) -> None:
+    for args, wanted in (([], ""), (["--prefix-cache-dir", str(tmp_path)], str(tmp_path))):
+        context = serve.serve_command.make_context("serve", ["demo", *args])
+        assert context.params["prefix_cache_dir"] == wanted

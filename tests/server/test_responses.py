@@ -159,7 +159,7 @@ def test_another_host_goes_on_with_a_stream(tmp_path: Path) -> None:
         copy = copy_of(transcript)
         assert len(copy.tokens) < 20
         requests = Requests(cluster._find_leader)
-        requests.hold(Hold(0, [copy]))
+        requests.hold(Hold(1, [copy]))
         requests.lose_leaders()
         other: Any = SimpleNamespace(
             requests=requests, resume=requests.resume, ready=cluster.ready, failure=None
