@@ -182,8 +182,10 @@ class Cluster:
 
     @property
     def living(self) -> list[LocalRank]:
-        """The ranks that have loaded and live."""
-        return [rank for rank in self._ranks if rank.ready and not rank.dead]
+        """The ranks that have loaded and live, in the order of the last epoch; who comes back does not lead at once,
+        because every stream would have to be read again."""
+        found = [rank for rank in self._ranks if rank.ready and not rank.dead]
+        return sorted(found, key=lambda rank: (not rank.seats, rank.number))
 
     @property
     def epoch(self) -> int:

@@ -54,6 +54,7 @@ def test_a_dead_rank_comes_back_while_streams_go_on(tmp_path: Path, victim: int)
                 i != victim for i in (0, 1)
             ]
             assert cluster.describe()["reason"] == f"rank {victim} is back"
+            assert cluster._ranks[victim].number == 1, "who went on goes on leading"
             assert cluster.record.num_events["back"] == 1
 
     asyncio.run(main())
