@@ -24,7 +24,8 @@ def _digests(mailbox: Mailbox, folder: Path) -> dict[str, str]:
     model = Model(folder, normalise_config(read_config(folder)), wide=True)
     model.attach(mailbox if mailbox.num_ranks > 1 else None)
     found = {}
-    for name in model.splits if mailbox.num_ranks > 1 else ["solo"]:
+    splits = [name for name in model.splits if name != "sequences"]  # windows are no sequences
+    for name in splits if mailbox.num_ranks > 1 else ["solo"]:
         for shares in SHARES[mailbox.num_ranks] if name != "solo" else [(1.0,)]:
             logits, _ = model.observe(mx.array(TOKENS), StepSplit(name, shares))
             mailbox.check()

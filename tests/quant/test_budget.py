@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 
+from expertd.checkpoint.sizes import cache_bytes
 from expertd.config import parse_size
 from expertd.errors import ConfigError
 from expertd.quant.budget import (
+    CACHE_TOKENS,
     Allocation,
     bytes_per_token,
-    cache_bytes,
     size_in_words,
     smallest_bytes,
     target_bytes,
@@ -237,16 +238,18 @@ def test_cache_of_each_kind_of_attention() -> None:
         "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
         "max_position_embeddings": 40960,
     }  # fmt: skip
-    assert cache_bytes(grouped) == 32768 * 48 * 2 * 4 * 128 * 2
-    assert cache_bytes(grouped | {"max_position_embeddings": 1024}) == 1024 * 48 * 2 * 4 * 128 * 2
-    assert cache_bytes({"text_config": grouped}) == cache_bytes(grouped)
+    assert cache_bytes(grouped, CACHE_TOKENS) == 32768 * 48 * 2 * 4 * 128 * 2
+    assert (
+        cache_bytes(grouped | {"max_position_embeddings": 1024}, CACHE_TOKENS) == 1024 * 48 * 2 * 4 * 128 * 2
+    )
+    assert cache_bytes({"text_config": grouped}, CACHE_TOKENS) == cache_bytes(grouped, CACHE_TOKENS)
     plain = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
-    assert cache_bytes(plain) == 32768 * 2 * 2 * 64 * 2
-    assert cache_bytes(DEEPSEEK_V3) == 32768 * 61 * (512 + 64) * 2
+    assert cache_bytes(plain, CACHE_TOKENS) == 32768 * 2 * 2 * 64 * 2
+    assert cache_bytes(DEEPSEEK_V3, CACHE_TOKENS) == 32768 * 61 * (512 + 64) * 2
 
 
 def test_machine_to_target() -> None:
-    room = cache_bytes(DEEPSEEK_V3) + 2 * 10**9
+    room = cache_bytes(DEEPSEEK_V3, CACHE_TOKENS) + 2 * 10**9
     assert target_bytes(Settings(fit_bytes=512 * 10**9), DEEPSEEK_V3) == 384 * 10**9 - room
     assert target_bytes(Settings(fit_bytes=36 * 10**9), DEEPSEEK_V3) == 27 * 10**9 - room
     assert target_bytes(Settings(fit_bytes=24 * 10**9), DEEPSEEK_V3) == 16 * 10**9 - room
