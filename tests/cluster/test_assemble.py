@@ -20,7 +20,7 @@ def test_kernels_are_the_leaders_unless_chosen(
     opened: list[GroupConfig] = []
 
     @asynccontextmanager
-    async def open_cluster(group: GroupConfig) -> Any:
+    async def open_cluster(group: GroupConfig, **more: Any) -> Any:
         opened.append(group)
         yield SimpleNamespace()
 
@@ -32,6 +32,7 @@ def test_kernels_are_the_leaders_unless_chosen(
     monkeypatch.setattr(assemble, "check_manifest", lambda files: manifest)
     monkeypatch.setattr(assemble, "check_checkpoint", lambda folder: SimpleNamespace())
     monkeypatch.setattr(assemble, "_find_or_copy", find)
+    monkeypatch.setattr(assemble, "require_memory", lambda info, group: None)
     monkeypatch.setattr(assemble, "facts_of", lambda *_: FACTS)
     leader = GroupConfig("/there", 1, "experts", kernels="mlx", activation_bits=16)
     own = GroupConfig("", 2, cpus=((0,), (1,)), kernels=chosen)
@@ -40,7 +41,7 @@ def test_kernels_are_the_leaders_unless_chosen(
     async def main() -> None:
         async with AsyncExitStack() as stack:
             call: Any = None
-            await assemble._load(call, own, [], call, call, welcome, stack)
+            await assemble._load(call, own, [], call, lambda *said: None, welcome, stack)
 
     asyncio.run(main())
     assert opened == [replace(leader, checkpoint="/here", num_ranks=2, cpus=own.cpus, kernels=wanted)]
