@@ -10,7 +10,7 @@ MAX_RANKS = 4
 # Where a serving host listens for its paired hosts, and `expertd pair` for a new one.
 CONTROL_PORT = 7420
 PAIRING_PORT = 7421
-SPLITS = ("auto", "solo", "experts", "tokens")
+SPLITS = ("auto", "solo", "experts", "tokens", "sequences")
 LINKS = ("auto", "verbs", "tcp", "mlx")
 KERNELS = ("auto", "native", "mlx")
 # How finely the native kernels round activations before they meet quantized weights. 8: on the demo model the

@@ -286,7 +286,7 @@ def _load(setup: Setup, control: Control) -> Rank:
         _vocab_size(info) or tokenizer.size,
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
-    engine.tries_splits, engine.speculates = not group.wide, group.speculate
+    engine.speculates = group.speculate
     engine.first_id = secrets.randbits(40) << 20
     engine.prefixes = Prefixes(_prefix_bytes(group), group.prefill_chunk, model.one_by_one)
     ready = replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect)

@@ -53,9 +53,6 @@ from expertd.errors import BusyError, ConfigError
 from expertd.model.sampler import Row, Sampler
 from expertd.split.cut import StepSplit, choose
 
-# The sequence of the steps that an idle engine tries; requests' sequences count from first_id + 1.
-TRIAL_ID = 0
-
 
 @dataclass
 class Engine:
@@ -69,7 +66,6 @@ class Engine:
     vocab_size: int
     max_streams: int = 16
     max_waiting: int = 256
-    tries_splits: bool = True  # when it is idle, for the planner
     prefixes: Prefixes = field(default_factory=Prefixes)
     speculates: bool = False  # only where a token's bits do not depend on how many were computed with it
     first_id: int = 0  # of its sequences: no two leaders may give the same, for caches outlive them
@@ -92,7 +88,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether `step` would find nothing to do."""
-        return not self._open and not self._to_observe and not self._wanted_trial()
+        return not self._open and not self._to_observe
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
         """Go on in a new epoch, with the caches that `runner` has; steps are divided by `split`."""
@@ -137,7 +133,6 @@ class Engine:
             return
         sequences = self._schedule()
         if not sequences:
-            self._try_split()
             return
         plan, work = self._plan(sequences)
         logits = self._run(plan, work)
@@ -175,7 +170,7 @@ class Engine:
                 # What is asked of a prompt is read with all ranks: again, here.
                 sequence.num_computed = 0 if sequence.wants_logits else sequence.num_computed
                 sequence.home = cache.home
-        self._settled, self._released = [], [TRIAL_ID] if held.pop(TRIAL_ID, 0) else []
+        self._settled, self._released = [], []
         self.prefixes.meet(held, runner.caches)
         self._has_met = True
 
@@ -374,29 +369,6 @@ class Engine:
             self.send(choice)
         self._released, self._settled, self._cuts = [], [], []
         return logits
-
-    def _wanted_trial(self) -> Work | None:
-        return self._planner.wanted_trial() if self.tries_splits else None
-
-    def _try_split(self) -> None:
-        """With nothing else to do: a step whose tokens nobody reads, if the planner wants to know what it takes."""
-        if not (work := self._wanted_trial()):
-            return
-        num_tokens = min(work.num_tokens, self.context_length)
-        tokens = [i % self.vocab_size for i in range(num_tokens)]
-        split = StepSplit(self._planner.choose(work), self._fractions)
-        plan = Plan(
-            [TRIAL_ID],
-            [tokens],
-            decode=work.kind == "decode",
-            split=split,
-            started=[TRIAL_ID],
-            released=list(self._released),
-            settled=list(self._settled),
-            cuts=list(self._cuts),
-        )
-        self._run(plan, work)
-        self._released.append(TRIAL_ID)
 
     # Beat 4: deliver.
 

@@ -10,8 +10,10 @@ and than the present choice by as much. So a split that measured slower than sol
 Something must be measured before it can be chosen, and a trial of a slow split is time lost. Until every candidate has
 ENOUGH samples, every other step is a trial. After that a trial has to be saved for: each step puts TRIAL_BUDGET of its
 time aside, and the candidate that was tried longest ago is tried again when its expected excess is there. So trials
-cost at most that part of the time however slow a link has become, and one that has become fast is noticed. An idle
-engine makes the first trials before anybody waits for them (`wanted_trial`).
+cost at most that part of the time however slow a link has become, and one that has become fast is noticed.
+
+Only steps of real requests are measured. Trials of an idle engine were tried: a processor that has just been idle,
+with a server starting beside it, took 6 ms for a step that takes 2 ms in a stream, and the choices were wrong.
 
 Steps get slower as texts get longer, and a trial made long ago must not look fast for that. So a sample is kept as a
 multiple of the pace of its time, which is what the present choice takes (see _Record).
@@ -31,10 +33,6 @@ ENOUGH = 4
 # Two equal splits differ by about 1 % from one median of seven to the next on a quiet machine.
 MARGIN = 0.02
 TRIAL_BUDGET = 0.01
-# What an idle engine tries: a token, and a short prompt. Enough to begin with, and short enough for a request that
-# comes meanwhile; not where a step takes longer than LONGEST_IDLE_TRIAL_S.
-FIRST_TRIALS = (("decode", 1), ("prefill", 64))
-LONGEST_IDLE_TRIAL_S = 0.5
 
 
 @dataclass(frozen=True, order=True)
@@ -144,18 +142,6 @@ class Planner:
         record.add(split, seconds)
         if record.is_measured and not self._fixed:
             self._settle(work, record)
-
-    def wanted_trial(self) -> Work | None:
-        """The work of which an idle engine should make a step, so that requests find their split chosen."""
-        if self._fixed:
-            return None
-        for kind, num_tokens in FIRST_TRIALS:
-            record = self._record(Work(kind, num_tokens))
-            if record.is_measured or len(record.candidates) == 1:
-                continue
-            slowest = max((max(found, default=0.0) for found in record.samples.values()), default=0.0)
-            return None if slowest * record.pace_s > LONGEST_IDLE_TRIAL_S else Work(kind, num_tokens)
-        return None
 
     def news(self) -> list[Choice]:
         """The choices that were made or changed since the last call."""

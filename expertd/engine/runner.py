@@ -114,8 +114,7 @@ class Runner:
             return
         self._tell_untold(pending)
         self._read_pending(pending)
-        if not plan.homes:
-            self._tell(CatchUp([]))  # it is taken when the one before is done
+        self._tell(CatchUp([]))  # it is taken when the one before is done
 
     def num_behind(self, sequence_ids: list[int]) -> int:
         """Rank 0: how many tokens of these sequences only their homes have."""
@@ -210,7 +209,8 @@ class Runner:
 
     def _redo(self, steps: list[Plan]) -> None:
         """Append what steps appended to caches that are still in use after all of them."""
-        if self._model.one_by_one:
+        # Few steps of many sequences are fewer calls as they are, which is also the way to the same bits everywhere.
+        if self._model.one_by_one or len(steps) <= max((len(s.sequence_ids) for s in steps), default=0):
             for step in steps:
                 self._execute(step)
             return
@@ -316,6 +316,7 @@ class Runner:
 
     def _read_pending(self, sequence_ids: list[int], limit: int | None = None) -> None:
         """Read what is pending of these sequences, `limit` tokens of each; at their home it is there already."""
+        self._read_last_tokens([self.caches[i] for i in sequence_ids])
         for sequence_id in sequence_ids:
             cache = self.caches[sequence_id]
             if not cache.pending:
@@ -329,6 +330,20 @@ class Runner:
                 else:
                     self._model.prefill(piece.tokens, cache.layers, SOLO)
             cache.num_shared = len(cache) - (cache.num_pending if cache.home == self._link.rank else 0)
+
+    def _read_last_tokens(self, caches: list[SequenceCache]) -> None:
+        """Of sequences of which one token is pending, read all of these in one step."""
+        single = [cache for cache in caches if len(cache.pending) == 1 and cache.pending[0].decode]
+        if len(single) < 2:
+            return
+        tokens = [cache.pending[0].tokens[0] for cache in single if cache.home != self._link.rank]
+        mine = [cache for cache in single if cache.home != self._link.rank]
+        for cache, token in zip(mine, tokens, strict=True):
+            cache.extend([token], True)
+        if mine:
+            self._model.decode(tokens, [cache.layers for cache in mine], SOLO)
+        for cache in single:
+            cache.share()
 
     def cut(self, sequence_id: int, length: int) -> None:
         """Rank 0: take back what a step appended beyond `length`; the next plan has to say so."""

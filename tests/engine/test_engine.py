@@ -7,7 +7,6 @@ from typing import Any, cast
 import mlx.core as mx
 import pytest
 
-from expertd.engine.engine import TRIAL_ID
 from expertd.engine.messages import Cancel, Choice, Done, Failed, Observe, Rejected, Started, Submit, Token
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.errors import LinkDown
@@ -343,27 +342,27 @@ def test_splits_follow_the_configuration() -> None:
         assert bench.done("r") == replace(bench.done("r"), split=wanted, ranks=2)
 
 
-def test_an_idle_engine_tries_the_splits_and_requests_take_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_take_the_split_that_measured_best(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that the runner turns: `experts` takes half of solo's time for a token, but longer for a prompt."""
-    now, costs = [0.0], {("experts", 1): 1.0, ("solo", 1): 2.0, ("tokens", 12): 4.0, ("experts", 12): 3.0}
+    now, costs = [0.0], {("experts", 1): 1.0, ("solo", 1): 2.0, ("tokens", 4): 4.0, ("experts", 4): 3.0}
     monkeypatch.setattr("expertd.engine.engine.time.monotonic", lambda: now[0])
-    bench = Bench(split="auto", shares=(0.5, 0.5))
+    bench = Bench(split="auto", shares=(0.5, 0.5), prefill_chunk=4)
 
     def work(plan: Plan) -> None:
-        now[0] += 0.01 * costs.get((plan.split.name, min(12, plan.num_tokens)), 2.0)
+        now[0] += 0.01 * costs.get((plan.split.name, plan.num_tokens), 2.0)
 
     bench.runner.before_step = work
-    assert not bench.engine.idle
-    bench.finish()
-    assert bench.engine.idle and not bench.runner.caches.keys() - {TRIAL_ID}
+    for i in range(4):
+        bench.ask(f"r{i}", f"{i}, a prompt of many chunks, read", "an answer")
+        bench.finish()
     assert {(e.work, e.split) for e in bench.events if isinstance(e, Choice)} == {
         ("decode of 1", "experts"),
-        ("prefill of 64", "solo"),
+        ("prefill of 4", "solo"),
     }
     del bench.runner.plans[:]
-    bench.ask("r", "a long prompt", "ok")
+    bench.ask("r", "prompt", "ok")
     bench.finish()
-    assert [(p.num_tokens, p.split.name) for p in bench.runner.plans] == [(12, "solo"), *[(1, "experts")] * 3]
+    assert [(p.num_tokens, p.split.name) for p in bench.runner.plans][-3:] == [(1, "experts")] * 3
     assert bench.text("r") == "ok"
 
 

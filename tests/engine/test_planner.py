@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from expertd.engine.planner import ENOUGH, FIRST_TRIALS, LONGEST_IDLE_TRIAL_S, Planner, Work
+from expertd.engine.planner import ENOUGH, Planner, Work
 
 SPLITS = ("solo", "experts", "tokens")
 ONE, CHUNK = Work("decode", 1), Work("prefill", 512)
@@ -111,30 +111,13 @@ def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() 
     assert "tokens" not in {planner.choose(ONE) for _ in range(20)}  # one row cannot be divided
 
 
-def test_an_idle_engine_is_asked_until_all_is_measured() -> None:
-    planner, tried = Planner("auto", SPLITS, 2), Counter[Work]()
-    while work := planner.wanted_trial():
-        tried[work] += 1
-        assert tried.total() < 100
-        planner.took(work, planner.choose(work), work.num_tokens, 0.01)
-    assert set(tried) == {Work(*first) for first in FIRST_TRIALS}
-    assert len(planner.news()) == len(FIRST_TRIALS)
-    slow = Planner("auto", SPLITS, 2)
-    work = slow.wanted_trial()
-    assert work == ONE
-    slow.took(ONE, slow.choose(ONE), 1, 2 * LONGEST_IDLE_TRIAL_S)
-    assert slow.wanted_trial() is None  # it would make a request wait
-
-
 @pytest.mark.parametrize(("wanted", "num_ranks", "split"), [("auto", 1, "solo"), ("experts", 2, "experts")])
 def test_what_was_told_is_done(wanted: str, num_ranks: int, split: str) -> None:
     planner = Planner(wanted, SPLITS, num_ranks)
-    assert planner.wanted_trial() is None
     taken, _ = drive(planner, CHUNK, lambda step, split: 1.0, 50)
     assert taken == {split: 50} and planner.news() == []
 
 
 def test_a_family_without_splits_stays_alone() -> None:
     planner = Planner("auto", ("solo",), 3)
-    assert planner.wanted_trial() is None
     assert drive(planner, ONE, lambda step, split: 1.0, 50)[0] == {"solo": 50}

@@ -49,9 +49,6 @@ class WildPlanner(Planner):
     def took(self, work: Work, split: str, *more: Any) -> None:
         self.taken.add((work.kind, split))
 
-    def wanted_trial(self) -> None:
-        return None
-
 
 class Counting(Runner):
     """Once, at the second meeting, the last rank has nothing any more, as one that was started again."""
