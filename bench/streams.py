@@ -7,6 +7,9 @@ other round. A rank has a core of its own and its supervisor those of its ranks,
 mlx-lm's server has. Each request has another short prompt, is greedy, cannot end early (the end token is biased away)
 and is streamed; all are sent at once. The first round is not counted. Nothing is guessed (--no-speculate), and no
 prompt begins like another.
+
+With --inside there is no HTTP: the groups are opened by this process, which then needs little of the cores that the
+ranks have. That is what two ranks do for many streams; with HTTP on the same two cores, both are in it.
 """
 
 import argparse
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,13 @@ from typing import Any
 import httpx2
 
 from expertd.bench.processes import free_ports
+from expertd.bench.throughput import with_ranks
 from expertd.checkpoint.config import read_config
 from expertd.checkpoint.locate import find_checkpoint
+from expertd.cli.signals import run_until_signal
+from expertd.cluster.supervisor import Cluster
+from expertd.config import GroupConfig
+from expertd.engine.messages import Submit, Token
 from expertd.errors import ClusterError, ExpertdError
 from expertd.topology.machine import describe_machine, own_cores, summarize
 
@@ -55,7 +63,10 @@ def main() -> None:
     try:
         folder = find_checkpoint(arguments.checkpoint)
         rows = _rows(folder, arguments.kernels.split(","), arguments.rival)
-        _measure(rows, folder, arguments.streams, arguments.tokens, arguments.repeats)
+        if arguments.inside:
+            run_until_signal(_measure_inside(rows, folder, arguments))
+        else:
+            _measure(rows, folder, arguments.streams, arguments.tokens, arguments.repeats)
         report = _report(rows, arguments)
         if arguments.json:
             arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -77,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
     parser.add_argument("--kernels", default="native", help="of ours: native, mlx, or both with a comma")
     parser.add_argument("--rival", action="store_true", help="beside mlx_lm.server")
+    parser.add_argument("--inside", action="store_true", help="without HTTP")
     parser.add_argument("--json", type=Path, help="figures go there")
     return parser
 
@@ -117,6 +129,40 @@ def _measure(rows: list[Row], folder: Path, num_streams: int, tokens: int, repea
                 if repeat:
                     row.tokens_per_s.append(num_streams * tokens / seconds)
                     row.first_token_s += firsts
+
+
+async def _measure_inside(rows: list[Row], folder: Path, arguments: argparse.Namespace) -> None:
+    kernels = arguments.kernels.split(",")
+    groups = [
+        with_ranks(GroupConfig(str(folder), kernels=name), ranks, "auto")
+        for name in kernels
+        for ranks in (1, 2)
+    ]
+    async with AsyncExitStack() as stack:
+        clusters = [await stack.enter_async_context(Cluster.open(group)) for group in groups]
+        turns = list(zip(rows, clusters, strict=True))
+        for repeat in range(arguments.repeats + 1):
+            for row, cluster in turns if repeat % 2 == 0 else reversed(turns):
+                began = time.monotonic()
+                asked = [
+                    Submit(f"{row.name} {repeat} {i}", prompt, max_tokens=arguments.tokens, ignore_end=True)
+                    for i, prompt in enumerate(_prompts(arguments.streams))
+                ]
+                firsts = await asyncio.gather(*(_first_token(cluster, submit, began) for submit in asked))
+                if repeat:
+                    seconds = time.monotonic() - began
+                    row.tokens_per_s.append(arguments.streams * arguments.tokens / seconds)
+                    row.first_token_s += firsts
+
+
+async def _first_token(cluster: Cluster, submit: Submit, began: float) -> float:
+    """See one request to its end; gives the seconds until its first token."""
+    first = 0.0
+    async with aclosing(cluster.generate(submit)) as events:
+        async for event in events:
+            if isinstance(event, Token):
+                first = first or time.monotonic() - began
+    return first
 
 
 def _prompts(number: int) -> list[str]:
