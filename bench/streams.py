@@ -179,7 +179,12 @@ def _running(row: Row) -> Iterator[None]:
             os.sched_setaffinity(0, row.cores)
 
     server = subprocess.Popen(
-        row.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, process_group=0, preexec_fn=settle
+        row.command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=settle,
     )
     try:
         yield
@@ -198,8 +203,10 @@ def _wait_ready(row: Row) -> str:
         with contextlib.suppress(httpx2.HTTPError, ValueError, LookupError):
             base = f"http://127.0.0.1:{row.port}"
             if httpx2.get(f"{base}/health", timeout=5).status_code == 200:
+                if row.command[2] != "expertd":  # its list of models needs a hub's cache folder
+                    return "default_model"
                 found: str = httpx2.get(f"{base}/v1/models", timeout=30).json()["data"][0]["id"]
-                return found if row.command[2] == "expertd" else "default_model"
+                return found
         time.sleep(0.1)
     raise ClusterError(f"{row.name} is not ready after {LOAD_TIMEOUT_S:g} s. Try a smaller checkpoint.")
 
