@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from expertd.topology.threads import upwards
+from expertd.topology.threads import control_groups
 
 
 def available_memory(root: Path = Path("/")) -> tuple[int, str]:
@@ -17,16 +17,8 @@ def available_memory(root: Path = Path("/")) -> tuple[int, str]:
 
 def _left_by_groups(root: Path) -> Iterator[tuple[int, str]]:
     """What each control group of this process leaves, from its own up to the root's."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "?", "")
-        if controllers == "" or "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-            for folder in upwards(base, path):
-                yield from _left(folder)
+    for folder in control_groups(root, "memory"):
+        yield from _left(folder)
 
 
 def _left(folder: Path) -> Iterator[tuple[int, str]]:

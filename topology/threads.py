@@ -37,19 +37,23 @@ def _core(root: Path, processor: int) -> str:
 
 def _quotas(root: Path) -> Iterator[float]:
     """The processors that this process's control groups allow it, from its own up to the root's."""
+    for folder in control_groups(root, "cpu"):
+        yield from _quota(folder)
+
+
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of the groups of this process that have a controller ("cpu", "memory"), its own first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2) if line.count(":") > 1 else ("", "?", "")
-        if controllers == "" or "cpu" in controllers.split(","):
-            base = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-            for folder in upwards(base, path):
-                yield from _quota(folder)
+        if controllers == "" or controller in controllers.split(","):
+            yield from _upwards(root / "sys/fs/cgroup" / (controller if controllers else ""), path)
 
 
-def upwards(base: Path, path: str) -> Iterator[Path]:
+def _upwards(base: Path, path: str) -> Iterator[Path]:
     """The folder of a control group and of those above it."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     yield from (base.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
