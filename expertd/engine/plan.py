@@ -75,9 +75,11 @@ class CatchUp:
 @dataclass(frozen=True)
 class Meeting:
     """Before an epoch's first step: the caches that rank 0 still has, each with the numbers of tokens to which it can
-    be cut. Every rank answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
+    be cut, and digests of so many tokens: hosts that lost each other may both have gone on with a sequence. Every rank
+    answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
 
     lengths: dict[int, list[int]]
+    digests: dict[int, list[int]]
     apart: bool = False
 
     def encode(self) -> bytes:
@@ -104,8 +106,10 @@ def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting | Lackin
         values = msgpack.unpackb(frame, strict_map_key=False)
         if "lengths" in values:
             meeting = Meeting(**values)
-            lengths = {int(i): [int(n) for n in ns] for i, ns in meeting.lengths.items()}
-            return Meeting(lengths, bool(meeting.apart))
+            lengths, digests = _numbers(meeting.lengths), _numbers(meeting.digests)
+            if [(i, len(ns)) for i, ns in lengths.items()] != [(i, len(ns)) for i, ns in digests.items()]:
+                raise ValueError("lengths without digests")
+            return Meeting(lengths, digests, bool(meeting.apart))
         if "sequence_id" in values:
             return Lacking(**values)
         if "steps" in values:
@@ -114,6 +118,10 @@ def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting | Lackin
         return WindowsPlan(**_typed(values)) if "windows" in values else Plan(**_typed(values))
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e
+
+
+def _numbers(lists: Any) -> dict[int, list[int]]:
+    return {int(i): [int(n) for n in numbers] for i, numbers in lists.items()}
 
 
 def _typed(values: Any) -> dict[str, Any]:
