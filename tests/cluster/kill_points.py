@@ -1,12 +1,16 @@
 """Eight streams at a time, and ranks killed and stopped at random points: every answer must be the undisturbed one.
 
     python -m tests.cluster.kill_points [--points 200] [--seed 1] [--ranks 3] [--family qwen3_moe] [--kernels mlx]
+        [--split experts]
 
 A point is a moment, a victim and a signal, all drawn from the seed: in prefill, in decode, at any time, in the
 recovery from another one, or while a fresh rank joins. A dead rank is started again, so one group takes any number of
-points. For each stream that was open at a point, the time to its next token is measured: p50 and p99 are printed, apart
-for SIGKILL, for SIGSTOP (noticed after 0.8 s, 3 s while it joins) and for points after which no rank was left, which
-must load first.
+points, half of them under --split and half under `auto`.
+
+Of each stream that had a token at a point, the time to its next one is measured, and p50 and p99 are printed: apart for
+SIGKILL, for SIGSTOP (noticed after 0.8 s, 3 s while it joins), for failures in the recovery from another one (from the
+first to the token), and for points after which no rank was left that had taken part in a step: answers are then read
+again from their transcripts.
 """
 
 import argparse
@@ -19,8 +23,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from expertd.cluster import restarts
 from expertd.cluster.supervisor import Cluster
@@ -57,10 +62,11 @@ class Point:
 
     phase: str
     number: signal.Signals
-    rank_id: int
+    split: str
     at: float = field(default_factory=time.monotonic)
-    none_left: bool = False
+    caches_left: bool = True
     gaps_s: list[float] = field(default_factory=list)
+    others_s: list[float] = field(default_factory=list)  # of streams that met another failure first
 
 
 class Stream:
@@ -73,6 +79,7 @@ class Stream:
         self.is_open, self.num_answers = False, 0
         self.wrong: list[str] = []
         self.waiting: list[Point] = []
+        self.warm: set[int] = set()  # processes that took part in a step which gave a token
 
     async def ask(self) -> list[Token]:
         submit = wanted(self.index)
@@ -90,8 +97,10 @@ class Stream:
     def _measure(self) -> None:
         now = time.monotonic()
         for point in self.waiting:
-            point.gaps_s.append(now - point.at)
+            gaps_s = point.gaps_s if len(self.waiting) == 1 else point.others_s
+            gaps_s.append(now - point.at)
         self.waiting.clear()
+        self.warm |= {rank.pid for rank in self._cluster.living if rank.seats and rank.seats[-1].joined}
 
     async def run(self, goes_on: Callable[[], bool]) -> None:
         while goes_on():
@@ -110,9 +119,11 @@ class Storm:
     """Draws points and carries them out on a cluster with eight streams."""
 
     def __init__(self, cluster: Cluster, seed: int, num_points: int) -> None:
-        self._cluster, self._random, self._num_points = cluster, random.Random(seed), num_points
+        self._cluster, self._num_points = cluster, num_points
+        self._random = random.Random(f"{seed} {cluster.group.split}")
         self.streams = [Stream(cluster, i) for i in range(NUM_STREAMS)]
         self.points: list[Point] = []
+        self._stopped: set[int] = set()
         self._is_over = False
 
     async def run(self) -> None:
@@ -152,34 +163,42 @@ class Storm:
 
     def _strike(self, phase: str) -> None:
         """Kill or stop a rank; rarely the last one."""
-        alive = [rank for rank in self._cluster.living if rank.process.running]
+        alive = [rank for rank in self._cluster.living if rank.pid not in self._stopped and rank.process.running]
         if not alive or (len(alive) == 1 and self._random.random() < 0.9):
             return
         victim = self._random.choice(alive)
-        number = signal.SIGKILL if self._random.random() < 0.75 else signal.SIGSTOP
-        point = Point(phase, number, victim.id, none_left=len(alive) == 1)
+        number = signal.SIGKILL if self._random.random() < 0.7 else signal.SIGSTOP
+        left = {rank.pid for rank in alive if rank is not victim}
         os.kill(victim.pid, number)
+        self._stopped.add(victim.pid)
+        point = Point(phase, number, self._cluster.group.split)
         self.points.append(point)
         for stream in self.streams:
-            if stream.is_open:
+            if stream.tokens and stream.is_open:
                 stream.waiting.append(point)
+                point.caches_left &= bool(left & stream.warm)
 
     async def _next_token(self) -> None:
         """Until every stream has gone on: five leaders lost without a token are a reason to give up."""
         await _until(lambda: not any(stream.waiting for stream in self.streams))
 
-    def report(self) -> str:
-        lines = [f"{len(self.points)} points, {sum(s.num_answers for s in self.streams)} answers"]
-        gaps: dict[str, list[float]] = defaultdict(list)
-        for point in self.points:
-            gaps["no rank left" if point.none_left else point.number.name] += point.gaps_s
-        for kind, found in sorted(gaps.items()):
-            found.sort()
+
+def report(storms: list[Storm]) -> str:
+    """For people: how many points, and how long streams waited for their next token."""
+    points = [point for run in storms for point in run.points]
+    lines = [f"{len(points)} points, {sum(s.num_answers for run in storms for s in run.streams)} answers"]
+    gaps: dict[str, list[float]] = defaultdict(list)
+    for point in points:
+        gaps[point.number.name if point.caches_left else "no caches left"] += point.gaps_s
+        gaps["several failures"] += point.others_s
+    for kind, found in sorted(gaps.items()):
+        found.sort()
+        if found:
             p50, p99 = (found[int(len(found) * share)] for share in (0.5, 0.99))
             lines.append(f"{kind}: next token after p50 {p50:.2f} s, p99 {p99:.2f} s ({len(found)} streams)")
-        phases = Counter(point.phase for point in self.points)
-        lines.append(", ".join(f"{phase} {phases[phase]}" for phase in PHASES))
-        return "\n".join([*lines, *self.wrong])
+    phases = Counter(f"{point.phase} {point.number.name}" for point in points)
+    lines.append(", ".join(f"{phase} {count}" for phase, count in sorted(phases.items())))
+    return "\n".join([*lines, *(text for run in storms for text in run.wrong)])
 
 
 async def _until(condition: Callable[[], bool]) -> None:
@@ -187,17 +206,21 @@ async def _until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.002)
 
 
-async def storm(
-    checkpoint: Path, seed: int, num_points: int, num_ranks: int = 3, kernels: str = "mlx"
-) -> Storm:
-    """One group through `num_points` points. By MLX's kernels: ours are done before much is killed."""
-    group = GroupConfig(
-        str(checkpoint), num_ranks=num_ranks, split="experts", prefill_chunk=8, kernels=kernels
-    )
-    async with forked_ranks(), Cluster.open(group, restart=True) as cluster:
-        run = Storm(cluster, seed, num_points)
-        await run.run()
-        return run
+async def storm(group: GroupConfig, seed: int, num_points: int) -> list[Storm]:
+    """Two groups, one of them under `auto`, through half of `num_points` each."""
+    storms = []
+    async with forked_ranks():
+        for split in (group.split, "auto"):
+            async with Cluster.open(replace(group, split=split), restart=True) as cluster:
+                storms.append(Storm(cluster, seed, num_points // 2))
+                await storms[-1].run()
+    return storms
+
+
+def group_of(checkpoint: Path, **options: Any) -> GroupConfig:
+    """By MLX's kernels: ours are done before much is killed."""
+    settings = {"num_ranks": 3, "split": "experts", "prefill_chunk": 8, "kernels": "mlx"}
+    return GroupConfig(str(checkpoint), **settings | options)
 
 
 def main() -> None:
@@ -207,13 +230,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--family", default="qwen3_moe")
     parser.add_argument("--kernels", default="mlx")
+    parser.add_argument("--split", default="experts")
     arguments = parser.parse_args()
     restarts.GOOD_LIFE_S = 0.0  # here, dying young is no sign of anything
     with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny(Path(folder) / "tiny", arguments.family)
-        run = asyncio.run(storm(model, arguments.seed, arguments.points, arguments.ranks, arguments.kernels))
-    print(run.report())
-    raise SystemExit(1 if run.wrong else 0)
+        options = {"num_ranks": arguments.ranks, "kernels": arguments.kernels, "split": arguments.split}
+        group = group_of(make_tiny(Path(folder) / "tiny", arguments.family), **options)
+        storms = asyncio.run(storm(group, arguments.seed, arguments.points))
+    print(report(storms))
+    raise SystemExit(1 if any(run.wrong for run in storms) else 0)
 
 
 if __name__ == "__main__":
