@@ -7,10 +7,10 @@ A point is a moment, a victim and a signal, all drawn from the seed: in prefill,
 recovery from another one, or while a fresh rank joins. A dead rank is started again, so one group takes any number of
 points, half of them under --split and half under `auto`.
 
-Of each stream that had a token at a point, the time to its next one is measured, and p50 and p99 are printed: apart for
-SIGKILL, for SIGSTOP (noticed after 0.8 s, 3 s while it joins), for failures in the recovery from another one (from the
-first to the token), and for points after which no rank was left that had taken part in a step: answers are then read
-again from their transcripts.
+Of each stream that had a token at a point, the time to its first one in the epoch after it is measured, and p50 and p99
+are printed: for SIGKILL and for SIGSTOP (noticed after 0.8 s) when all ranks had been in the group for a while and had
+the caches of all streams, and apart for points in a storm of others: before ranks were back, or had read what they
+lacked, so that answers may have to be read again from their transcripts, and for several failures at once.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from expertd.cluster import restarts
+from expertd.cluster.local import LocalRank
 from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Submit, Token
@@ -40,6 +41,8 @@ NUM_TOKENS = 24
 PHASES = ("any", "prefill", "decode", "recovery", "rejoin")
 # A point that has to be waited for this long does not come: another one is taken.
 PATIENCE_S = 20.0
+# Of the points that are not about recovery itself, this share waits until the group has been whole for so long.
+CALM_SHARE, CALM_S = 0.4, 0.5
 
 
 def wanted(index: int) -> Submit:
@@ -58,15 +61,19 @@ def wanted(index: int) -> Submit:
 
 @dataclass
 class Point:
-    """`gaps_s`: from the signal to the next token of each stream that was open."""
+    """`gaps_s`: from the signal to the next token of each stream that had some, in another epoch than `epoch`."""
 
     phase: str
     number: signal.Signals
-    split: str
+    victim: LocalRank
+    epoch: int
+    is_calm: bool
     at: float = field(default_factory=time.monotonic)
-    caches_left: bool = True
     gaps_s: list[float] = field(default_factory=list)
-    others_s: list[float] = field(default_factory=list)  # of streams that met another failure first
+
+    @property
+    def kind(self) -> str:
+        return self.number.name + ("" if self.is_calm else " among others")
 
 
 class Stream:
@@ -79,7 +86,6 @@ class Stream:
         self.is_open, self.num_answers = False, 0
         self.wrong: list[str] = []
         self.waiting: list[Point] = []
-        self.warm: set[int] = set()  # processes that took part in a step which gave a token
 
     async def ask(self) -> list[Token]:
         submit = wanted(self.index)
@@ -95,12 +101,13 @@ class Stream:
         return self.tokens
 
     def _measure(self) -> None:
-        now = time.monotonic()
-        for point in self.waiting:
-            gaps_s = point.gaps_s if len(self.waiting) == 1 else point.others_s
-            gaps_s.append(now - point.at)
-        self.waiting.clear()
-        self.warm |= {rank.pid for rank in self._cluster.living if rank.seats and rank.seats[-1].joined}
+        now, cluster = time.monotonic(), self._cluster
+        gone_on = [p for p in self.waiting if p.victim.dead and cluster.running and cluster.epoch > p.epoch]
+        self.waiting = [point for point in self.waiting if point not in gone_on]
+        for point in gone_on:
+            point.is_calm &= not self.waiting and len(gone_on) == 1
+            if len(self.tokens) > 1:
+                point.gaps_s.append(now - point.at)
 
     async def run(self, goes_on: Callable[[], bool]) -> None:
         while goes_on():
@@ -147,6 +154,8 @@ class Storm:
     async def _reach(self, phase: str) -> None:
         """Wait for the moment."""
         cluster = self._cluster
+        if phase in ("any", "prefill", "decode") and self._random.random() < CALM_SHARE:
+            await _until(self._is_calm)
         if phase == "prefill":
             await _until(lambda: any(s.is_open and not s.tokens for s in self.streams))
         elif phase == "decode":
@@ -163,20 +172,27 @@ class Storm:
 
     def _strike(self, phase: str) -> None:
         """Kill or stop a rank; rarely the last one."""
-        alive = [rank for rank in self._cluster.living if rank.pid not in self._stopped and rank.process.running]
+        alive = [
+            rank for rank in self._cluster.living if rank.pid not in self._stopped and rank.process.running
+        ]
         if not alive or (len(alive) == 1 and self._random.random() < 0.9):
             return
         victim = self._random.choice(alive)
         number = signal.SIGKILL if self._random.random() < 0.7 else signal.SIGSTOP
-        left = {rank.pid for rank in alive if rank is not victim}
         os.kill(victim.pid, number)
         self._stopped.add(victim.pid)
-        point = Point(phase, number, self._cluster.group.split)
-        self.points.append(point)
+        self.points.append(Point(phase, number, victim, self._cluster.epoch, self._is_calm()))
         for stream in self.streams:
-            if stream.tokens and stream.is_open:
-                stream.waiting.append(point)
-                point.caches_left &= bool(left & stream.warm)
+            if stream.is_open:
+                stream.waiting.append(self.points[-1])
+
+    def _is_calm(self) -> bool:
+        """Whether all ranks are there, and had time to read what they lacked."""
+        ranks = self._cluster.describe()["ranks"]
+        return (
+            all(r["state"] == "running" for r in ranks)
+            and time.monotonic() - self._cluster._epochs[-1].began > CALM_S
+        )
 
     async def _next_token(self) -> None:
         """Until every stream has gone on: five leaders lost without a token are a reason to give up."""
@@ -189,8 +205,7 @@ def report(storms: list[Storm]) -> str:
     lines = [f"{len(points)} points, {sum(s.num_answers for run in storms for s in run.streams)} answers"]
     gaps: dict[str, list[float]] = defaultdict(list)
     for point in points:
-        gaps[point.number.name if point.caches_left else "no caches left"] += point.gaps_s
-        gaps["several failures"] += point.others_s
+        gaps[point.kind] += point.gaps_s
     for kind, found in sorted(gaps.items()):
         found.sort()
         if found:
