@@ -359,7 +359,7 @@ class Soak:
             if rise := process.rise(warm_up_s):
                 minutes, mib = rise
                 bound = max(MIN_RISE_MIB, RISE_MIB_PER_MIN * minutes)
-                text = f"{process.name} {process.process.pid}: {process.mib[-1]:.0f} MiB, {mib:+.1f} in {minutes:.1f} min"
+                text = f"{process.name}: {process.mib[-1]:.0f} MiB, {mib:+.1f} in {minutes:.1f} min"
                 lines.append(f"{text} (at most {bound:.0f})")
                 account.wrong += [f"{text}: wanted at most {bound:.0f}"] if mib > bound else []
         return "\n".join([*lines, *(f"WRONG: {text}" for text in account.wrong)])
