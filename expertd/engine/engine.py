@@ -272,8 +272,8 @@ class Engine:
 
     def _num_to_read(self, sequence: Sequence) -> int:
         """Tokens to prefill: all but the last known one, or all but the prompt's last where chunks matter."""
-        known = sequence.prompt if self.prefixes.one_by_one else sequence.tokens
-        return max(0, len(known) - 1 - sequence.num_computed)
+        num_known = len(sequence.prompt) + (0 if self.prefixes.one_by_one else len(sequence.generated))
+        return max(0, num_known - 1 - sequence.num_computed)
 
     # Beat 2: plan.
 
@@ -374,7 +374,7 @@ class Engine:
         at = sequence.num_computed
         chunk = min(self.prefill_chunk, CHUNK) if sequence.wants_logits else self.prefill_chunk
         chunk -= at % chunk
-        return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), chunk))]
+        return sequence.tokens_at(at, max(1, min(self._num_to_read(sequence), chunk)))
 
     # Beat 3: run.
 
@@ -404,13 +404,13 @@ class Engine:
         rows = np.asarray(logits)  # no copy
         for i, sequence in enumerate(sequences):
             if not sequence.num_left:  # else it is decoded again: what comes next is known
-                self._answer(sequence, logits[i], rows[i], split)
+                self._answer(sequence, rows[i], split)
 
-    def _answer(self, sequence: Sequence, logits: mx.array, row: Row, split: str) -> int | None:
-        """Choose the next token by its logits [vocab], `row` as NumPy has them; None when the answer is at its end."""
+    def _answer(self, sequence: Sequence, row: Row, split: str) -> int | None:
+        """Choose the next token by its logits [vocab]; None when the answer is at its end."""
         submit = sequence.submit
         if submit.logits_file:
-            sequence.logits.append(logits)
+            sequence.logits.append(mx.array(row))
         token_id = sequence.choose(row)
         if sequence.failure:
             self._finish(sequence, split)
@@ -430,7 +430,7 @@ class Engine:
         assert self._runner is not None
         rows, sequence_id = np.asarray(logits), sequence.sequence_id
         for i, guess in enumerate([*draft, None]):
-            token_id = self._answer(sequence, logits[i], rows[i], split)
+            token_id = self._answer(sequence, rows[i], split)
             if token_id is None:
                 return
             if token_id != guess:

@@ -1,9 +1,8 @@
 """A step's plan: what rank 0 decided, as a value and as the frame that the other ranks replay."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
-import msgpack
+import msgspec
 
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
@@ -43,8 +42,7 @@ class Plan:
         return sum(map(len, self.tokens))
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class WindowsPlan:
     split: StepSplit
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,7 @@ class CatchUp:
     sequence_ids: list[int] = field(default_factory=list)
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -82,9 +78,12 @@ class Meeting:
     digests: dict[int, list[int]]
     apart: bool = False
 
+    def __post_init__(self) -> None:
+        if [(i, len(ns)) for i, ns in self.lengths.items()] != [(i, len(ns)) for i, ns in self.digests.items()]:
+            raise ValueError("lengths without digests")
+
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -96,37 +95,28 @@ class Lacking:
     decode: list[bool]
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
-def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting | Lacking:
+Told = Plan | WindowsPlan | CatchUp | Meeting | Lacking
+
+
+def decode_plan(frame: bytes) -> Told:
     """Raises RemoteProtocolError when the bytes are no plan."""
     try:
-        values = msgpack.unpackb(frame, strict_map_key=False)
-        if "lengths" in values:
-            meeting = Meeting(**values)
-            lengths, digests = _numbers(meeting.lengths), _numbers(meeting.digests)
-            if [(i, len(ns)) for i, ns in lengths.items()] != [(i, len(ns)) for i, ns in digests.items()]:
-                raise ValueError("lengths without digests")
-            return Meeting(lengths, digests, bool(meeting.apart))
-        if "sequence_id" in values:
-            return Lacking(**values)
-        if "steps" in values:
-            told = CatchUp(**values)
-            return CatchUp([Plan(**_typed(step)) for step in told.steps], told.sequence_ids)
-        return WindowsPlan(**_typed(values)) if "windows" in values else Plan(**_typed(values))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        values = msgspec.msgpack.decode(frame)
+        kind: type[Told] = next((kind for key, kind in _KINDS.items() if key in values), Plan)
+        if unknown := values.keys() - {field.name for field in fields(kind)}:
+            raise ValueError(f"unknown field {min(unknown)}")
+        return msgspec.convert(values, kind)
+    except (ValueError, TypeError, AttributeError) as e:
         raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e
 
 
-def _numbers(lists: Any) -> dict[int, list[int]]:
-    return {int(i): [int(n) for n in numbers] for i, numbers in lists.items()}
-
-
-def _typed(values: Any) -> dict[str, Any]:
-    split, forks = values["split"], values.get("forks", ())
-    typed: dict[str, Any] = {"split": StepSplit(split["name"], tuple(split["fractions"]))}
-    if forks:
-        typed["forks"] = [(sequence_id, source, length) for sequence_id, source, length in forks]
-    return {**values, **typed}
+# By a field that only they have.
+_KINDS: dict[str, type[Told]] = {
+    "lengths": Meeting,
+    "sequence_id": Lacking,
+    "steps": CatchUp,
+    "windows": WindowsPlan,
+}

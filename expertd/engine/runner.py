@@ -91,7 +91,8 @@ class Runner:
         """Rank 0: let the others know what it alone has of a sequence, in the pieces in which it was computed."""
         cache = self.caches[sequence_id]
         cache.home, cache.uneven = 0, True
-        cache.pending = cache.pieces(cache.num_shared, chunk)
+        cache.pending, cache.num_pending = [], 0
+        cache.add_pending(cache.pieces(cache.num_shared, chunk))
         left = list(cache.pending)
         while left:
             pieces = [left.pop(0)]
@@ -105,7 +106,7 @@ class Runner:
             self.caches[lacking.sequence_id] = SequenceCache(self._model.new_cache())
         cache = self.caches[lacking.sequence_id]
         cache.home, cache.uneven = 0, True
-        cache.pending += map(Piece, lacking.tokens, lacking.decode)
+        cache.add_pending(map(Piece, lacking.tokens, lacking.decode))
 
     def catch_up(self, plan: Plan) -> None:
         """Rank 0, before a step that takes all ranks: wait until all have what some did alone. Else it does nothing."""
@@ -312,7 +313,7 @@ class Runner:
                 self._read_pending([sequence_id], plan.spare)
             if not cache.pending:
                 cache.share()
-            cache.pending.append(Piece(tokens, plan.decode))
+            cache.add_pending([Piece(tokens, plan.decode)])
             cache.uneven = True
             if home == self._link.rank:
                 mine.append(sequence_id)

@@ -16,6 +16,7 @@ for a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it read
 
 import zlib
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,7 @@ class SequenceCache:
         self.num_shared = self.num_read = 0
         self.home: int | None = None
         self.pending: list[Piece] = []
+        self.num_pending = 0  # tokens
         self.uneven = False  # whether ranks may have been able to go back to unlike lengths
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
         self.marks: dict[int, State] = {}
@@ -88,13 +90,15 @@ class SequenceCache:
             return self.tokens
         return self.tokens[: self.num_shared] + [token for piece in self.pending for token in piece.tokens]
 
-    @property
-    def num_pending(self) -> int:
-        return sum(len(piece.tokens) for piece in self.pending)
+    def add_pending(self, pieces: Iterable[Piece]) -> None:
+        """Note what the home alone has, or will have after this step."""
+        for piece in pieces:
+            self.pending.append(piece)
+            self.num_pending += len(piece.tokens)
 
     def share(self) -> None:
         """Note that every rank now has what this one has."""
-        self.num_shared, self.pending = len(self), []
+        self.num_shared, self.pending, self.num_pending = len(self), [], 0
 
     def pieces(self, start: int, chunk: int) -> list[Piece]:
         """The tokens from `start` on, as they were computed: a prompt in chunks, the answer one by one."""
@@ -111,12 +115,14 @@ class SequenceCache:
         taken: list[Piece] = []
         while self.pending and (limit is None or sum(len(piece.tokens) for piece in taken) < limit):
             taken.append(self.pending.pop(0))
+            self.num_pending -= len(taken[-1].tokens)
         if not merge:
             return taken
         if limit is not None and (more := sum(len(piece.tokens) for piece in taken) - limit) > 0:
             last = taken.pop()
             taken.append(Piece(last.tokens[:-more], last.decode))
             self.pending.insert(0, Piece(last.tokens[-more:], last.decode))
+            self.num_pending += more
         tokens = [token for piece in taken for token in piece.tokens]
         return [Piece(tokens[at : at + MERGED], False) for at in range(0, len(tokens), MERGED)]
 
@@ -185,7 +191,7 @@ class SequenceCache:
         fork.num_shared = min(length, self.num_shared) if self.pending else length
         fork.home, left = self.home, length - fork.num_shared
         for piece in self.pending if left else ():
-            fork.pending.append(Piece(piece.tokens[:left], piece.decode))
+            fork.add_pending([Piece(piece.tokens[:left], piece.decode)])
             left -= len(fork.pending[-1].tokens)
             if not left:
                 break
