@@ -163,7 +163,7 @@ class Engine:
         )
 
     def _meet(self, runner: Runner) -> None:
-        apart = self._split == "auto" and "sequences" in self.splits and len(self._fractions) > 1
+        apart = "sequences" in self.splits and len(self._fractions) > 1
         held = runner.meet(apart, self.prefill_chunk)
         for sequence in self._open:
             sequence.num_computed, sequence.home = held.pop(sequence.sequence_id, 0), None
@@ -174,6 +174,21 @@ class Engine:
         self._settled, self._released = [], []
         self.prefixes.meet(held, runner.caches)
         self._has_met = True
+        for sequence in self._open:
+            self._adopt(sequence)
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Let a request that lost its leader go on with the cache that is left of it."""
+        if not (sequence.submit.resumed and self._has_met) or sequence.num_computed or sequence.wants_logits:
+            return
+        assert self._runner is not None
+        caches, prompt_tokens = self._runner.caches, len(sequence.prompt)
+        found, length = self.prefixes.adopt(prompt_tokens, sequence.tokens, caches)
+        if length:
+            sequence.sequence_id, sequence.num_computed = found, length
+            sequence.home = caches[found].home if caches[found].pending else None
+            if not sequence.generated:
+                sequence.started_at, sequence.num_cached = time.monotonic(), length
 
     # Beat 1: schedule.
 
@@ -191,7 +206,7 @@ class Engine:
         apart = [s for s in new if self._reads_apart(s, len(served))]
         if new[0] not in apart:
             return self._fill_chunk([s for s in new if s not in apart])
-        give_homes(apart, served, self._fractions)
+        give_homes(apart, served, self._homes)
         return [s for of_one in by_home(apart) for s in self._fill_chunk(of_one)]
 
     def _fill_chunk(self, new: list[Sequence]) -> list[Sequence]:
@@ -236,6 +251,7 @@ class Engine:
             return
         self._open.append(sequence)
         sequence.replay(submit.generated)
+        self._adopt(sequence)
         self._start(sequence)
 
     def _start(self, sequence: Sequence) -> None:
@@ -299,7 +315,7 @@ class Engine:
         split = self._choose_split(sequences, work, behind)
         if split.name == "sequences":
             self._spread(sequences)
-            give_homes(sequences, self._open[: self.max_streams], self._fractions)
+            give_homes(sequences, self._open[: self.max_streams], self._homes)
             sequences.sort(key=home_of)
             tokens = [self._next_tokens(sequence) for sequence in sequences]
         homes = [home_of(s) for s in sequences] if split.name == "sequences" else []
@@ -349,6 +365,12 @@ class Engine:
     def _cost_s(self, num_tokens: int) -> float | None:
         return self._planner.cost_s(Work.of("check" if num_tokens > 1 else "decode", num_tokens))
 
+    @property
+    def _homes(self) -> tuple[float, ...]:
+        """The ranks' fractions of the sequences. Where another split is wanted, all wait here until every rank has
+        what it lacks of them."""
+        return self._fractions if self._split in ("auto", "sequences") else (1.0,)
+
     def _spread(self, sequences: list[Sequence]) -> None:
         """Let streams that are all at one home leave it, if the others have nearly caught up with them."""
         if len({s.home for s in sequences}) == 1 < len(sequences):
@@ -364,7 +386,7 @@ class Engine:
         read_apart = work.kind in ("prefill", "prompts") and self._reads_apart(
             sequences[0], len(self._open[: self.max_streams])
         )
-        if read_apart or behind > MAX_BEHIND:
+        if read_apart or (behind > MAX_BEHIND and self._split != "solo"):
             return StepSplit("sequences", self._fractions)
         split = StepSplit(self._planner.choose(work), self._fractions)
         if split.name != "sequences":

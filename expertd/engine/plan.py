@@ -71,10 +71,16 @@ class CatchUp:
 @dataclass(frozen=True)
 class Meeting:
     """Before an epoch's first step: the caches that rank 0 still has, each with the numbers of tokens to which it can
-    be cut. Every rank answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
+    be cut, and digests of so many tokens: hosts that lost each other may both have gone on with a sequence. Every rank
+    answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
 
     lengths: dict[int, list[int]]
+    digests: dict[int, list[int]]
     apart: bool = False
+
+    def __post_init__(self) -> None:
+        if any(len(self.digests.get(i, ())) != len(ns) for i, ns in self.lengths.items()):
+            raise ValueError("lengths without digests")
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -44,7 +44,7 @@ IDLE_S = 0.5
 # A rank's answer for one cache, at a meeting: a bit for each of the lengths that were named.
 MASK_BYTES = 8
 
-# A meeting's frame has to fit a slot: of 64 bytes for a cache at most, and a slot has a MiB.
+# A meeting's frame has to fit a slot: of 100 bytes for a cache at most, and a slot has a MiB.
 MAX_OFFERED = 4096
 
 # Tokens of one frame at most, and one piece more: as many as surely fit a slot.
@@ -79,7 +79,8 @@ class Runner:
         Gives the number of tokens in the cache of each sequence that has one.
         """
         offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self.caches.items()]
-        meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]), apart)
+        lengths = dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:])
+        meeting = Meeting(lengths, {i: self.caches[i].digests(ns) for i, ns in lengths.items()}, apart)
         self._tell(meeting)
         held = self._meet(meeting)
         for sequence_id in [i for i, cache in self.caches.items() if cache.num_shared < len(cache)]:
@@ -232,7 +233,7 @@ class Runner:
             self.caches[sequence_id].settle()
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
-        common = self._common([self._mask(i, lengths) for i, lengths in meeting.lengths.items()])
+        common = self._common([self._mask(i, ns, meeting.digests[i]) for i, ns in meeting.lengths.items()])
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if not mask and not (meeting.apart and self._link.rank == 0):
                 self.caches.pop(sequence_id, None)
@@ -248,10 +249,13 @@ class Runner:
             del self.caches[sequence_id]
         return {sequence_id: len(cache) for sequence_id, cache in self.caches.items()}
 
-    def _mask(self, sequence_id: int, lengths: list[int]) -> int:
+    def _mask(self, sequence_id: int, lengths: list[int], digests: list[int]) -> int:
         """Which of these numbers of tokens this rank has in a sequence's cache, the first one as bit 0."""
         cache = self.caches.get(sequence_id)
-        return sum(1 << bit for bit, n in enumerate(lengths) if cache and cache.can_cut(n))
+        if cache is None:
+            return 0
+        same = [mine == theirs for mine, theirs in zip(cache.digests(lengths), digests, strict=True)]
+        return sum(1 << bit for bit, n in enumerate(lengths) if same[bit] and cache.can_cut(n))
 
     def _common(self, masks: list[int]) -> list[int]:
         """The bits that are set on every rank."""
