@@ -5,7 +5,8 @@ split), run (the MLX graph with the exchanges inside), deliver (sample, detokeni
 
 Sequences join and leave between steps. The first `max_streams` of those that are open, in the order of their arrival,
 are served at once: all whose prompts are in their caches take one token each in a decode step. A prompt is read in
-chunks, and between two of them comes a decode step, so that a running stream never waits longer than for one chunk.
+chunks (short ones share one), and between two of them comes a decode step, so that a running stream never waits longer
+than for one chunk.
 
 The engine outlives epochs. `begin` puts it on the new epoch's runner, and before the next step the ranks agree on what
 all of them still have in their caches (runner.py). The rest of each sequence is read again from its transcript (the
@@ -27,7 +28,7 @@ import numpy as np
 
 from expertd.engine.echo import CHUNK, Echo, logprobs_of
 from expertd.engine.grammar import Grammars
-from expertd.engine.homes import MAX_BEHIND, SPARE, first_of_each, give_homes, home_of
+from expertd.engine.homes import MAX_BEHIND, SPARE, by_home, give_homes, home_of
 from expertd.engine.messages import (
     Cancel,
     Done,
@@ -43,7 +44,7 @@ from expertd.engine.messages import (
 )
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.planner import Planner, Work
-from expertd.engine.prefix import Prefixes
+from expertd.engine.prefix import Prefixes, num_common
 from expertd.engine.reasoning import budget_of
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
@@ -192,7 +193,7 @@ class Engine:
     # Beat 1: schedule.
 
     def _schedule(self) -> list[Sequence]:
-        """One sequence that has a prompt to read (or one for each rank), or all that are ready for their next token."""
+        """Those whose prompts a chunk can hold (a chunk for each rank), or all that are ready for their next token."""
         for sequence in [s for s in self._open if s.cancelled]:
             self._finish(sequence, "solo")
         served = self._open[: self.max_streams]
@@ -204,9 +205,29 @@ class Engine:
         self._has_decoded = False
         apart = [s for s in new if self._reads_apart(s, len(served))]
         if new[0] not in apart:
-            return new[:1]
+            return self._fill_chunk([s for s in new if s not in apart])
         give_homes(apart, served, self._homes)
-        return first_of_each(apart)
+        return [s for of_one in by_home(apart) for s in self._fill_chunk(of_one)]
+
+    def _fill_chunk(self, new: list[Sequence]) -> list[Sequence]:
+        """The first of these, and those next to it as long as one chunk holds all that is to be read of them.
+
+        Who begins like one of them waits: the next step finds that beginning in its cache (_fork).
+        """
+        taken, room = new[:1], self.prefill_chunk - self._num_to_read(new[0])
+        for sequence in [] if new[0].wants_logits else new[1:]:
+            number = self._num_to_read(sequence)
+            if number > room or sequence.wants_logits:
+                break
+            if sequence.num_computed or not self._begins_like(sequence, taken):
+                taken.append(sequence)
+                room -= number
+        return taken
+
+    def _begins_like(self, sequence: Sequence, others: list[Sequence]) -> bool:
+        """Whether one of these begins with half of the sequence's prompt, which can then be had from its cache."""
+        prompt, half = sequence.prompt, len(sequence.prompt) // 2 + 1
+        return self.prefixes.budget_bytes > 0 and any(num_common(prompt, s.prompt, half) for s in others)
 
     def _reads_apart(self, sequence: Sequence, num_served: int) -> bool:
         """Whether only its home should read a prompt: where streams will be divided, so are the prompts."""
@@ -278,14 +299,18 @@ class Engine:
     # Beat 2: plan.
 
     def _plan(self, sequences: list[Sequence]) -> tuple[Plan, Work]:
-        """Prompts are prefilled in chunks; the last known token is a decode step. May change the sequences' order."""
+        """Prompts are prefilled in chunks; the last known token is a decode step.
+
+        May change the order of the sequences, and leave some for the next step.
+        """
         forks = [self._fork(sequence) for sequence in sequences if not sequence.num_computed]
         decode = not self._num_to_read(sequences[0])
+        sequences[:] = [s for s in sequences if decode == (not self._num_to_read(s))]
         behind = self._num_behind(sequences)
         tokens = [self._next_tokens(sequence) for sequence in sequences]
         draft = self._draft(sequences[0]) if decode and len(sequences) == 1 and not behind else []
         tokens[0] += draft
-        kind = "check" if draft else "decode" if decode else "prefill"
+        kind = "check" if draft else "decode" if decode else "prefill" if len(sequences) == 1 else "prompts"
         work = Work.of(kind, sum(map(len, tokens)))
         split = self._choose_split(sequences, work, behind)
         if split.name == "sequences":
@@ -303,9 +328,9 @@ class Engine:
             released=list(self._released),
             settled=list(self._settled),
             forks=[fork for fork in forks if fork[2]],
-            mark=kind == "prefill" and self.prefixes.budget_bytes > 0,
+            mark=not decode and self.prefixes.budget_bytes > 0,
             cuts=list(self._cuts),
-            logits=kind == "check" or (kind == "prefill" and sequences[0].wants_logits),
+            logits=kind == "check" or (not decode and sequences[0].wants_logits),
             homes=homes,
             spare=SPARE if decode and len(set(homes)) == 1 and behind else 0,
         )
@@ -358,7 +383,7 @@ class Engine:
         return self._runner.num_behind([s.sequence_id for s in sequences])
 
     def _choose_split(self, sequences: list[Sequence], work: Work, behind: int) -> StepSplit:
-        read_apart = work.kind == "prefill" and self._reads_apart(
+        read_apart = work.kind in ("prefill", "prompts") and self._reads_apart(
             sequences[0], len(self._open[: self.max_streams])
         )
         if read_apart or (behind > MAX_BEHIND and self._split != "solo"):

@@ -12,10 +12,10 @@ from expertd.split.cut import StepSplit
 class Plan:
     """Append tokens[i] to the sequence sequence_ids[i], for every i, under `split`.
 
-    A prefill has one sequence and any number of tokens. With `decode` each sequence gets one token, and the step
-    gives the logits after it, [num_sequences, vocab]; with `logits` a prefill gives those after each of its tokens,
-    [num_tokens, vocab]. Under `sequences`, homes[i] is the rank that alone computes sequence i; they ascend, a prefill
-    has one sequence of each rank at most, and `spare` tokens of what they lack of the others' are read by all ranks.
+    With `decode` each sequence gets one token, and the step gives the logits after it, [num_sequences, vocab]; with
+    `logits` a prefill, then of one sequence, gives those after each of its tokens, [num_tokens, vocab]. Under
+    `sequences`, homes[i] is the rank that alone computes sequence i; they ascend, and `spare` tokens of what they lack
+    of the others' are read by all ranks.
 
     `started` names the sequences whose cache begins here, `released` those whose caches are no longer needed, `settled`
     those that are finished and whose caches are. Each fork (sequence, source, length) is a sequence that begins here
@@ -79,7 +79,7 @@ class Meeting:
     apart: bool = False
 
     def __post_init__(self) -> None:
-        if [(i, len(ns)) for i, ns in self.lengths.items()] != [(i, len(ns)) for i, ns in self.digests.items()]:
+        if any(len(self.digests.get(i, ())) != len(ns) for i, ns in self.lengths.items()):
             raise ValueError("lengths without digests")
 
     def encode(self) -> bytes:

@@ -43,7 +43,7 @@ ALARM = 1.5
 class Work:
     """Steps that are compared with each other: up to `num_tokens` tokens, a power of two, and more than half of it."""
 
-    kind: str  # "decode", "prefill" or "check" (of a draft)
+    kind: str  # "decode", "prefill", "prompts" (several short ones) or "check" (of a draft)
     num_tokens: int
 
     @classmethod
