@@ -54,6 +54,7 @@ def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
         (["--split", "heads"], "'heads' is not one of"),
         (["--kernels", "cuda"], "'cuda' is not one of"),
         (["--activation-bits", "4"], "'4' is not one of"),
+        (["--kv-bits", "3"], "'3' is not one of"),
         (["--temperature", "9"], "9.0 is not in the range"),
         (["--top-k", "-1"], "-1 is not in the range"),
         (["--min-p", "2"], "2.0 is not in the range"),
