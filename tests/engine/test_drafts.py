@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
 from expertd.engine import drafts as module
-from expertd.engine.drafts import Drafter, Drafts, open_drafter
+from expertd.engine.drafts import MAX_IN_A_ROW, Drafter, Drafts, open_drafter
 from expertd.engine.messages import Done
 from expertd.engine.speculate import LENGTHS, pick_length
 from expertd.engine.text import Tokenizer
@@ -113,6 +114,19 @@ def test_what_stood_there_before_comes_first(folder: Path, monkeypatch: pytest.M
     assert lengths == [1]
     counts = {d.source: (d.num_proposed, d.num_accepted) for d in bench.engine.drafts.take()}
     assert counts == {"lookup": (6, 3), "model": (1, 1)}
+
+
+def test_plain_steps_are_measured_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However well guesses do."""
+    monkeypatch.setattr(module, "pick_length", lambda *_: 1)
+    bench = Bench()
+    bench.engine.drafts = Drafts(
+        cast(Drafter, SimpleNamespace(draft=lambda *_: [ord("x")], judge=lambda *_: None))
+    )
+    bench.ask("r", "a", "x" * 62, max_tokens=62)
+    bench.finish()
+    kinds = "".join("check " if plan.logits else "plain " for plan in bench.runner.plans).split()
+    assert kinds == ["plain", *["check"] * MAX_IN_A_ROW, "plain", *["check"] * 14]
 
 
 class CountingModel:

@@ -1,15 +1,18 @@
 """Keys and values at 8 and 4 bits: smaller caches, nearly the same logits, the same bits alone and in company."""
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import base
 
 from expertd.checkpoint.sizes import cache_bytes
 from expertd.engine.runner import SOLO
 from expertd.errors import ConfigError
 from expertd.model import model as module
+from expertd.model.kv_bits import FUNCTION, widening
 from expertd.model.model import Model
 from expertd.model.together import Together
 from tests.engine.test_recovery import load
@@ -84,3 +87,30 @@ def test_a_family_that_cannot_is_refused_by_name(family: str, words: str, tmp_pa
     with pytest.raises(ConfigError) as caught:
         load(make_tiny(tmp_path / family, family), "native", 8)
     assert words in str(caught.value) and str(caught.value).endswith("). Leave --kv-bits out.")
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kernels_attend_to_what_the_codes_stand_for(bits: int, dtype: mx.Dtype) -> None:
+    seen: list[mx.array] = []
+
+    def attention(queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
+        seen.extend((keys, values))
+        return queries
+
+    owner, name, attend = widening(attention)
+    assert getattr(owner, name) is base.quantized_scaled_dot_product_attention
+    pair = []
+    for seed in (1, 2):
+        rows = mx.random.normal((1, 2, 7, 64), key=mx.random.key(seed)).astype(dtype)
+        pair.append([each[..., :5, :] for each in mx.quantize(rows, group_size=32, bits=bits)])
+    attend(rows, *pair, scale=1.0, mask=None, group_size=32, bits=bits)
+    for found, (codes, scales, biases) in zip(seen, pair, strict=True):
+        wanted = mx.dequantize(codes, scales, biases, group_size=32, bits=bits)
+        assert found.dtype == dtype and mx.array_equal(found, wanted)
+
+
+def test_native_kernels_do_so(tmp_path: Path) -> None:
+    """Their logits are those of mlx-lm's products but for the last bits; only their speed tells."""
+    model = load(make_tiny(tmp_path / "tiny", "qwen3_moe_heads_of_32"), "native", 8)
+    assert (base, FUNCTION) in [(owner, name) for owner, name, _ in model._functions]
