@@ -1,7 +1,7 @@
 """What keys and values at 8 and 4 bits cost: `python -m expertd.bench.kv_bits [MODEL] [--windows 24]`.
 
 Held-out text is read as a server reads it, through caches, by the kernels that would serve: bytes for a token,
-divergence from the same model with caches as they are computed, perplexity, and what a token takes after so many others.
+divergence from the same model with caches as they are computed, perplexity, what a token takes after so many others.
 """
 
 import argparse

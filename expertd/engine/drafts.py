@@ -33,8 +33,8 @@ from expertd.model.kernels import Kernels
 START_RATE = 0.8
 # More than this is read before guessing, not with it: a check takes back at most seven tokens, or adds eight.
 WITH_GUESS = 16
-# After so many checks comes a plain step, or nobody would know any longer what it takes: at a moment when the machine was
-# busy elsewhere it took 172 ms instead of 7, and a draft that was right once in four seemed to pay for ever.
+# After so many checks comes a plain step, or nobody would know any longer what it takes: at a moment when the machine
+# was busy elsewhere it took 172 ms instead of 7, and a draft that was right once in four seemed to pay for ever.
 MAX_IN_A_ROW = 16
 
 CostS = Callable[[int], float | None]
