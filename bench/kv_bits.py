@@ -17,8 +17,8 @@ from expertd.engine.runner import SOLO
 from expertd.engine.text import Tokenizer
 from expertd.model.kernels import open_kernels
 from expertd.model.model import Model, cache_bytes
-from expertd.quant.evaluate import Array, cut_windows
-from expertd.quant.metrics import Comparison
+from expertd.quant.evaluate import cut_windows
+from expertd.quant.metrics import Array, Comparison
 
 WINDOW, CHUNK = 512, 64
 CONTEXTS = (128, 512, 960)

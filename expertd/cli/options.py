@@ -20,7 +20,7 @@ from expertd.config import (
     HostsConfig,
     parse_size,
 )
-from expertd.errors import ConfigError
+from expertd.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from expertd.checkpoint.inspect import CheckpointInfo
@@ -225,8 +225,11 @@ def find_draft(name: str) -> str:
 
     if not name:
         return ""
-    with Progress() as bar:
-        return str(check_draft(find_checkpoint(name, cache_folder(), bar)).folder)
+    try:
+        with Progress() as bar:
+            return str(check_draft(find_checkpoint(name, cache_folder(), bar)).folder)
+    except CheckpointError as e:
+        raise CheckpointError(f"--draft-model: {e}") from e
 
 
 def make_group(
