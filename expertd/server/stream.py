@@ -12,16 +12,21 @@ from starlette.types import Receive, Scope, Send
 from expertd.server.errors import ApiError
 
 MAX_BODY_BYTES = 16 << 20
+# Of all bodies that are being read: 10,000 connections must not bring 160 GB.
+MAX_BODIES_BYTES = 256 << 20
 BODY_TIMEOUT_S = 60.0
 # A client that takes none of its answer for this long is gone in all but name.
 SEND_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 
+_num_bytes = 0  # of all bodies that are being read
+
 
 async def read_body(request: Request) -> bytes:
-    """Read a request's body. Raises ApiError: 413 over MAX_BODY_BYTES, 408 after BODY_TIMEOUT_S seconds, 415 for a
-    compressed one, which may be far larger than it looks."""
+    """Read a request's body. Raises ApiError: 413 over MAX_BODY_BYTES, 408 after BODY_TIMEOUT_S seconds, 429 while
+    others fill MAX_BODIES_BYTES, 415 for a compressed one, which may be far larger than it looks."""
+    global _num_bytes
     if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
         raise ApiError(415, f"content-encoding: {coding[:40]!r} is not supported. Send the body as it is.")
     announced = request.headers.get("content-length", "0")
@@ -31,15 +36,23 @@ async def read_body(request: Request) -> bytes:
             _check_size(int(announced) if announced.isdecimal() else 0)
             async for piece in request.stream():
                 body += piece
+                _num_bytes += len(piece)
                 _check_size(len(body))
     except TimeoutError as e:
         raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:g} s. Send it again.") from e
+    finally:
+        _num_bytes -= len(body)
     return bytes(body)
 
 
 def _check_size(num_bytes: int) -> None:
     if num_bytes > MAX_BODY_BYTES:
         raise ApiError(413, f"The body exceeds {MAX_BODY_BYTES >> 20} MiB. Send a shorter prompt.")
+    if _num_bytes > MAX_BODIES_BYTES:
+        message = (
+            f"others are sending more than {MAX_BODIES_BYTES >> 20} MiB just now. Send it again in a moment."
+        )
+        raise ApiError(429, message, code="rate_limit_exceeded")
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

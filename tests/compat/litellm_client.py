@@ -1,4 +1,4 @@
-"""LiteLLM against a server of ours: `python litellm_client.py URL`. Runs with the packages of `make compat`, not ours."""
+"""LiteLLM against a server of ours: `python litellm_client.py URL`. It runs where `make compat` puts it."""
 
 import json
 import sys

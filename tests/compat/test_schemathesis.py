@@ -17,7 +17,7 @@ TIMEOUT_S = 3600
 def test_no_request_of_schemathesis_is_a_bug_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_examples: int
 ) -> None:
-    """All that it finds by looking at each parameter of the document, and so many examples of each endpoint by chance."""
+    """The bounds of each parameter of the document, and so many requests by chance for each endpoint."""
     stub_group.use_stub(monkeypatch.setattr)
 
     async def test(url: str) -> None:
