@@ -58,7 +58,7 @@ def test_ten_thousand_idle_connections(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def hold(server: Computer, process: psutil.Process, num: int, wanted: str) -> int:
-    """Hold `num` idle connections while one stream runs from before them and others begin; gives the server's memory."""
+    """Hold `num` idle connections; one stream runs from before them, another begins. Gives the server's memory."""
     first = server.stream(**ASKED)
     first.wait_pieces(1)
     with contextlib.ExitStack() as held:
@@ -82,7 +82,7 @@ def attack(port: int, data: bytes) -> None:
     with socket.create_connection((LOOPBACK, port), LIMIT_S) as sock, contextlib.suppress(ConnectionError):
         sock.sendall(data)
         status = sock.recv(12)
-        assert not status or status.startswith(b"HTTP/1.1") and status[9:10] in (b"2", b"4"), data[:100]
+        assert not status or (status.startswith(b"HTTP/1.1") and status[9:10] in (b"2", b"4")), data[:100]
 
 
 def used_bytes(process: psutil.Process) -> int:
