@@ -76,8 +76,9 @@ fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FU
 	mkdir -p build/fuzz/answers
 	$(BIN)/python -m tests.fuzz_answers -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/answers
 
-soak: $(READY) $(CLIENTS) ## The long forms: ranks killed at 2000 points; a million swaps over TCP and the mailbox; 20 GB converted and killed; the bits over real verbs
+soak: $(READY) $(CLIENTS) ## The long forms: a server under everything for an hour; ranks killed at 2000 points; a million swaps over TCP and the mailbox; 20 GB converted and killed; the bits over real verbs
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m tests.cluster.soak --minutes 60
 	$(BIN)/python -m tests.cluster.kill_points --points 2000
 	$(BIN)/python -m expertd.bench.soak tcp
 	$(BIN)/python -m expertd.bench.soak mailbox

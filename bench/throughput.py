@@ -4,8 +4,8 @@ Method. One rank alone (`solo`) stays loaded all the time; each split on each nu
 it in turn. Requests to the two alternate in rounds, the order reversed every other round, so that noise and
 drift hit both; an idle group sleeps. Each rank is pinned to a core of its own, as one machine of the
 group would be, solo to the first of them. Speeds are those that rank 0 reports for real requests,
-greedy, with the end token ignored; each group serves one request unmeasured before. `ratio_to_solo` compares
-medians of the same rounds; the row of solo pools all rounds.
+greedy, with the end token ignored; each group serves one request unmeasured before. `ratio_to_solo` is the median of
+the rounds' ratios, because a shared machine's clock may halve from one round to another; the row of solo pools all.
 
 Several kernels ("native", "mlx") are measured alike: each has a solo of its own, beside which its splits are
 measured, and the solos take turns with each other, too. `ratio_to_first` compares with the first one's solo.
@@ -235,7 +235,8 @@ def _row(
 
 
 def _ratio(speeds: list[float], others: list[float]) -> float:
-    return round(statistics.median(speeds) / statistics.median(others), 4)
+    """Of two that took turns: the median of what each round gives."""
+    return round(statistics.median(a / b for a, b in zip(speeds, others, strict=True)), 4)
 
 
 def _print(report: dict[str, Any]) -> None:

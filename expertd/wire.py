@@ -6,7 +6,7 @@ type is checked before a message exists.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any, Union, get_args
 
 import msgpack
@@ -34,7 +34,8 @@ class Codec:
 
     def encode(self, message: Any) -> bytes:
         """Give the frame of one message. Raises KeyError for a class that is not of this conversation."""
-        body: bytes = msgpack.packb({"op": self._names[type(message)], **asdict(message)})
+        values = {"op": self._names[type(message)], **msgspec.to_builtins(message, builtin_types=(bytes,))}
+        body: bytes = msgpack.packb(values)
         return len(body).to_bytes(4, "big") + body
 
     def decoder(self) -> "Decoder":

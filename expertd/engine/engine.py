@@ -5,7 +5,8 @@ split), run (the MLX graph with the exchanges inside), deliver (sample, detokeni
 
 Sequences join and leave between steps. The first `max_streams` of those that are open, in the order of their arrival,
 are served at once: all whose prompts are in their caches take one token each in a decode step. A prompt is read in
-chunks, and between two of them comes a decode step, so that a running stream never waits longer than for one chunk.
+chunks (short ones share one), and between two of them comes a decode step, so that a running stream never waits longer
+than for one chunk.
 
 The engine outlives epochs. `begin` puts it on the new epoch's runner, and before the next step the ranks agree on what
 all of them still have in their caches (runner.py). The rest of each sequence is read again from its transcript (the
@@ -27,7 +28,7 @@ import numpy as np
 
 from expertd.engine.echo import CHUNK, Echo, logprobs_of
 from expertd.engine.grammar import Grammars
-from expertd.engine.homes import MAX_BEHIND, SPARE, first_of_each, give_homes, home_of
+from expertd.engine.homes import MAX_BEHIND, SPARE, by_home, give_homes, home_of
 from expertd.engine.messages import (
     Cancel,
     Done,
@@ -43,7 +44,7 @@ from expertd.engine.messages import (
 )
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.planner import Planner, Work
-from expertd.engine.prefix import Prefixes
+from expertd.engine.prefix import Prefixes, num_common
 from expertd.engine.reasoning import budget_of
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
@@ -162,7 +163,7 @@ class Engine:
         )
 
     def _meet(self, runner: Runner) -> None:
-        apart = self._split == "auto" and "sequences" in self.splits and len(self._fractions) > 1
+        apart = "sequences" in self.splits and len(self._fractions) > 1
         held = runner.meet(apart, self.prefill_chunk)
         for sequence in self._open:
             sequence.num_computed, sequence.home = held.pop(sequence.sequence_id, 0), None
@@ -173,11 +174,26 @@ class Engine:
         self._settled, self._released = [], []
         self.prefixes.meet(held, runner.caches)
         self._has_met = True
+        for sequence in self._open:
+            self._adopt(sequence)
+
+    def _adopt(self, sequence: Sequence) -> None:
+        """Let a request that lost its leader go on with the cache that is left of it."""
+        if not (sequence.submit.resumed and self._has_met) or sequence.num_computed or sequence.wants_logits:
+            return
+        assert self._runner is not None
+        caches, prompt_tokens = self._runner.caches, len(sequence.prompt)
+        found, length = self.prefixes.adopt(prompt_tokens, sequence.tokens, caches)
+        if length:
+            sequence.sequence_id, sequence.num_computed = found, length
+            sequence.home = caches[found].home if caches[found].pending else None
+            if not sequence.generated:
+                sequence.started_at, sequence.num_cached = time.monotonic(), length
 
     # Beat 1: schedule.
 
     def _schedule(self) -> list[Sequence]:
-        """One sequence that has a prompt to read (or one for each rank), or all that are ready for their next token."""
+        """Those whose prompts a chunk can hold (a chunk for each rank), or all that are ready for their next token."""
         for sequence in [s for s in self._open if s.cancelled]:
             self._finish(sequence, "solo")
         served = self._open[: self.max_streams]
@@ -189,9 +205,29 @@ class Engine:
         self._has_decoded = False
         apart = [s for s in new if self._reads_apart(s, len(served))]
         if new[0] not in apart:
-            return new[:1]
-        give_homes(apart, served, self._fractions)
-        return first_of_each(apart)
+            return self._fill_chunk([s for s in new if s not in apart])
+        give_homes(apart, served, self._homes)
+        return [s for of_one in by_home(apart) for s in self._fill_chunk(of_one)]
+
+    def _fill_chunk(self, new: list[Sequence]) -> list[Sequence]:
+        """The first of these, and those next to it as long as one chunk holds all that is to be read of them.
+
+        Who begins like one of them waits: the next step finds that beginning in its cache (_fork).
+        """
+        taken, room = new[:1], self.prefill_chunk - self._num_to_read(new[0])
+        for sequence in [] if new[0].wants_logits else new[1:]:
+            number = self._num_to_read(sequence)
+            if number > room or sequence.wants_logits:
+                break
+            if sequence.num_computed or not self._begins_like(sequence, taken):
+                taken.append(sequence)
+                room -= number
+        return taken
+
+    def _begins_like(self, sequence: Sequence, others: list[Sequence]) -> bool:
+        """Whether one of these begins with half of the sequence's prompt, which can then be had from its cache."""
+        prompt, half = sequence.prompt, len(sequence.prompt) // 2 + 1
+        return self.prefixes.budget_bytes > 0 and any(num_common(prompt, s.prompt, half) for s in others)
 
     def _reads_apart(self, sequence: Sequence, num_served: int) -> bool:
         """Whether only its home should read a prompt: where streams will be divided, so are the prompts."""
@@ -215,6 +251,7 @@ class Engine:
             return
         self._open.append(sequence)
         sequence.replay(submit.generated)
+        self._adopt(sequence)
         self._start(sequence)
 
     def _start(self, sequence: Sequence) -> None:
@@ -256,25 +293,29 @@ class Engine:
 
     def _num_to_read(self, sequence: Sequence) -> int:
         """Tokens to prefill: all but the last known one, or all but the prompt's last where chunks matter."""
-        known = sequence.prompt if self.prefixes.one_by_one else sequence.tokens
-        return max(0, len(known) - 1 - sequence.num_computed)
+        num_known = len(sequence.prompt) + (0 if self.prefixes.one_by_one else len(sequence.generated))
+        return max(0, num_known - 1 - sequence.num_computed)
 
     # Beat 2: plan.
 
     def _plan(self, sequences: list[Sequence]) -> tuple[Plan, Work]:
-        """Prompts are prefilled in chunks; the last known token is a decode step. May change the sequences' order."""
+        """Prompts are prefilled in chunks; the last known token is a decode step.
+
+        May change the order of the sequences, and leave some for the next step.
+        """
         forks = [self._fork(sequence) for sequence in sequences if not sequence.num_computed]
         decode = not self._num_to_read(sequences[0])
+        sequences[:] = [s for s in sequences if decode == (not self._num_to_read(s))]
         behind = self._num_behind(sequences)
         tokens = [self._next_tokens(sequence) for sequence in sequences]
         draft = self._draft(sequences[0]) if decode and len(sequences) == 1 and not behind else []
         tokens[0] += draft
-        kind = "check" if draft else "decode" if decode else "prefill"
+        kind = "check" if draft else "decode" if decode else "prefill" if len(sequences) == 1 else "prompts"
         work = Work.of(kind, sum(map(len, tokens)))
         split = self._choose_split(sequences, work, behind)
         if split.name == "sequences":
             self._spread(sequences)
-            give_homes(sequences, self._open[: self.max_streams], self._fractions)
+            give_homes(sequences, self._open[: self.max_streams], self._homes)
             sequences.sort(key=home_of)
             tokens = [self._next_tokens(sequence) for sequence in sequences]
         homes = [home_of(s) for s in sequences] if split.name == "sequences" else []
@@ -287,9 +328,9 @@ class Engine:
             released=list(self._released),
             settled=list(self._settled),
             forks=[fork for fork in forks if fork[2]],
-            mark=kind == "prefill" and self.prefixes.budget_bytes > 0,
+            mark=not decode and self.prefixes.budget_bytes > 0,
             cuts=list(self._cuts),
-            logits=kind == "check" or (kind == "prefill" and sequences[0].wants_logits),
+            logits=kind == "check" or (not decode and sequences[0].wants_logits),
             homes=homes,
             spare=SPARE if decode and len(set(homes)) == 1 and behind else 0,
         )
@@ -324,6 +365,12 @@ class Engine:
     def _cost_s(self, num_tokens: int) -> float | None:
         return self._planner.cost_s(Work.of("check" if num_tokens > 1 else "decode", num_tokens))
 
+    @property
+    def _homes(self) -> tuple[float, ...]:
+        """The ranks' fractions of the sequences. Where another split is wanted, all wait here until every rank has
+        what it lacks of them."""
+        return self._fractions if self._split in ("auto", "sequences") else (1.0,)
+
     def _spread(self, sequences: list[Sequence]) -> None:
         """Let streams that are all at one home leave it, if the others have nearly caught up with them."""
         if len({s.home for s in sequences}) == 1 < len(sequences):
@@ -336,10 +383,10 @@ class Engine:
         return self._runner.num_behind([s.sequence_id for s in sequences])
 
     def _choose_split(self, sequences: list[Sequence], work: Work, behind: int) -> StepSplit:
-        read_apart = work.kind == "prefill" and self._reads_apart(
+        read_apart = work.kind in ("prefill", "prompts") and self._reads_apart(
             sequences[0], len(self._open[: self.max_streams])
         )
-        if read_apart or behind > MAX_BEHIND:
+        if read_apart or (behind > MAX_BEHIND and self._split != "solo"):
             return StepSplit("sequences", self._fractions)
         split = StepSplit(self._planner.choose(work), self._fractions)
         if split.name != "sequences":
@@ -352,7 +399,7 @@ class Engine:
         at = sequence.num_computed
         chunk = min(self.prefill_chunk, CHUNK) if sequence.wants_logits else self.prefill_chunk
         chunk -= at % chunk
-        return sequence.tokens[at : at + max(1, min(self._num_to_read(sequence), chunk))]
+        return sequence.tokens_at(at, max(1, min(self._num_to_read(sequence), chunk)))
 
     # Beat 3: run.
 
@@ -382,13 +429,13 @@ class Engine:
         rows = np.asarray(logits)  # no copy
         for i, sequence in enumerate(sequences):
             if not sequence.num_left:  # else it is decoded again: what comes next is known
-                self._answer(sequence, logits[i], rows[i], split)
+                self._answer(sequence, rows[i], split)
 
-    def _answer(self, sequence: Sequence, logits: mx.array, row: Row, split: str) -> int | None:
-        """Choose the next token by its logits [vocab], `row` as NumPy has them; None when the answer is at its end."""
+    def _answer(self, sequence: Sequence, row: Row, split: str) -> int | None:
+        """Choose the next token by its logits [vocab]; None when the answer is at its end."""
         submit = sequence.submit
         if submit.logits_file:
-            sequence.logits.append(logits)
+            sequence.logits.append(mx.array(row))
         token_id = sequence.choose(row)
         if sequence.failure:
             self._finish(sequence, split)
@@ -408,7 +455,7 @@ class Engine:
         assert self._runner is not None
         rows, sequence_id = np.asarray(logits), sequence.sequence_id
         for i, guess in enumerate([*draft, None]):
-            token_id = self._answer(sequence, logits[i], rows[i], split)
+            token_id = self._answer(sequence, rows[i], split)
             if token_id is None:
                 return
             if token_id != guess:

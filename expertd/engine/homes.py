@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence as Several
+from itertools import groupby
 
 from expertd.engine.sequence import Sequence
 
@@ -28,9 +29,6 @@ def home_of(sequence: Sequence) -> int:
     return sequence.home
 
 
-def first_of_each(sequences: Several[Sequence]) -> list[Sequence]:
-    """The first sequence of every home, in the order of the ranks."""
-    firsts: dict[int, Sequence] = {}
-    for sequence in sequences:
-        firsts.setdefault(home_of(sequence), sequence)
-    return [firsts[home] for home in sorted(firsts)]
+def by_home(sequences: Several[Sequence]) -> list[list[Sequence]]:
+    """The sequences of every home that has some, in the order of the ranks."""
+    return [list(of_one) for _, of_one in groupby(sorted(sequences, key=home_of), key=home_of)]

@@ -1,9 +1,8 @@
 """A step's plan: what rank 0 decided, as a value and as the frame that the other ranks replay."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
-import msgpack
+import msgspec
 
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
@@ -13,10 +12,10 @@ from expertd.split.cut import StepSplit
 class Plan:
     """Append tokens[i] to the sequence sequence_ids[i], for every i, under `split`.
 
-    A prefill has one sequence and any number of tokens. With `decode` each sequence gets one token, and the step
-    gives the logits after it, [num_sequences, vocab]; with `logits` a prefill gives those after each of its tokens,
-    [num_tokens, vocab]. Under `sequences`, homes[i] is the rank that alone computes sequence i; they ascend, a prefill
-    has one sequence of each rank at most, and `spare` tokens of what they lack of the others' are read by all ranks.
+    With `decode` each sequence gets one token, and the step gives the logits after it, [num_sequences, vocab]; with
+    `logits` a prefill, then of one sequence, gives those after each of its tokens, [num_tokens, vocab]. Under
+    `sequences`, homes[i] is the rank that alone computes sequence i; they ascend, and `spare` tokens of what they lack
+    of the others' are read by all ranks.
 
     `started` names the sequences whose cache begins here, `released` those whose caches are no longer needed, `settled`
     those that are finished and whose caches are. Each fork (sequence, source, length) is a sequence that begins here
@@ -43,8 +42,7 @@ class Plan:
         return sum(map(len, self.tokens))
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class WindowsPlan:
     split: StepSplit
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,25 @@ class CatchUp:
     sequence_ids: list[int] = field(default_factory=list)
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
 class Meeting:
     """Before an epoch's first step: the caches that rank 0 still has, each with the numbers of tokens to which it can
-    be cut. Every rank answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
+    be cut, and digests of so many tokens: hosts that lost each other may both have gone on with a sequence. Every rank
+    answers which of these are its own as well. `apart`: rank 0 keeps what it alone has."""
 
     lengths: dict[int, list[int]]
+    digests: dict[int, list[int]]
     apart: bool = False
 
+    def __post_init__(self) -> None:
+        if any(len(self.digests.get(i, ())) != len(ns) for i, ns in self.lengths.items()):
+            raise ValueError("lengths without digests")
+
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
 @dataclass(frozen=True)
@@ -94,31 +95,28 @@ class Lacking:
     decode: list[bool]
 
     def encode(self) -> bytes:
-        frame: bytes = msgpack.packb(asdict(self))
-        return frame
+        return msgspec.msgpack.encode(self)
 
 
-def decode_plan(frame: bytes) -> Plan | WindowsPlan | CatchUp | Meeting | Lacking:
+Told = Plan | WindowsPlan | CatchUp | Meeting | Lacking
+
+
+def decode_plan(frame: bytes) -> Told:
     """Raises RemoteProtocolError when the bytes are no plan."""
     try:
-        values = msgpack.unpackb(frame, strict_map_key=False)
-        if "lengths" in values:
-            meeting = Meeting(**values)
-            lengths = {int(i): [int(n) for n in ns] for i, ns in meeting.lengths.items()}
-            return Meeting(lengths, bool(meeting.apart))
-        if "sequence_id" in values:
-            return Lacking(**values)
-        if "steps" in values:
-            told = CatchUp(**values)
-            return CatchUp([Plan(**_typed(step)) for step in told.steps], told.sequence_ids)
-        return WindowsPlan(**_typed(values)) if "windows" in values else Plan(**_typed(values))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        values = msgspec.msgpack.decode(frame)
+        kind: type[Told] = next((kind for key, kind in _KINDS.items() if key in values), Plan)
+        if unknown := values.keys() - {field.name for field in fields(kind)}:
+            raise ValueError(f"unknown field {min(unknown)}")
+        return msgspec.convert(values, kind)
+    except (ValueError, TypeError, AttributeError) as e:
         raise RemoteProtocolError(f"rank 0 sent no plan: {e}") from e
 
 
-def _typed(values: Any) -> dict[str, Any]:
-    split, forks = values["split"], values.get("forks", ())
-    typed: dict[str, Any] = {"split": StepSplit(split["name"], tuple(split["fractions"]))}
-    if forks:
-        typed["forks"] = [(sequence_id, source, length) for sequence_id, source, length in forks]
-    return {**values, **typed}
+# By a field that only they have.
+_KINDS: dict[str, type[Told]] = {
+    "lengths": Meeting,
+    "sequence_id": Lacking,
+    "steps": CatchUp,
+    "windows": WindowsPlan,
+}

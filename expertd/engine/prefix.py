@@ -9,7 +9,7 @@ which tokens are read (`one_by_one`), it is taken only where both sequences' ste
 chunks of both prompts, or, if the prompts are equally long, anywhere after them.
 
 After a failure the caches of a leader that died are here as well, under sequences that the present one does not know,
-and the streams that are moved to it go on with them.
+and the streams that are moved to it go on with them (`adopt`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -49,7 +49,7 @@ class Prefixes:
         best, length = 0, 0
         for sequence_id in list(caches if self.budget_bytes else self._kept):
             cache = caches[sequence_id]
-            if not self._is_even(cache):
+            if not self._is_usable(cache):
                 continue
             elsewhere = cache.pending and home not in (None, cache.home)
             there = cache.tokens[: cache.num_shared] if elsewhere else cache.known
@@ -59,6 +59,24 @@ class Prefixes:
                 best, length = sequence_id, found
         if best in self._kept:
             self._kept[best] = self._kept.pop(best)
+        return best, length
+
+    def adopt(
+        self, prompt_tokens: int, tokens: list[int], caches: Mapping[int, SequenceCache]
+    ) -> tuple[int, int]:
+        """Find the kept cache that a stream can go on with as its own, as it is: nobody keeps it any more.
+
+        Gives its sequence and length, 0 for none.
+        """
+        best, length = 0, 0
+        for sequence_id in self._kept:
+            known = caches[sequence_id].known
+            if not length < len(known) < len(tokens) or known != tokens[: len(known)]:
+                continue
+            cache = caches[sequence_id]
+            if self._is_usable(cache) and self._longest(cache, len(known), prompt_tokens) == len(known):
+                best, length = sequence_id, len(known)
+        self._kept.pop(best, None)
         return best, length
 
     def keep(self, sequence_id: int, caches: Mapping[int, SequenceCache]) -> list[int]:
@@ -87,6 +105,10 @@ class Prefixes:
             self._bytes_per_token = cache.num_bytes // len(cache.tokens)
         return cache.num_bytes + (len(cache.known) - len(cache.tokens)) * self._bytes_per_token
 
+    def _is_usable(self, cache: SequenceCache) -> bool:
+        """Whether every rank can go on with what this rank, the leader, has of a sequence, at some length at least."""
+        return not cache.pending or cache.home == 0 or self._is_even(cache)
+
     def _is_even(self, cache: SequenceCache) -> bool:
         """Whether every rank can begin another sequence with this one, be it with what is pending."""
         return not (cache.uneven and not cache.forgets) and not (cache.pending and self.one_by_one)
@@ -97,7 +119,9 @@ class Prefixes:
         if cache.forgets:
             lengths = [common, min(common, read) // self.chunk * self.chunk]
         else:
-            lengths = [n for n in cache.starts() if n <= common]
+            # Ranks may have been able to go back to unlike lengths: from what all have, none has to go back.
+            least = cache.num_shared if cache.uneven else 0
+            lengths = [n for n in cache.starts() if least <= n <= common]
         if self.one_by_one:
             after = read if cache.num_read == prompt_tokens - 1 else common + 1
             lengths = [n for n in lengths if n >= after or (n <= read and n % self.chunk == 0)]

@@ -44,7 +44,7 @@ IDLE_S = 0.5
 # A rank's answer for one cache, at a meeting: a bit for each of the lengths that were named.
 MASK_BYTES = 8
 
-# A meeting's frame has to fit a slot: of 64 bytes for a cache at most, and a slot has a MiB.
+# A meeting's frame has to fit a slot: of 100 bytes for a cache at most, and a slot has a MiB.
 MAX_OFFERED = 4096
 
 # Tokens of one frame at most, and one piece more: as many as surely fit a slot.
@@ -79,7 +79,8 @@ class Runner:
         Gives the number of tokens in the cache of each sequence that has one.
         """
         offered = [(i, cache.lengths()[: 8 * MASK_BYTES]) for i, cache in self.caches.items()]
-        meeting = Meeting(dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:]), apart)
+        lengths = dict([(i, lengths) for i, lengths in offered if lengths][-MAX_OFFERED:])
+        meeting = Meeting(lengths, {i: self.caches[i].digests(ns) for i, ns in lengths.items()}, apart)
         self._tell(meeting)
         held = self._meet(meeting)
         for sequence_id in [i for i, cache in self.caches.items() if cache.num_shared < len(cache)]:
@@ -90,7 +91,8 @@ class Runner:
         """Rank 0: let the others know what it alone has of a sequence, in the pieces in which it was computed."""
         cache = self.caches[sequence_id]
         cache.home, cache.uneven = 0, True
-        cache.pending = cache.pieces(cache.num_shared, chunk)
+        cache.pending, cache.num_pending = [], 0
+        cache.add_pending(cache.pieces(cache.num_shared, chunk))
         left = list(cache.pending)
         while left:
             pieces = [left.pop(0)]
@@ -104,7 +106,7 @@ class Runner:
             self.caches[lacking.sequence_id] = SequenceCache(self._model.new_cache())
         cache = self.caches[lacking.sequence_id]
         cache.home, cache.uneven = 0, True
-        cache.pending += map(Piece, lacking.tokens, lacking.decode)
+        cache.add_pending(map(Piece, lacking.tokens, lacking.decode))
 
     def catch_up(self, plan: Plan) -> None:
         """Rank 0, before a step that takes all ranks: wait until all have what some did alone. Else it does nothing."""
@@ -231,7 +233,7 @@ class Runner:
             self.caches[sequence_id].settle()
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
-        common = self._common([self._mask(i, lengths) for i, lengths in meeting.lengths.items()])
+        common = self._common([self._mask(i, ns, meeting.digests[i]) for i, ns in meeting.lengths.items()])
         for (sequence_id, lengths), mask in zip(meeting.lengths.items(), common, strict=True):
             if not mask and not (meeting.apart and self._link.rank == 0):
                 self.caches.pop(sequence_id, None)
@@ -247,10 +249,13 @@ class Runner:
             del self.caches[sequence_id]
         return {sequence_id: len(cache) for sequence_id, cache in self.caches.items()}
 
-    def _mask(self, sequence_id: int, lengths: list[int]) -> int:
+    def _mask(self, sequence_id: int, lengths: list[int], digests: list[int]) -> int:
         """Which of these numbers of tokens this rank has in a sequence's cache, the first one as bit 0."""
         cache = self.caches.get(sequence_id)
-        return sum(1 << bit for bit, n in enumerate(lengths) if cache and cache.can_cut(n))
+        if cache is None:
+            return 0
+        same = [mine == theirs for mine, theirs in zip(cache.digests(lengths), digests, strict=True)]
+        return sum(1 << bit for bit, n in enumerate(lengths) if same[bit] and cache.can_cut(n))
 
     def _common(self, masks: list[int]) -> list[int]:
         """The bits that are set on every rank."""
@@ -308,7 +313,7 @@ class Runner:
                 self._read_pending([sequence_id], plan.spare)
             if not cache.pending:
                 cache.share()
-            cache.pending.append(Piece(tokens, plan.decode))
+            cache.add_pending([Piece(tokens, plan.decode)])
             cache.uneven = True
             if home == self._link.rank:
                 mine.append(sequence_id)

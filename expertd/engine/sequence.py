@@ -83,6 +83,11 @@ class Sequence:
     def tokens(self) -> list[int]:
         return self.prompt + self.generated
 
+    def tokens_at(self, start: int, number: int) -> list[int]:
+        """`number` of its tokens, from `start` on; a step asks, so nothing is copied but these."""
+        num_prompt, end = len(self.prompt), start + number
+        return self.prompt[start:end] + self.generated[max(0, start - num_prompt) : max(0, end - num_prompt)]
+
     @property
     def num_left(self) -> int:
         """Tokens known but not yet in the cache; the last of them is the next decode step's."""

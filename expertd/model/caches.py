@@ -14,6 +14,9 @@ For recurrent layers all this costs memory alone. A window is copied at each ste
 for a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it reads.
 """
 
+import zlib
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +59,7 @@ class SequenceCache:
         self.num_shared = self.num_read = 0
         self.home: int | None = None
         self.pending: list[Piece] = []
+        self.num_pending = 0  # tokens
         self.uneven = False  # whether ranks may have been able to go back to unlike lengths
         self._before: dict[int, State] = {}  # the last steps, by the number of tokens
         self.marks: dict[int, State] = {}
@@ -86,13 +90,15 @@ class SequenceCache:
             return self.tokens
         return self.tokens[: self.num_shared] + [token for piece in self.pending for token in piece.tokens]
 
-    @property
-    def num_pending(self) -> int:
-        return sum(len(piece.tokens) for piece in self.pending)
+    def add_pending(self, pieces: Iterable[Piece]) -> None:
+        """Note what the home alone has, or will have after this step."""
+        for piece in pieces:
+            self.pending.append(piece)
+            self.num_pending += len(piece.tokens)
 
     def share(self) -> None:
         """Note that every rank now has what this one has."""
-        self.num_shared, self.pending = len(self), []
+        self.num_shared, self.pending, self.num_pending = len(self), [], 0
 
     def pieces(self, start: int, chunk: int) -> list[Piece]:
         """The tokens from `start` on, as they were computed: a prompt in chunks, the answer one by one."""
@@ -102,15 +108,21 @@ class SequenceCache:
         return read + [Piece([token], True) for token in self.tokens[ends[-1] :]]
 
     def take_pending(self, limit: int | None, merge: bool) -> list[Piece]:
-        """Take pieces out of `pending`, of `limit` tokens in all or of one piece more than that.
+        """Take pieces out of `pending`, of `limit` tokens in all.
 
-        `merge` joins them to chunks of MERGED tokens; else they stay as they were computed.
+        `merge` joins them to chunks of MERGED tokens; else they stay as they were computed, and the last may be longer.
         """
         taken: list[Piece] = []
         while self.pending and (limit is None or sum(len(piece.tokens) for piece in taken) < limit):
             taken.append(self.pending.pop(0))
+            self.num_pending -= len(taken[-1].tokens)
         if not merge:
             return taken
+        if limit is not None and (more := sum(len(piece.tokens) for piece in taken) - limit) > 0:
+            last = taken.pop()
+            taken.append(Piece(last.tokens[:-more], last.decode))
+            self.pending.insert(0, Piece(last.tokens[-more:], last.decode))
+            self.num_pending += more
         tokens = [token for piece in taken for token in piece.tokens]
         return [Piece(tokens[at : at + MERGED], False) for at in range(0, len(tokens), MERGED)]
 
@@ -118,6 +130,14 @@ class SequenceCache:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
         shared = {self.num_shared} if self.forgets else set()
         return sorted({len(self), *shared, *self._before, *self.marks} - {0}, reverse=True)
+
+    def digests(self, lengths: list[int]) -> list[int]:
+        """The CRC-32 of the first so many tokens (of all, where there are fewer), for each of these numbers."""
+        found, crc, at = {}, 0, 0
+        for length in sorted(lengths):
+            crc = zlib.crc32(array("I", self.tokens[at:length]), crc)
+            found[length], at = crc, length
+        return [found[length] for length in lengths]
 
     def can_cut(self, length: int) -> bool:
         """Whether its first `length` tokens can be had."""
@@ -146,8 +166,9 @@ class SequenceCache:
                 del self.marks[min(gaps, key=gaps.__getitem__)]
 
     def keep_marks(self, lengths: set[int]) -> None:
-        """Drop those that some rank lacks."""
-        self.marks = {n: state for n, state in self.marks.items() if n in lengths}
+        """Drop those that some rank lacks; what all kept to take a step back is as good as a mark."""
+        kept = self.marks if self.forgets else self._before | self.marks
+        self.marks = {n: state for n, state in kept.items() if n in lengths}
 
     def starts(self) -> list[int]:
         """The lengths at which every rank can begin another sequence, if the cache does not forget: its own and its
@@ -170,7 +191,7 @@ class SequenceCache:
         fork.num_shared = min(length, self.num_shared) if self.pending else length
         fork.home, left = self.home, length - fork.num_shared
         for piece in self.pending if left else ():
-            fork.pending.append(Piece(piece.tokens[:left], piece.decode))
+            fork.add_pending([Piece(piece.tokens[:left], piece.decode)])
             left -= len(fork.pending[-1].tokens)
             if not left:
                 break

@@ -7,12 +7,12 @@ import pytest
 from stub_group import children
 
 from expertd.cluster import restarts
-from tests.cluster.kill_points import storm
+from tests.cluster.kill_points import group_of, report, storm
 from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.fault
 
-NUM_POINTS = 24
+NUM_POINTS = 200
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,10 @@ def test_every_stream_has_the_tokens_of_an_undisturbed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(restarts, "GOOD_LIFE_S", 0.0)  # dying young is no sign of anything here
-    model = make_tiny(tmp_path / "tiny", "qwen3_moe")
-    run = asyncio.run(storm(model, seed=1, num_points=NUM_POINTS))
-    print(run.report())
-    assert run.wrong == [] and len(run.points) >= NUM_POINTS
-    assert all(stream.num_answers for stream in run.streams)
+    group = group_of(make_tiny(tmp_path / "tiny", "qwen3_moe"))
+    storms = asyncio.run(storm(group, seed=1, num_points=NUM_POINTS))
+    print(report(storms))
+    assert [run.wrong for run in storms] == [[], []]
+    assert sum(len(run.points) for run in storms) >= NUM_POINTS
+    assert all(stream.num_answers for run in storms for stream in run.streams)
     assert children() == []

@@ -67,7 +67,8 @@ class Bench:
         self.channel, theirs = socket.socketpair()
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.sent: list[Message] = []
-        self.send = self.sent.append
+        self.send = self.post = self.sent.append
+        self.flush = lambda: None
         self.model, self.engine = FakeModel(), FakeEngine()
         self.fds: list[int] = []
         setup = Setup(0, -1, theirs.detach(), {})

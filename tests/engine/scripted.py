@@ -108,7 +108,7 @@ class ScriptedRunner:
             del self.caches[sequence_id]
         assert plan.started == [i for i in plan.sequence_ids if i not in self.caches]
         assert len(set(plan.sequence_ids)) == len(plan.sequence_ids) == len(plan.tokens)
-        assert plan.decode or len(plan.tokens) == 1
+        assert len(plan.tokens) == 1 or not plan.logits
         if plan.logits:
             assert not plan.decode
             before, tokens = self.caches.get(plan.sequence_ids[0], []), plan.tokens[0]

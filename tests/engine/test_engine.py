@@ -166,7 +166,7 @@ def test_cancel_while_running(prefilling: bool) -> None:
 
 
 def test_cancel_while_another_runs() -> None:
-    bench = Bench()
+    bench = Bench(prefill_chunk=5)
     bench.ask("first", "prompt", "reply")
     bench.ask("second", "other", "x")
     bench.engine.step()
@@ -283,7 +283,7 @@ def test_prompt_interrupted_before_its_first_token_is_measured_again() -> None:
 
 
 def test_cancel_between_epochs() -> None:
-    bench = Bench()
+    bench = Bench(prefill_chunk=5)
     bench.ask("r", "prompt", "reply")
     bench.ask("next", "other", "x")
     break_off(bench, 3)

@@ -28,9 +28,16 @@ def test_round_trip(plan: Plan | WindowsPlan) -> None:
 
 
 def test_meetings_come_back_as_they_were() -> None:
-    meeting = Meeting({2**60: [3, 2], 1: []})
+    meeting = Meeting({2**60: [3, 2], 1: []}, {2**60: [2**32 - 1, 7], 1: []}, apart=True)
     assert decode_plan(meeting.encode()) == meeting
-    for wrong in ({"lengths": [1]}, {"lengths": {"x": [1]}}, {"lengths": {1: 5}}, {"lengths": {}, "more": 1}):
+    for wrong in (
+        {"lengths": [1]},
+        {"lengths": {"x": [1]}},
+        {"lengths": {1: 5}},
+        {"lengths": {1: [5]}},
+        {"lengths": {1: [5]}, "digests": {1: []}},
+        {"lengths": {}, "digests": {}, "more": 1},
+    ):
         with pytest.raises(RemoteProtocolError):
             decode_plan(msgpack.packb(wrong))
 

@@ -74,6 +74,17 @@ def test_longer_texts_do_not_make_an_old_trial_look_fast() -> None:
     assert [c.split for c in planner.news()] == ["solo"]
 
 
+def test_bursts_of_a_shared_machine_change_nothing() -> None:
+    """Half of the time, some steps at once take twice as long, whichever split they have."""
+    rng, planner, slow = random.Random(3), Planner("auto", SPLITS, 2), [1.0] * 40
+    while len(slow) < 6000:
+        slow += [rng.choice((1.0, 2.0))] * rng.randint(2, 20)
+    cost = {"solo": 1.0, "experts": 1.3}
+    taken, _ = drive(planner, ONE, lambda step, split: slow[step] * cost[split], 6000)
+    assert [c.split for c in planner.news()] == ["solo"]
+    assert taken["solo"] > 5900
+
+
 def test_reasons_are_for_people() -> None:
     planner = Planner("auto", SPLITS, 2)
     drive(planner, CHUNK, lambda step, split: {"solo": 0.3, "experts": 0.2, "tokens": 0.15}[split], 40)
@@ -107,7 +118,7 @@ def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() 
     fast_tokens = {"solo": 3.0, "experts": 2.5, "tokens": 1.0}
     drive(planner, Work("decode", 8), lambda step, split: fast_tokens[split], 40)
     first_two = [planner.choose(Work("decode", 16)) for _ in range(2)]
-    assert first_two == ["solo", "tokens"]  # a trial, and what is best for eight
+    assert first_two == ["tokens", "solo"]  # what is best for eight, and a trial
     assert "tokens" not in {planner.choose(ONE) for _ in range(20)}  # one row cannot be divided
 
 

@@ -67,8 +67,11 @@ class Served:
         self.model, self.folder, self.plans = model, folder, 0
         folder.mkdir(parents=True)
         self.events: list[Message] = []
+        splits = [
+            s for s in model.splits if s != "sequences"
+        ]  # or the first rank would keep what the other lacks
         self.engine = Engine(
-            cast(Tokenizer, ByteTokenizer()), 512, model.splits, CHUNK, self.events.append, 257, max_streams=3
+            cast(Tokenizer, ByteTokenizer()), 512, splits, CHUNK, self.events.append, 257, max_streams=3
         )
         self.engine.prefixes = Prefixes(0, CHUNK, model.one_by_one)
         self.caches: Caches = {}

@@ -184,7 +184,7 @@ def test_ranks_meet_at_what_was_told() -> None:
     leader, _, box = make(caches=caches)
     box.other = masks(0b1000)
     assert leader.meet() == {1: 3}
-    assert decode_plan(box.sent[-1]) == Meeting({1: [7, 6, 5, 3]})
+    assert met(box.sent[-1]) == ({1: [7, 6, 5, 3]}, False)
 
 
 def test_windows_need_no_cache() -> None:
@@ -236,6 +236,12 @@ def masks(*numbers: int) -> bytes:
     return b"".join(number.to_bytes(MASK_BYTES, "little") for number in numbers)
 
 
+def met(frame: bytes) -> tuple[dict[int, list[int]], bool]:
+    meeting = decode_plan(frame)
+    assert isinstance(meeting, Meeting)
+    return meeting.lengths, meeting.apart
+
+
 def test_a_failed_step_is_taken_back() -> None:
     runner, model, box = make()
     for plan in PLANS[:3]:
@@ -259,13 +265,32 @@ def test_ranks_meet_at_what_all_have() -> None:
         follower.lead(plan)
     box.other = masks(0b110, 0b10, 0)
     assert leader.meet() == {1: 4, 2: 1}
-    assert decode_plan(box.sent[-1]) == Meeting({1: [5, 4, 3], 2: [2, 1], 3: [2]})
+    assert met(box.sent[-1]) == ({1: [5, 4, 3], 2: [2, 1], 3: [2]}, False)
     assert {i: cache.tokens for i, cache in leads.items()} == {1: [5, 6, 7, 8], 2: [9]}
     follower, _, other = make(frames=box.sent[-1:], caches=follows)
     other.other = masks(0b111, 0b11, 1)
     follower.follow()
     assert other.answers == [masks(0b110, 0b10, 0)]
     assert {i: cache.tokens for i, cache in follows.items()} == {1: [5, 6, 7, 8], 2: [9]}
+
+
+def test_ranks_that_went_on_with_other_tokens_have_nothing_in_common_after_them() -> None:
+    """As may be when a link broke and both hosts live."""
+    leads: Caches = {}
+    leader, _, box = make(caches=leads)
+    for plan in PLANS[:3]:
+        leader.lead(plan)
+    box.other = masks(0b10, 0b1)
+    assert leader.meet() == {1: 3, 2: 1}
+    follows: Caches = {}
+    follower, _, _ = make(caches=follows)
+    for plan in (PLANS[0], Plan([1, 2], [[88], [9]], True, SPLIT, [2], [])):
+        follower.lead(plan)
+    assert [len(cache) for cache in follows.values()] == [4, 1]
+    follower, _, other = make(frames=box.sent[-1:], caches=follows)
+    other.other = masks(0b11, 0b1)
+    follower.follow()
+    assert other.answers == [masks(0b10, 0b1)]
 
 
 def test_where_sequences_may_be_divided_the_leader_keeps_what_it_has() -> None:
@@ -276,8 +301,8 @@ def test_where_sequences_may_be_divided_the_leader_keeps_what_it_has() -> None:
         leader.lead(plan)
     box.other = masks(0b100, 0)
     assert leader.meet(apart=True, chunk=2) == {1: 5, 2: 2}
-    meeting, *lacking = map(decode_plan, box.sent[-3:])
-    assert meeting == Meeting({1: [5, 4, 3], 2: [2, 1]}, apart=True)
+    assert met(box.sent[-3]) == ({1: [5, 4, 3], 2: [2, 1]}, True)
+    lacking = [decode_plan(frame) for frame in box.sent[-2:]]
     assert lacking == [Lacking(1, [[8], [11]], [True, True]), Lacking(2, [[9], [10]], [True, True])]
     assert [(c.home, c.num_shared, c.num_pending) for c in leads.values()] == [(0, 3, 2), (0, 0, 2)]
     follows: Caches = {}

@@ -30,6 +30,33 @@ def test_streams_take_their_tokens_together() -> None:
     assert sorted(i for p in bench.runner.plans for i in p.released) == [2, 3]
 
 
+def test_short_prompts_share_a_chunk() -> None:
+    bench = Bench(prefill_chunk=20, prefix_tokens=1000)
+    prompts = ("five 5", "3333b", "3333+", "eight...8", "this one is too long")
+    for prompt in prompts:
+        bench.ask(prompt, prompt, prompt.upper())
+    bench.finish()
+    assert [bench.text(prompt) for prompt in prompts] == [prompt.upper() for prompt in prompts]
+    reads = [[len(tokens) for tokens in p.tokens] for p in bench.runner.plans if not p.decode]
+    assert reads == [
+        [5, 4, 8],
+        [19],
+    ]  # the third waits for the second one's cache, and has then nothing to read
+    assert bench.done("3333+").cached_tokens == 4
+
+
+def test_a_prompt_that_is_known_already_is_decoded_beside_others() -> None:
+    """Its beginning is in a cache, and the prompts that came with it wait for the next step."""
+    bench = Bench(prefix_tokens=1000)
+    bench.ask("first", "prompt", "xy")
+    bench.finish()
+    for name, prompt in (("again", "prompt"), ("new", "another"), ("once more", "prompt")):
+        bench.ask(name, prompt, "xy")
+    bench.finish()
+    assert [bench.text(name) for name in ("again", "new", "once more")] == ["xy"] * 3
+    assert bench.done("again").cached_tokens == 5 and bench.done("new").cached_tokens == 0
+
+
 def test_more_streams_than_are_served_at_once_wait() -> None:
     bench = Bench(max_streams=2, max_waiting=1)
     for name in "abcd":

@@ -1,6 +1,7 @@
 """An engine on real ranks whose planner is wild: each step takes any split, and streams come and go meanwhile."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +30,9 @@ REQUESTS = (
     (5, "a prompt that is longer than most and begins alike", 9),
     (6, "another that comes later, when the others are at it", 8),
     (12, "and one more", 4),
-    (24, "the last one is alone for a while, and divided again", 36),
+    (24, "the last one is alone for a while, and divided again", 42),
     (26, "another that comes later still", 5),
+    (44, "and one that comes to another leader", 9),
 )
 
 
@@ -51,13 +53,13 @@ class WildPlanner(Planner):
 
 
 class Counting(Runner):
-    """Once, at the second meeting, the last rank has nothing any more, as one that was started again."""
+    """From the second meeting on, the last rank has nothing any more, as one that was started again."""
 
     num_meetings = num_lacking = 0
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         self.num_meetings += 1
-        if self.num_meetings == 2 and self._link.rank == self._link.num_ranks - 1 > 0:
+        if self.num_meetings in (2, 3) and self._link.rank == self._link.num_ranks - 1 > 0:
             self.caches.clear()
         return super()._meet(meeting)
 
@@ -70,7 +72,7 @@ def serve(
     mailbox: Mailbox, checkpoints: list[str], seed: int, kernels: str = "native"
 ) -> dict[str, list[Any]]:
     """Tokens and log-probabilities of every request, by checkpoint; {} from followers."""
-    engine_module.MAX_BEHIND, engine_module.SPARE = 12, 2
+    engine_module.MAX_BEHIND, engine_module.SPARE = 24, 6
     lengths = random.Random(seed)
     engine_module.pick_length = lambda rate, cost_s: lengths.choice([0, 0, 0, 3])
     found = {}
@@ -84,16 +86,26 @@ def serve(
             found[Path(folder).name] = _lead(runner, model, seed)
             runner.meet()
         else:
-            while runner.num_meetings < 3:
+            while runner.num_meetings < 4:
                 runner.follow()
     return found
 
 
-def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
-    events: list[Message] = []
+def _engine(model: Model, events: list[Message]) -> Engine:
     engine = Engine(cast(Tokenizer, ByteTokenizer()), 512, model.splits, 16, events.append, 257)
     engine.speculates = True
     engine.prefixes = Prefixes(1 << 30, 16, model.one_by_one, min_tokens=4)
+    return engine
+
+
+def _is_here(runner: Runner, sequence_id: int) -> bool:
+    cache = runner.caches.get(sequence_id)
+    return cache is not None and not (cache.pending and cache.home)
+
+
+def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
+    events: list[Message] = []
+    engine = _engine(model, events)
     num_ranks = runner._link.num_ranks
     engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
     planner = WildPlanner(model.splits, seed)
@@ -115,6 +127,21 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
             runner = Counting(model, runner._link, runner.caches)
             engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
             engine._planner = planner
+        if (
+            step == 36 and num_ranks > 1
+        ):  # and one with another leader, which has the caches of the one that died
+            runner = Counting(model, runner._link, runner.caches)
+            lost, engine = engine._open, _engine(model, events)
+            engine.first_id = 100
+            engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
+            engine._planner = planner
+            for s in lost:
+                engine.take(replace(s.submit, generated=s.generated, resumed=True))
+            engine._meet(runner)
+            found = {s.sequence_id for s in engine._open if s.num_computed}
+            assert found == {
+                s.sequence_id for s in lost if s.num_computed and _is_here(runner, s.sequence_id)
+            }
     if num_ranks > 1:
         assert {split for _, split in planner.taken} == set(model.splits), planner.taken
         assert ("decode", "sequences") in planner.taken
