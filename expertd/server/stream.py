@@ -1,7 +1,7 @@
 """HTTP details that starlette leaves to us: limits, deadlines, and clients that go away."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ MAX_BODY_BYTES = 16 << 20
 # Of all bodies that are being read: 10,000 connections must not bring 160 GB.
 MAX_BODIES_BYTES = 256 << 20
 BODY_TIMEOUT_S = 60.0
-# A client that takes none of its answer for this long is gone in all but name.
+# A client that takes none of its answer for this long, or at most twice that, is gone in all but name.
 SEND_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
@@ -55,11 +55,18 @@ def _check_size(num_bytes: int) -> None:
         raise ApiError(429, message, code="rate_limit_exceeded")
 
 
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` to its end, or cancel it when the client leaves. Raises ClientDisconnect then."""
+async def while_connected(
+    receive: Receive, work: Coroutine[Any, Any, T], is_stuck: Callable[[], bool] = lambda: False
+) -> T:
+    """Run `work` to its end, or cancel it when the client leaves or `is_stuck`, asked now and then, says so. Raises
+    ClientDisconnect then."""
     working, leaving = asyncio.create_task(work), asyncio.create_task(_wait_disconnect(receive))
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        ended: set[asyncio.Task[Any]] = set()
+        while not ended and not is_stuck():
+            ended, _ = await asyncio.wait(
+                {working, leaving}, timeout=SEND_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
         if not working.done():
             raise ClientDisconnect
         return working.result()
@@ -84,21 +91,29 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._first = first
         self._events = events
+        # A send that is under way, counted; 0 between two. One timer for all: one for each token costs a tenth of it.
+        self._num_sent = self._sending = self._seen_sending = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
             # Nobody is left to be told; closing the events cancels the request.
-            with suppress(ClientDisconnect, TimeoutError, OSError):
-                await while_connected(receive, self._send_all(send))
+            with suppress(ClientDisconnect, OSError):
+                await while_connected(receive, self._send_all(send), self._is_stuck)
+
+    def _is_stuck(self) -> bool:
+        """Whether one send has not ended since the last time that this was asked."""
+        last, self._seen_sending = self._seen_sending, self._sending
+        return last == self._sending != 0
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _send_body(send, self._first, True)
+        await self._send_body(send, self._first, True)
         async for event in self._events:
-            await _send_body(send, event, True)
-        await _send_body(send, b"", False)
+            await self._send_body(send, event, True)
+        await self._send_body(send, b"", False)
 
-
-async def _send_body(send: Send, body: bytes, more: bool) -> None:
-    async with asyncio.timeout(SEND_TIMEOUT_S):
+    async def _send_body(self, send: Send, body: bytes, more: bool) -> None:
+        self._num_sent += 1
+        self._sending = self._num_sent
         await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._sending = 0
