@@ -17,6 +17,8 @@ KERNELS = ("auto", "native", "mlx")
 # divergence from MLX's float32 logits is 2.7e-4 and the perplexity 0.04 % higher (16: 9e-9 and none), at half the time
 # (bench/LOG.md).
 ACTIVATION_BITS = 8
+# How many bits keys and values may be kept at; 0: as they are computed.
+KV_BITS = (0, 4, 8)
 # A thousand tokens of a 30B model are 100 MB.
 PREFIX_DISK_BYTES = 20 * 10**9
 
@@ -51,7 +53,8 @@ class GroupConfig:
     answered at once, `max_waiting` more wait. The caches of finished requests stay, for others that begin alike, in
     `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays), and in up to
     `prefix_disk_bytes` of files in `prefix_cache_dir` ("": nowhere). With `speculate`, tokens are guessed and checked
-    several at a time (engine/speculate.py). `kernels` are what computes on a CPU:
+    several at a time (engine/speculate.py); `draft_model` is the folder of a small model that guesses as well.
+    Caches keep keys and values at `kv_bits` (0: as they are computed). `kernels` are what computes on a CPU:
     "native" ours (`activation_bits`, 8 or 16, is theirs), "mlx" MLX's, whose bits are others; "auto" takes ours on a
     CPU and MLX's on a GPU. `wide` is for evaluation: weights as float32 (expertd/model/adapter.py), which MLX and NumPy
     compute. `ignore_memory` loads what seems not to fit.
@@ -68,6 +71,8 @@ class GroupConfig:
     prefix_cache_dir: str = ""
     prefix_disk_bytes: int = PREFIX_DISK_BYTES
     speculate: bool = False
+    draft_model: str = ""
+    kv_bits: int = 0
     slot_bytes: int = 1 << 20
     exchange_timeout_s: float = 60.0
     pulse_timeout_s: float = 1.5
@@ -93,6 +98,8 @@ class GroupConfig:
             )
         if self.activation_bits not in (8, 16):
             raise ConfigError(f"--activation-bits {self.activation_bits}: wanted 8 or 16.")
+        if self.kv_bits not in KV_BITS:
+            raise ConfigError(f"--kv-bits {self.kv_bits}: wanted 8 or 4, or leave it out.")
         if self.shares and (
             len(self.shares) != self.num_ranks or min(self.shares) < 0 or sum(self.shares) <= 0
         ):

@@ -48,7 +48,17 @@ MAY_IMPORT: dict[str, set[str]] = {
 # mlx-lm's internals drift, so few files know them; MLX is slow to import and belongs to the ranks.
 MAY_IMPORT_MLX_LM = {
     f"expertd/model/{name}.py"
-    for name in ("adapter", "cache_files", "caches", "classes", "dialect", "model", "swap")
+    for name in (
+        "adapter",
+        "cache_files",
+        "caches",
+        "classes",
+        "dialect",
+        "draft",
+        "kv_bits",
+        "model",
+        "swap",
+    )
 }
 WITHOUT_MLX = ("errors", "config", "wire", "sampling", "dialect", "checkpoint", "link", "server", "cli")
 WITHOUT_MLX_FILES = {

@@ -91,18 +91,18 @@ def common(model_type: str, architecture: str, num_layers: int, **rest: Any) -> 
     }
 
 
-def qwen3_moe(w: Weights) -> Config:
+def qwen3_moe(w: Weights, head_dim: int = 16) -> Config:
     w.frame(2)
     for i in range(2):
         layer = f"model.layers.{i}"
-        w.attention(f"{layer}.self_attn", 16)
-        w.norm(f"{layer}.self_attn.q_norm", 16)
-        w.norm(f"{layer}.self_attn.k_norm", 16)
+        w.attention(f"{layer}.self_attn", head_dim)
+        w.norm(f"{layer}.self_attn.q_norm", head_dim)
+        w.norm(f"{layer}.self_attn.k_norm", head_dim)
         w.linear(f"{layer}.mlp.gate", EXPERTS, HIDDEN, gain=2)
         for e in range(EXPERTS):
             w.mlp(f"{layer}.mlp.experts.{e}", INTER, GATE_UP_DOWN)
     return common(
-        "qwen3_moe", "Qwen3MoeForCausalLM", 2, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=4,
+        "qwen3_moe", "Qwen3MoeForCausalLM", 2, head_dim=head_dim, num_experts=EXPERTS, num_experts_per_tok=4,
         moe_intermediate_size=INTER, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
         attention_bias=False, rope_scaling=None,
     )  # fmt: skip
@@ -283,6 +283,25 @@ def delta_net(w: Weights, name: str, key_heads: int, value_heads: int, head: int
     w.linear(f"{name}.out_proj", HIDDEN, values)
 
 
+def qwen3_moe_heads_of_32(w: Weights) -> Config:
+    """Heads as wide as a group of quantized keys."""
+    return qwen3_moe(w, 32)
+
+
+def qwen3_moe_heads_of_64(w: Weights) -> Config:
+    return qwen3_moe(w, 64)
+
+
+def qwen3(w: Weights) -> Config:
+    """Without experts: a draft."""
+    w.frame(1)
+    w.attention("model.layers.0.self_attn", 16)
+    w.norm("model.layers.0.self_attn.q_norm", 16)
+    w.norm("model.layers.0.self_attn.k_norm", 16)
+    w.mlp("model.layers.0.mlp", INTER, GATE_UP_DOWN)
+    return common("qwen3", "Qwen3ForCausalLM", 1, head_dim=16, attention_bias=False, rope_scaling=None)
+
+
 FAMILIES: dict[str, Callable[[Weights], Config]] = {
     "qwen3_moe": qwen3_moe,
     "mixtral": mixtral,
@@ -294,16 +313,21 @@ FAMILIES: dict[str, Callable[[Weights], Config]] = {
     "minimax": minimax,
     "qwen3_next": qwen3_next,
 }
+SPECIAL: dict[str, Callable[[Weights], Config]] = {
+    "qwen3_moe_heads_of_32": qwen3_moe_heads_of_32,
+    "qwen3_moe_heads_of_64": qwen3_moe_heads_of_64,
+    "qwen3": qwen3,
+}
 
 
 def make_tiny(folder: Path, family: str, dtype: str = "float32", seed: int = 0, generation: int = 4) -> Path:
-    """Write a tiny checkpoint of `family` (a key of FAMILIES) into `folder` and return `folder`.
+    """Write a tiny checkpoint of `family` (a key of FAMILIES or SPECIAL) into `folder` and return `folder`.
 
     `dtype` is that of the weights, float32 or bfloat16; correction biases and MXFP4 blocks keep their own.
     `generation` is that of the config: 4 or 5, the release of transformers that would have written it.
     """
     weights = Weights(seed)
-    config = FAMILIES[family](weights)
+    config = (FAMILIES | SPECIAL)[family](weights)
     config["torch_dtype"] = dtype
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", as_generation_5(config) if generation == 5 else config)

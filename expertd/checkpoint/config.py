@@ -44,11 +44,11 @@ def read_config(folder: Path) -> Config:
     return config
 
 
-def normalise_config(config: Config) -> Config:
+def normalise_config(config: Config, needs_experts: bool = True) -> Config:
     """A copy of `config` with every key that mlx-lm's ModelArgs of this family need.
 
     Raises CheckpointError when the checkpoint wants code of its own, is of a family that mlx-lm does not
-    know, has no experts, or lacks a key for which there is no safe default.
+    know, has no experts where it `needs_experts`, or lacks a key for which there is no safe default.
     """
     if config.get("model_file") is not None:
         raise CheckpointError(
@@ -61,7 +61,8 @@ def normalise_config(config: Config) -> Config:
             f"config.json: model_type is {str(model_type)[:80]}, wanted a name. Check the file."
         )
     family = family_of(config)
-    _require_experts(config, model_type)
+    if needs_experts:
+        _require_experts(config, model_type)
     result = _fill(config, family)
     if missing := sorted(key for key in family.required if key not in result):
         raise CheckpointError(

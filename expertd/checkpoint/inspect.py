@@ -58,13 +58,24 @@ def check_checkpoint(folder: Path) -> CheckpointInfo:
             f"{folder / 'config.json'}: {experts_per_token} experts per token of {num_experts(config)}, "
             "wanted at least 1 and no more than there are. Download it again."
         )
+    return _inspect(folder, config)
+
+
+def check_draft(folder: Path) -> CheckpointInfo:
+    """As check_checkpoint, for a draft model (engine/drafter.py), which need not have experts."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give the folder of a small model.")
+    return _inspect(folder, normalise_config(read_config(folder), needs_experts=False))
+
+
+def _inspect(folder: Path, config: Config) -> CheckpointInfo:
     _check_tokenizer(folder)
     shards = check_shards(folder)
     return CheckpointInfo(
         folder=folder,
         family=family_of(config).name,
         num_experts=num_experts(config),
-        top_k=experts_per_token,
+        top_k=top_k(config),
         context_length=_context_length(config),
         total_bytes=sum(entry.end - entry.begin for entries in shards.values() for entry in entries.values()),
         quantization=describe_quantization(config),

@@ -13,9 +13,10 @@ def size_in_words(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def cache_bytes(config: dict[str, Any], num_tokens: int) -> int:
+def cache_bytes(config: dict[str, Any], num_tokens: int, kv_bits: int = 0) -> int:
     """The key-value cache of one sequence of `num_tokens` tokens (or the model's context), 16 bits per number.
 
+    With `kv_bits`, so many, and a scale and a bias of 16 bits for each 64 numbers (model/kv_bits.py).
     An upper bound: layers with a sliding window or a state instead of a cache keep less.
     """
     part = text_config(config)
@@ -30,4 +31,5 @@ def cache_bytes(config: dict[str, Any], num_tokens: int) -> int:
     )  # fmt: skip
     if count("kv_lora_rank"):  # latent attention keeps one compressed row for all heads
         width = count("kv_lora_rank") + count("qk_rope_head_dim")
-    return 2 * width * count("num_hidden_layers") * tokens
+    numbers = width * count("num_hidden_layers") * tokens
+    return numbers * (64 * kv_bits + 32) // (64 * 8) if kv_bits else 2 * numbers

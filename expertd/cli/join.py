@@ -11,7 +11,9 @@ import click
 from expertd.cli.door import door_config, door_options, warn_if_public
 from expertd.cli.options import (
     allowed_cpus,
+    draft_model_option,
     drain_option,
+    find_draft,
     hosts_config,
     hosts_options,
     ignore_memory_option,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A folder where the checkpoint may be; may be given again.",
 )
+@draft_model_option
 @door_options
 @ignore_memory_option
 @drain_option
@@ -55,6 +58,7 @@ def join_command(
     host: str,
     port: int,
     places: tuple[Path, ...],
+    draft_model: str,
     ignore_memory: bool,
     drain_timeout_s: float,
     **options: Any,
@@ -74,7 +78,12 @@ def join_command(
     identity, store = load_identity(hosts.folder), PeerStore(hosts.folder)
     peer, address = choose_peer(store.peers(), address)
     own = GroupConfig(
-        "", ranks, cpus=allowed_cpus(ranks) if pin else (), kernels=kernels, ignore_memory=ignore_memory
+        "",
+        ranks,
+        draft_model=find_draft(draft_model),
+        cpus=allowed_cpus(ranks) if pin else (),
+        kernels=kernels,
+        ignore_memory=ignore_memory,
     )
     config = ServerConfig(host, port, "", own, door)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)

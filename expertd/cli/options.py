@@ -11,6 +11,7 @@ import click
 from expertd.config import (
     ACTIVATION_BITS,
     KERNELS,
+    KV_BITS,
     LINKS,
     MAX_RANKS,
     PREFIX_DISK_BYTES,
@@ -19,7 +20,7 @@ from expertd.config import (
     HostsConfig,
     parse_size,
 )
-from expertd.errors import ConfigError
+from expertd.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from expertd.checkpoint.inspect import CheckpointInfo
@@ -91,6 +92,24 @@ def activation_bits_option(command: F) -> F:
 
 def kernels_option(text: str) -> Callable[[F], F]:
     return click.option("--kernels", type=click.Choice(KERNELS), default="auto", show_default=True, help=text)
+
+
+def draft_model_option(command: F) -> F:
+    return click.option(
+        "--draft-model",
+        metavar="MODEL",
+        default="",
+        help="A small model with the same tokenizer: guesses for a single stream, where that is faster.",
+    )(command)
+
+
+def kv_bits_option(command: F) -> F:
+    return click.option(
+        "--kv-bits",
+        type=click.Choice([str(bits) for bits in KV_BITS if bits]),
+        callback=lambda context, parameter, value: int(value or 0),
+        help="Keep keys and values at so many bits: longer texts in the same memory [default: as computed].",
+    )(command)
 
 
 def prefix_cache_options(command: F) -> F:
@@ -196,6 +215,21 @@ def find_model(name: str) -> "CheckpointInfo":
         info = check_checkpoint(find_checkpoint(name, cache_folder(), bar))
     check_sizes(info.folder)
     return info
+
+
+def find_draft(name: str) -> str:
+    """The folder of the checked draft model that --draft-model names; "" for none. Raises CheckpointError."""
+    from expertd.checkpoint.inspect import check_draft
+    from expertd.checkpoint.locate import find_checkpoint
+    from expertd.cli.output import Progress
+
+    if not name:
+        return ""
+    try:
+        with Progress() as bar:
+            return str(check_draft(find_checkpoint(name, cache_folder(), bar)).folder)
+    except CheckpointError as e:
+        raise CheckpointError(f"--draft-model: {e}") from e
 
 
 def make_group(

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from expertd.cli.options import find_model, group_options, make_group, warn_of_link
+from expertd.cli.options import (
+    draft_model_option,
+    find_draft,
+    find_model,
+    group_options,
+    kv_bits_option,
+    make_group,
+    warn_of_link,
+)
 from expertd.config import GroupConfig
 from expertd.errors import ClusterError, ConfigError, ExpertdError
 from expertd.sampling import MAX_LOGPROBS, Sampling
@@ -51,6 +59,8 @@ SAMPLING_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalt
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given again.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@draft_model_option
+@kv_bits_option
 @click.option("--prefill-chunk", type=int, default=512, show_default=True, help="Prompt tokens per step.")
 @click.option("--logits", type=click.Path(dir_okay=False, path_type=Path), help="Write the logits there.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the text.")
@@ -77,6 +87,7 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     # Flags first: they are wrong in no time, while a hub id may take an hour to download.
     make_group(Path(), **options)
     info = find_model(model)
+    options["draft_model"] = find_draft(options["draft_model"])
     group = make_group(info.folder, **options)
     require_memory(info, group)
     warn_of_link(group)

@@ -15,11 +15,14 @@ import click
 
 from expertd.cli.door import door_config, door_options, warn_if_public
 from expertd.cli.options import (
+    draft_model_option,
     drain_option,
+    find_draft,
     find_model,
     group_options,
     hosts_config,
     hosts_options,
+    kv_bits_option,
     make_group,
     prefix_cache_options,
     warn_of_link,
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Guess tokens from what came before, and check several in one step where that is faster.",
 )
+@draft_model_option
+@kv_bits_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
 @door_options
@@ -74,6 +79,7 @@ def serve_command(model: str, host: str, port: int, drain_timeout_s: float, **op
     make_group(Path(), **options)
     info = find_model(model)
     _verify(info.folder, hosts)
+    options["draft_model"] = find_draft(options["draft_model"])
     group = make_group(info.folder, **options)
     require_memory(info, group)
     config = ServerConfig(host, port, model_id(model, info.folder), group, door)

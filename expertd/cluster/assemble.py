@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 FIND_S = 1.2
 
 # What of a GroupConfig is the leader's own: where its files lie, and what it may use of its machine.
-_OWN = ("checkpoint", "num_ranks", "cpus")
+_OWN = ("checkpoint", "num_ranks", "cpus", "draft_model")
 
 
 def settings_of(hosts: HostsConfig) -> LinkSettings:
@@ -114,8 +114,8 @@ async def following(
 ) -> AsyncIterator[Joiner]:
     """Be ready to follow the leader at address:port during the block; `Joiner.run` does it.
 
-    `own` says how many ranks this host runs and where, and their kernels ("auto": the leader's choice). `places` are
-    folders in which the checkpoint may be already.
+    `own` says how many ranks this host runs and where, their kernels ("auto": the leader's choice) and the draft with
+    which they guess when they lead. `places` are folders in which the checkpoint may be already.
     """
     paths = await _open_paths(hosts, "0.0.0.0")
     store = PeerStore(hosts.folder)
@@ -180,6 +180,7 @@ async def _load(
             "checkpoint": str(folder),
             "num_ranks": own.num_ranks,
             "cpus": own.cpus,
+            "draft_model": own.draft_model,
             **({} if own.kernels == "auto" else {"kernels": own.kernels}),
             "shares": (),
             "ignore_memory": own.ignore_memory,

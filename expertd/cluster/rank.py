@@ -58,6 +58,7 @@ from expertd.topology.threads import share_of_threads
 
 if TYPE_CHECKING:
     from expertd.checkpoint.inspect import CheckpointInfo
+    from expertd.engine.drafts import Drafter
     from expertd.engine.engine import Engine
     from expertd.engine.runner import Caches
     from expertd.link.mailbox import Mailbox
@@ -269,6 +270,7 @@ class Rank:
 
 def _load(setup: Setup, control: Control) -> Rank:
     from expertd.checkpoint.inspect import check_checkpoint
+    from expertd.engine.drafts import Drafts
     from expertd.engine.engine import Engine
     from expertd.engine.prefix import Prefixes
     from expertd.engine.text import Tokenizer
@@ -283,7 +285,12 @@ def _load(setup: Setup, control: Control) -> Rank:
         num_threads = share_of_threads(1 if group.cpus else group.num_ranks)
         kernels = open_kernels(group.kernels, group.activation_bits, num_threads)
     model = Model(
-        info.folder, info.config, group.wide, kernels, lambda done, total: control.send(Loading(done, total))
+        info.folder,
+        info.config,
+        group.wide,
+        kernels,
+        lambda done, total: control.send(Loading(done, total)),
+        group.kv_bits,
     )
     model.require(group.split)
     # Every rank may come to lead, and has no time to spare then.
@@ -299,6 +306,7 @@ def _load(setup: Setup, control: Control) -> Rank:
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     engine.speculates = group.speculate
+    engine.drafts = Drafts(_open_drafter(group, model, engine, kernels))
     engine.first_id = secrets.randbits(40) << 20
     engine.prefixes = Prefixes(_prefix_bytes(group), group.prefill_chunk, model.one_by_one)
     ready = replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect)
@@ -311,6 +319,26 @@ def _load(setup: Setup, control: Control) -> Rank:
     return rank
 
 
+def _open_drafter(
+    group: GroupConfig, model: "Model", engine: "Engine", kernels: "Kernels | None"
+) -> "Drafter | None":
+    """This rank's draft model, for when it leads; None where it cannot help."""
+    if not group.draft_model:
+        return None
+    from expertd.engine.drafts import open_drafter
+    from expertd.model.caches import SequenceCache
+
+    if model.one_by_one or not SequenceCache(model.new_cache()).forgets:
+        reason = "its caches cannot be cut, or a token's bits depend on those beside it"
+        print(
+            f"expertd: --draft-model is not used: nothing is guessed for this model ({reason})",
+            file=sys.stderr,
+        )
+        return None
+    folder = Path(group.draft_model)
+    return open_drafter(folder, engine.tokenizer, engine.vocab_size, group.prefill_chunk, kernels)
+
+
 def _open_files(group: GroupConfig, ready: Ready, folder: Path) -> "CacheFiles | None":
     """Where this rank's caches are kept across restarts, by all that their bits depend on; None for nowhere."""
     if not group.prefix_cache_dir or group.prefix_cache_bytes == 0:
@@ -318,7 +346,8 @@ def _open_files(group: GroupConfig, ready: Ready, folder: Path) -> "CacheFiles |
     from expertd.model.cache_files import CacheFiles, checkpoint_key
 
     computed_by = (ready.mlx_version, ready.device, ready.architecture, ready.kernels, ready.activation_bits)
-    key = checkpoint_key(folder, version("expertd"), version("mlx-lm"), *computed_by, group.prefill_chunk)
+    versions = (version("expertd"), version("mlx-lm"))
+    key = checkpoint_key(folder, *versions, *computed_by, group.prefill_chunk, group.kv_bits)
     root = Path(group.prefix_cache_dir)
     return CacheFiles(root, key, group.prefix_disk_bytes, writes=ready.rank == 0)
 

@@ -32,6 +32,8 @@ class Record:
         self.waits: list[int] = []
         self.waited_s = 0.0
         self.loads: dict[int, list[int]] = {}
+        self.proposed: Counter[str] = Counter()  # tokens of drafts, by their source
+        self.accepted: Counter[str] = Counter()
         self.num_events: Counter[str] = Counter()
         self._events: dict[
             str, deque[Happening]
@@ -69,6 +71,9 @@ class Record:
         self.waits, self.waited_s = _added(self.waits, stats.waits), self.waited_s + stats.waited_s
         for load in stats.loads:
             self.loads[load.layer] = _added(self.loads.get(load.layer, []), load.chosen)
+        for drafted in stats.drafts:
+            self.proposed[drafted.source] += drafted.num_proposed
+            self.accepted[drafted.source] += drafted.num_accepted
 
     def split_of(self, decode: bool) -> str | None:
         """The split of most steps of a kind in the latest report that had any; None while no rank here leads."""

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from expertd.engine.drafts import Drafts
 from expertd.engine.echo import CHUNK, Echo, logprobs_of
 from expertd.engine.grammar import Grammars
 from expertd.engine.homes import MAX_BEHIND, SPARE, by_home, give_homes, home_of
@@ -48,7 +49,7 @@ from expertd.engine.prefix import Prefixes, num_common
 from expertd.engine.reasoning import budget_of
 from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
-from expertd.engine.speculate import Guesses, pick_length
+from expertd.engine.speculate import Guesses
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
 from expertd.errors import BusyError, ConfigError
 from expertd.model.sampler import Row, Sampler
@@ -69,6 +70,7 @@ class Engine:
     max_waiting: int = 256
     prefixes: Prefixes = field(default_factory=Prefixes)
     speculates: bool = False  # only where a token's bits do not depend on how many were computed with it
+    drafts: Drafts = field(default_factory=Drafts)
     first_id: int = 0  # of its sequences: no two leaders may give the same, for caches outlive them
     _runner: Runner | None = None
     _split: str = "solo"
@@ -160,6 +162,7 @@ class Engine:
                 for s in served
                 if self._num_to_read(s)
             ],
+            drafts=self.drafts.take(),
         )
 
     def _meet(self, runner: Runner) -> None:
@@ -354,13 +357,11 @@ class Engine:
     def _draft(self, sequence: Sequence) -> list[int]:
         """Tokens that may follow the last one, if to check them is expected to pay."""
         assert self._runner is not None
-        if not sequence.guesses or not sequence.num_computed or sequence.num_left > 1:
+        if not sequence.num_computed or sequence.num_left > 1:
             return []
-        if not self._runner.can_cut(sequence.sequence_id):
+        if self.prefixes.one_by_one or not self._runner.can_cut(sequence.sequence_id):
             return []
-        room = sequence.max_tokens - len(sequence.generated) - 1
-        length = pick_length(sequence.guesses.rate, self._cost_s)
-        return sequence.guesses.draft(min(length, room))
+        return self.drafts.draft(sequence, self._cost_s)
 
     def _cost_s(self, num_tokens: int) -> float | None:
         return self._planner.cost_s(Work.of("check" if num_tokens > 1 else "decode", num_tokens))
@@ -453,14 +454,15 @@ class Engine:
     def _check(self, sequence: Sequence, draft: list[int], logits: mx.array, split: str) -> None:
         """Take tokens as long as they are the draft's, and one more; take back the rest of the step."""
         assert self._runner is not None
-        rows, sequence_id = np.asarray(logits), sequence.sequence_id
+        rows, sequence_id, num_known = np.asarray(logits), sequence.sequence_id, len(sequence.generated)
         for i, guess in enumerate([*draft, None]):
             token_id = self._answer(sequence, rows[i], split)
-            if token_id is None:
-                return
-            if token_id != guess:
+            if token_id is None or token_id != guess:
                 break
             sequence.num_guessed += 1
+        self.drafts.checked(draft, sequence.generated[num_known:])
+        if token_id is None:
+            return
         if wrong := len(draft) - i:
             sequence.num_computed -= wrong
             self._runner.cut(sequence_id, sequence.num_computed)

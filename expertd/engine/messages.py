@@ -200,6 +200,15 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """Tokens that drafts of one source ("lookup" or "model", engine/drafts.py) had, and those that were right."""
+
+    source: str
+    num_proposed: int
+    num_accepted: int
+
+
+@dataclass(frozen=True)
 class Reading:
     """A prompt of which `num_read` of `num_tokens` are in the cache."""
 
@@ -225,6 +234,7 @@ class Stats:
     waits: list[int] = field(default_factory=list)
     waited_s: float = 0.0
     loads: list[Load] = field(default_factory=list)
+    drafts: list[Drafted] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -56,19 +56,29 @@ class Guesses:
         self._tokens.append(token)
 
 
-def pick_length(rate: float, cost_s: Callable[[int], float | None]) -> int:
+def promise(rate: float, length: int) -> float:
+    """The tokens that a check gives: each of a draft is right only if all before it are, and one comes after them."""
+    return sum(rate**i for i in range(length + 1))
+
+
+def pick_length(
+    rate: float, cost_s: Callable[[int], float | None], guess_s: float = 0.0, ahead_s: float = 0.0
+) -> int:
     """The draft length with the best gain, 0 if none is worth it.
 
-    cost_s(n) is what a step of n tokens takes; None means that it is not known yet.
+    cost_s(n) is what a step of n tokens takes; None means that it is not known yet. Each token of a draft takes
+    `guess_s`; what has to be done before the first draft takes `ahead_s` for each token of the answer.
     """
     alone = cost_s(1)
     best, best_gain = 0, MIN_GAIN
     for length in LENGTHS if alone else ():
-        # Each token of a draft is right only if all before it are.
-        promise = sum(rate**i for i in range(length + 1))
+        promised = promise(rate, length)
         cost = cost_s(length + 1)
-        if cost is None and promise >= MIN_PROMISE:
+        if cost is None and promised >= MIN_PROMISE:
             return length
-        if cost and alone and (gain := promise * alone / cost) > best_gain:
+        if not cost or not alone:
+            continue
+        gain = alone / ((cost + guess_s * length) / promised + ahead_s)
+        if gain > best_gain:
             best, best_gain = length, gain
     return best

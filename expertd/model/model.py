@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models import base
 from mlx_lm.models.cache import make_prompt_cache
 
 from expertd.errors import ConfigError
@@ -15,6 +16,7 @@ from expertd.model.adapter import StepState, Taps, Told, divide, fast_attention,
 from expertd.model.caches import rotates
 from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
+from expertd.model.kv_bits import FUNCTION, narrowed, require_narrow
 from expertd.model.load import ExpertLoad
 from expertd.model.swap import native_functions, replaced
 from expertd.model.tiles import one_thread_a_product
@@ -26,6 +28,8 @@ Cache = list[Any]
 # Kernels may differ with the number of rows (MLX's on a GPU do): a wrong cache is off by far more than that.
 TOGETHER_TOLERANCE = 0.02
 NUM_TRIED = 40
+# With keys and values as arrays, and as codes.
+ATTENTION = ((mx.fast, "scaled_dot_product_attention"), (base, FUNCTION))
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +44,12 @@ class Model:
         wide: bool = False,
         kernels: Kernels | None = None,
         told: Told | None = None,
+        kv_bits: int = 0,
     ) -> None:
-        """`wide` is for evaluation: float32 weights, and experts in tiles. `kernels` None: MLX's. See adapter.load."""
+        """`wide` is for evaluation: float32 weights, and experts in tiles. `kernels` None: MLX's. See adapter.load.
+
+        Raises ConfigError when the family cannot keep keys and values at `kv_bits` (0: as they are computed).
+        """
         start = time.monotonic()
         self._state = StepState()
         self._model = load(folder, config, wide, kernels, told)
@@ -52,6 +60,10 @@ class Model:
         self._no_logits = mx.zeros((0, 0))  # [0, vocab], of the model's type, from the first decode step on
         self.one_by_one = False  # whether a token's bits depend on how many were computed with it
         self.expert_load = ExpertLoad()
+        self._kv_bits = kv_bits
+        if kv_bits:
+            layers, kind = make_prompt_cache(self._model), str(config.get("model_type"))
+            require_narrow(kind, kv_bits, layers, lambda: self._try_reading(NUM_TRIED))
         if not wide:
             self._together = self._choose_together()
             self.one_by_one = self._try_one_by_one()
@@ -74,8 +86,7 @@ class Model:
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence, of the kinds that the family's layers need."""
-        cache: Cache = make_prompt_cache(self._model)
-        return cache
+        return narrowed(make_prompt_cache(self._model), self._kv_bits)
 
     def forward(self, tokens: list[int], cache: Cache, split: StepSplit) -> mx.array:
         """Build the graph of one step: logits [num_tokens, vocab] for tokens appended to the cache's."""
@@ -145,7 +156,7 @@ class Model:
     ) -> mx.array:
         self._state.begin(split)
         layers = [kind(list(of_layer)) for of_layer in zip(*caches, strict=True)]
-        with replaced(self._functions), ragged_attention():
+        with replaced(self._functions), ragged_attention(*ATTENTION):
             logits: mx.array = self._model(mx.array(tokens)[:, None], cache=layers)[:, 0]
         return logits
 

@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 
 from expertd.model.classes import become
 from expertd.model.kernels import Kernels
+from expertd.model.kv_bits import widening
 
 BITS = (2, 4, 8)
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
@@ -141,6 +142,7 @@ def native_functions(kernels: Kernels) -> list[tuple[Any, str, Function]]:
         (mx.fast, "rms_norm", kernels.rms_norm),
         (mx.fast, "rope", kernels.rope),
         (mx.fast, "scaled_dot_product_attention", kernels.attention),
+        widening(kernels.attention),
     ]
     replacements = _activations(kernels)
     for module in [m for name, m in sys.modules.items() if name.startswith("mlx_lm.models.")]:

@@ -11,7 +11,7 @@ Families with latent attention (DeepSeek's) compute with the keys on the way to 
 array, filled up to the longest sequence, whose padding a mask hides. Their latents are small, so the copy is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +21,10 @@ from expertd.model.swap import replaced
 
 
 class Ragged:
-    """One array [1, ...] per sequence, where a model's attention expects one [num_sequences, ...]."""
+    """One array [1, ...] (or its codes, scales and biases) per sequence, where a model's attention expects one
+    [num_sequences, ...]."""
 
-    def __init__(self, parts: list[mx.array]) -> None:
+    def __init__(self, parts: list[Any]) -> None:
         self.parts = parts
 
 
@@ -40,6 +41,15 @@ class Together:
     def offset(self) -> mx.array:
         """How many tokens each sequence has, int32 [num_sequences]."""
         return mx.array([cache.offset for cache in self._caches], dtype=mx.int32)
+
+    @property
+    def bits(self) -> int:
+        """Of quantized keys and values, by which mlx-lm knows these; AttributeError for others."""
+        return self._caches[0].bits  # type: ignore[no-any-return]
+
+    @property
+    def group_size(self) -> int:
+        return self._caches[0].group_size  # type: ignore[no-any-return]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
         rows = zip(self._caches, _rows(keys), _rows(values), strict=True)
@@ -95,10 +105,14 @@ def _pad(part: mx.array, num_keys: int) -> mx.array:
 
 
 @contextmanager
-def ragged_attention() -> Iterator[None]:
-    """Meanwhile mx.fast's attention takes Ragged keys, values and masks, and attends for each sequence by itself."""
-    stock = mx.fast.scaled_dot_product_attention
+def ragged_attention(*functions: tuple[Any, str]) -> Iterator[None]:
+    """Meanwhile these functions, mx.fast's attention and those with its arguments, take Ragged keys, values and masks,
+    and attend for each sequence by itself."""
+    with replaced([(owner, name, _ragged(getattr(owner, name))) for owner, name in functions]):
+        yield
 
+
+def _ragged(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def attend(queries: mx.array, keys: Any, values: Any, *, mask: Any = None, **options: Any) -> mx.array:
         if not isinstance(keys, Ragged):
             return stock(queries, keys, values, mask=mask, **options)
@@ -110,5 +124,4 @@ def ragged_attention() -> Iterator[None]:
             ]
         )
 
-    with replaced([(mx.fast, "scaled_dot_product_attention", attend)]):
-        yield
+    return attend

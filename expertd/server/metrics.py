@@ -242,6 +242,12 @@ def _of_engine(record: Record) -> Iterator[Metric]:
         ("step_seconds", "Time that steps took.", "seconds"),
     ):
         yield _counter(name, text, {k: getattr(s, field) for k, s in steps.items()}, ("split", "kind"))
+    for name, text, counts in (
+        ("draft", "Tokens of drafts that were checked.", record.proposed),
+        ("accepted", "Those of them that were right.", record.accepted),
+    ):
+        found = {(source,): float(n) for source, n in counts.items()}
+        yield _counter(f"spec_decode_num_{name}_tokens", text, found, ("source",))
 
 
 KINDS = {"decode": True, "prefill": False}

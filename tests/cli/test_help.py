@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import expertd
 from expertd.cli import bench, cli, options, quantize, serve
 from expertd.config import GroupConfig, ServerConfig
-from expertd.errors import ConfigError
+from expertd.errors import CheckpointError, ConfigError
 from expertd.quant.settings import Settings
 
 
@@ -54,6 +54,7 @@ def test_everything_the_commands_need_but_the_ranks_imports_no_mlx() -> None:
         (["--split", "heads"], "'heads' is not one of"),
         (["--kernels", "cuda"], "'cuda' is not one of"),
         (["--activation-bits", "4"], "'4' is not one of"),
+        (["--kv-bits", "3"], "'3' is not one of"),
         (["--temperature", "9"], "9.0 is not in the range"),
         (["--top-k", "-1"], "-1 is not in the range"),
         (["--min-p", "2"], "2.0 is not in the range"),
@@ -68,6 +69,12 @@ def test_wrong_flags_are_named(args: list[str], words: str) -> None:
     result = CliRunner().invoke(cli, ["run", "/no/such/model", "x", *args])
     said = result.output if result.exit_code == 2 else f"{result.exception}"
     assert words in said and isinstance(result.exception, ConfigError | SystemExit)
+
+
+def test_a_draft_model_that_is_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--draft-model: .*config.json: no such file"):
+        options.find_draft(str(tmp_path))
+    assert options.find_draft("") == ""
 
 
 def test_sizes_of_serve_are_read() -> None:

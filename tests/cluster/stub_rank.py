@@ -28,6 +28,7 @@ from expertd.engine.messages import (
     Cancel,
     Candidate,
     Done,
+    Drafted,
     Ended,
     Failed,
     Fatal,
@@ -59,6 +60,7 @@ STATS = Stats(
     waits=[5, *[0] * 11, 4, 1],
     waited_s=2e-5,
     loads=[Load(0, [3, 0, 1]), Load(1, [1, 1, 1, 5])],
+    drafts=[Drafted("model", 9, 6)],
 )
 TOOLS = Dialect("<think>", "</think>", "<tool_call>", "</tool_call>", "json_tools", ["messages", "tools"])
 

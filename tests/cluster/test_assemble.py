@@ -34,8 +34,10 @@ def test_kernels_are_the_leaders_unless_chosen(
     monkeypatch.setattr(assemble, "_find_or_copy", find)
     monkeypatch.setattr(assemble, "require_memory", lambda info, group: None)
     monkeypatch.setattr(assemble, "facts_of", lambda *_: FACTS)
-    leader = GroupConfig("/there", 1, "experts", kernels="mlx", activation_bits=16)
-    own = GroupConfig("", 2, cpus=((0,), (1,)), kernels=chosen)
+    leader = GroupConfig(
+        "/there", 1, "experts", kernels="mlx", activation_bits=16, kv_bits=8, draft_model="/there/draft"
+    )
+    own = GroupConfig("", 2, cpus=((0,), (1,)), kernels=chosen, draft_model="/here/draft")
     welcome = replace(WELCOME, group={k: v for k, v in asdict(leader).items() if k not in assemble._OWN})
 
     async def main() -> None:
@@ -44,4 +46,6 @@ def test_kernels_are_the_leaders_unless_chosen(
             await assemble._load(call, own, [], call, lambda *said: None, welcome, stack)
 
     asyncio.run(main())
-    assert opened == [replace(leader, checkpoint="/here", num_ranks=2, cpus=own.cpus, kernels=wanted)]
+    theirs = {"checkpoint": "/here", "num_ranks": 2, "cpus": own.cpus, "draft_model": own.draft_model}
+    assert opened == [replace(leader, kernels=wanted, **theirs)]
+    assert opened[0].kv_bits == 8

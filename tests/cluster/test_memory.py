@@ -9,6 +9,7 @@ from expertd.cluster import memory
 from expertd.cluster.memory import fits, needed_memory, require_memory
 from expertd.config import GroupConfig
 from expertd.errors import ConfigError
+from tests.tiny import make_tiny
 
 CONFIG = {
     "num_hidden_layers": 10,
@@ -39,3 +40,19 @@ def test_weights_and_caches_of_every_rank_are_counted(monkeypatch: pytest.Monkey
         "and 6.1 GB are available (why). Use fewer --ranks or --max-streams, or a smaller checkpoint "
         "(`expertd quantize --fit`), or --ignore-memory."
     )
+
+
+def test_a_draft_counts_and_narrow_caches_take_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = make_tiny(tmp_path / "draft", "qwen3")
+    group = GroupConfig("/m", 2, draft_model=str(draft))
+    # One layer of 2 heads of 16, a stream of the 512 tokens that its context holds.
+    cache = 2 * 1 * 2 * 2 * 16 * 512
+    weights = sum(p.stat().st_size for p in draft.glob("*.safetensors"))
+    extra = needed_memory(INFO, group) - needed_memory(INFO, GroupConfig("/m", 2))
+    assert 2 * (weights + cache - 3000) < extra <= 2 * (weights + cache)
+    for bits, per_number in ((8, 8.5), (4, 4.5)):
+        narrow = needed_memory(INFO, GroupConfig("/m", 2, kv_bits=bits))
+        assert narrow == 2 * (3_000_000_000 + CACHES * per_number / 16)
+    monkeypatch.setattr(memory, "available_memory", lambda: (0, "why"))
+    with pytest.raises(ConfigError, match=r"3.0 GB of weights, 296.3 kB of a draft model and 64.0 MB"):
+        require_memory(INFO, group)

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from stub_group import children, until
@@ -14,7 +15,10 @@ from expertd.checkpoint.locate import find_checkpoint
 from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Done, Started, Submit, Token
+from expertd.engine.text import Tokenizer
 from expertd.sampling import Sampling
+from tests.engine.test_recovery import Served, load
+from tests.tiny import make_tiny
 
 pytestmark = pytest.mark.fault
 
@@ -46,13 +50,18 @@ class Listener:
     """Asks, and counts what comes: token_ids, the Done, the longest time between two events."""
 
     def __init__(
-        self, cluster: Cluster, request_id: str, prompt: str = PROMPT, sampling: Sampling = GREEDY
+        self,
+        cluster: Cluster,
+        request_id: str,
+        prompt: str = PROMPT,
+        sampling: Sampling = GREEDY,
+        num_tokens: int = NUM_TOKENS,
     ) -> None:
         self.token_ids: list[int] = []
         self.started = False
         self.done: Done | None = None
         self.longest_gap_s = 0.0
-        submit = Submit(request_id, prompt=prompt, max_tokens=NUM_TOKENS, ignore_end=True, sampling=sampling)
+        submit = Submit(request_id, prompt=prompt, max_tokens=num_tokens, ignore_end=True, sampling=sampling)
         self.task = asyncio.create_task(self._listen(cluster, submit))
 
     async def _listen(self, cluster: Cluster, submit: Submit) -> None:
@@ -120,5 +129,29 @@ def test_killed_in_prefill_and_the_leader_after_it() -> None:
             short = Listener(cluster, "short")
             await short.task
             assert waiting.token_ids == short.token_ids
+
+    asyncio.run(main())
+
+
+def test_the_next_leader_guesses_by_its_own_draft_model(tmp_path: Path) -> None:
+    """The draft is the model itself, so that guesses are right; the answer is that of one rank without a draft."""
+    folder = make_tiny(tmp_path / "tiny", "qwen3_moe")
+    group = GroupConfig(str(folder), 2, split="experts", draft_model=str(folder), prefix_cache_bytes=0)
+    sampling = Sampling(temperature=0.3, seed=3)
+    calm = Served(load(folder, "native"), tmp_path / "calm")
+    calm.engine.tokenizer = Tokenizer(folder, {})
+    calm.ask("calm", PROMPT, sampling=sampling, max_tokens=400)
+    assert calm.live()
+
+    async def main() -> None:
+        async with asyncio.timeout(100), Cluster.open(group) as cluster:
+            stream = Listener(cluster, "stream", sampling=sampling, num_tokens=400)
+            await until(lambda: len(stream.token_ids) >= 40)
+            signal_rank(cluster, 0, signal.SIGKILL)
+            await until(lambda: cluster.epoch == 2)
+            assert len(stream.token_ids) < 400 and not cluster.record.accepted["model"]
+            await stream.task
+            await until(lambda: cluster.record.accepted["model"] > 0)
+            assert stream.token_ids == calm.ids("calm") and len(stream.token_ids) == 400
 
     asyncio.run(main())

@@ -12,6 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
+from expertd.cluster.rank import _open_files
+from expertd.config import GroupConfig
+from expertd.engine.messages import Ready
 from expertd.engine.runner import SOLO
 from expertd.model.cache_files import REFUSED, CacheFiles, checkpoint_key, load_cache, write
 from expertd.model.caches import Piece, SequenceCache
@@ -36,11 +39,12 @@ def restarted(model: Model, folder: Path, files: CacheFiles) -> Served:
     return served
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "bfloat16"])
+@pytest.mark.parametrize("family", [*FAMILIES, "bfloat16", "kv bits"])
 def test_a_file_gives_the_bits_of_no_file(family: str, tmp_path: Path) -> None:
     dtype = "bfloat16" if family == "bfloat16" else "float32"
-    folder = make_tiny(tmp_path / "tiny", "qwen3_moe" if family == "bfloat16" else family, dtype)
-    model = load(folder, "native")
+    special = {"bfloat16": "qwen3_moe", "kv bits": "qwen3_moe_heads_of_32"}
+    folder = make_tiny(tmp_path / "tiny", special.get(family, family), dtype)
+    model = load(folder, "native", kv_bits=4 if family == "kv bits" else 0)
     files = CacheFiles(tmp_path / "files", checkpoint_key(folder), GB, writes=True)
     before = restarted(model, tmp_path / "before", files)
     before.ask("first", FIRST)
@@ -174,6 +178,16 @@ def test_short_and_divided_ones_are_not_written_and_strange_files_not_touched(tm
     files._evict()
     assert files.load(made(2), GB) == {} and strange.read_text() == "mine"
     assert len(list(tmp_path.glob("*/*"))) == 2
+
+
+def test_caches_of_other_bits_are_other_files(tmp_path: Path) -> None:
+    folder = make_tiny(tmp_path / "tiny", "mixtral")
+    opened = [
+        _open_files(GroupConfig(str(folder), kv_bits=bits, prefix_cache_dir=str(tmp_path)), Ready(1), folder)
+        for bits in (0, 8, 8)
+    ]
+    keys = [files._key for files in opened if files]
+    assert len(keys) == 3 and keys[0] != keys[1] == keys[2]
 
 
 def test_the_key_is_the_checkpoint_s(tmp_path: Path) -> None:

@@ -55,9 +55,10 @@ class FlakyLink:
         return mine + b"".join(mask.to_bytes(MASK_BYTES, "little") for mask in theirs)
 
 
-def load(folder: Path, kernels: str) -> Model:
+def load(folder: Path, kernels: str, kv_bits: int = 0) -> Model:
     info = check_checkpoint(folder)
-    return Model(info.folder, info.config, kernels=open_kernels(kernels, ACTIVATION_BITS, num_threads=2))
+    native = open_kernels(kernels, ACTIVATION_BITS, num_threads=2)
+    return Model(info.folder, info.config, kernels=native, kv_bits=kv_bits)
 
 
 class Served:

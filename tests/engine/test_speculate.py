@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expertd.engine import engine as engine_module
+from expertd.engine import drafts as drafts_module
 from expertd.engine.messages import Done
 from expertd.engine.prefix import Prefixes
 from expertd.engine.speculate import LENGTHS, Guesses, pick_length
@@ -28,7 +28,7 @@ def test_an_answer_is_the_same_with_drafts(
     are no drafts at all."""
     model = load(make_tiny(tmp_path / family, family), kernels)
     lengths = random.Random(1)
-    monkeypatch.setattr(engine_module, "pick_length", lambda rate, cost_s: lengths.choice(LENGTHS))
+    monkeypatch.setattr(drafts_module, "pick_length", lambda rate, cost_s: lengths.choice(LENGTHS))
     plain, drafted = Served(model, tmp_path / "plain"), Served(model, tmp_path / "drafted")
     drafted.engine.speculates = True
     for served in (plain, drafted):
@@ -56,7 +56,7 @@ def test_a_prompt_whose_cache_is_anothers_is_answered(tmp_path: Path) -> None:
 
 
 def test_right_guesses_save_steps_and_wrong_ones_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "pick_length", lambda rate, cost_s: 3)
+    monkeypatch.setattr(drafts_module, "pick_length", lambda rate, cost_s: 3)
     bench = Bench()
     bench.engine.speculates = True
     bench.ask("r", "abcdefg abc", "defg abcdex")
@@ -76,7 +76,7 @@ def test_right_guesses_save_steps_and_wrong_ones_are_taken_back(monkeypatch: pyt
 
 
 def test_an_answer_ends_where_it_would_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "pick_length", lambda rate, cost_s: 7)
+    monkeypatch.setattr(drafts_module, "pick_length", lambda rate, cost_s: 7)
     for max_tokens in range(1, 9):
         bench = Bench()
         bench.engine.speculates = True
@@ -91,7 +91,7 @@ def test_an_answer_ends_where_it_would_have_ended(monkeypatch: pytest.MonkeyPatc
 
 
 def test_several_streams_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "pick_length", lambda rate, cost_s: 3)
+    monkeypatch.setattr(drafts_module, "pick_length", lambda rate, cost_s: 3)
     bench = Bench()
     bench.engine.speculates = True
     for name in "ab":

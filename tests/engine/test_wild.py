@@ -15,7 +15,8 @@ UNLIKE = ("deepseek_v3", "gpt_oss")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("tiny")
-    return [str(make_tiny(root / family, family)) for family in FAMILIES]
+    narrow = make_tiny(root / "kv8", "qwen3_moe_heads_of_32")  # keys and values at 8 bits
+    return [*(str(make_tiny(root / family, family)) for family in FAMILIES), str(narrow)]
 
 
 @pytest.mark.parametrize("kernels", ["native", "mlx"])

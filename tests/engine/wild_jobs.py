@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
+from expertd.engine import drafts as drafts_module
 from expertd.engine import engine as engine_module
 from expertd.engine.engine import Engine
 from expertd.engine.messages import Done, Message, Submit, Token
@@ -74,12 +75,12 @@ def serve(
     """Tokens and log-probabilities of every request, by checkpoint; {} from followers."""
     engine_module.MAX_BEHIND, engine_module.SPARE = 24, 6
     lengths = random.Random(seed)
-    engine_module.pick_length = lambda rate, cost_s: lengths.choice([0, 0, 0, 3])
+    drafts_module.pick_length = lambda rate, cost_s: lengths.choice([0, 0, 0, 3])
     found = {}
     for folder in checkpoints:
         info = check_checkpoint(Path(folder))
         native = open_kernels(kernels, ACTIVATION_BITS, num_threads=1)
-        model = Model(info.folder, info.config, kernels=native)
+        model = Model(info.folder, info.config, kernels=native, kv_bits=8 if folder.endswith("kv8") else 0)
         model.attach(mailbox if mailbox.num_ranks > 1 else None)
         runner = Counting(model, mailbox, {})
         if mailbox.rank == 0:

@@ -105,6 +105,8 @@ def test_what_the_leader_and_the_group_say(tmp_path: Path) -> None:
             ("step_tokens_total", {"split": "tokens", "kind": "prefill"}, 1024),
             ("step_seconds_total", {"split": "experts", "kind": "decode"}, 1.0),
             ("split_in_use", {"split": "experts", "kind": "decode"}, 1),
+            ("spec_decode_num_draft_tokens_total", {"source": "model"}, 18),
+            ("spec_decode_num_accepted_tokens_total", {"source": "model"}, 12),
             ("exchange_wait_seconds_count", {}, 20),
             ("exchange_wait_seconds_sum", {}, 4e-5),
             ("exchange_wait_seconds_bucket", {"le": "2.048e-06"}, 10),
