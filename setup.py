@@ -5,6 +5,7 @@ that exact release; there is no fallback. A missing compiler or mlx wheel theref
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import mlx
@@ -14,6 +15,9 @@ from setuptools import Extension, setup
 MLX = Path(next(iter(mlx.__path__)))
 NANOBIND = Path(nanobind.__file__).parent
 ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+
+# An editable install warns of a folder here that has the package's name: it is the package.
+warnings.filterwarnings("ignore", "Editable installation")
 
 graph = Extension(
     "expertd.native._graph",

@@ -27,6 +27,7 @@ class Codec:
         self.max_frame_bytes = max_frame_bytes
         self._names: dict[type, str] = {c: c.__name__.lower() for c in classes}
         self._classes: dict[str, type] = {name: c for c, name in self._names.items()}
+        self._fields = {c: frozenset(f.name for f in fields(c)) for c in classes}
 
     def extended(self, *classes: type) -> "Codec":
         """The same conversation with more messages, for a layer below that has some of its own."""
@@ -47,7 +48,7 @@ class Codec:
         try:
             values = msgpack.unpackb(body, max_ext_len=0)
             message_class = self._classes[values.pop("op")]
-            if unknown := values.keys() - {f.name for f in fields(message_class)}:
+            if unknown := values.keys() - self._fields[message_class]:
                 raise ValueError(f"unknown field {sorted(unknown)[0]}")
             return msgspec.convert(values, message_class)
         except (

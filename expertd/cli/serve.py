@@ -178,12 +178,13 @@ def _leading(
 
 
 def greeting(config: ServerConfig, port: int) -> str:
-    """What to print when the server can answer: its URL, and a command that can be pasted into a shell."""
+    """What to print when the server can answer: its URL, its page, and a command that can be pasted into a shell."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = f"{config.scheme}://[{host}]:{port}/v1" if ":" in host else f"{config.scheme}://{host}:{port}/v1"
+    root = f"{config.scheme}://[{host}]:{port}" if ":" in host else f"{config.scheme}://{host}:{port}"
+    url = f"{root}/v1"
     message = {"role": "user", "content": "Once upon a time there was"}
     body = {"model": config.model_id, "stream": True, "temperature": 0.7, "messages": [message]}
     data = shlex.quote(json.dumps(body))
     key = " -H 'authorization: Bearer KEY'" if config.door.keys else ""
     curl = f"curl -N {url}/chat/completions{key} -H 'content-type: application/json' -d {data}"
-    return f"serving {config.model_id} at {url}\ntry: {curl}"
+    return f"serving {config.model_id} at {url}\nwatch: {root}/\ntry: {curl}"

@@ -5,7 +5,11 @@ slowly its bytes come. Bodies have a deadline of their own (stream.py), and so h
 """
 
 import asyncio
+import contextlib
+import errno
+import logging
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -16,8 +20,18 @@ HEAD_TIMEOUT_S = 60.0  # as nginx
 MAX_HEAD_BYTES = 32 << 10
 # Above this the oldest of those that wait for a request is closed for a new one.
 MAX_CONNECTIONS = 10_000
-# A process may often have 1024 descriptors, on a Mac 256; ranks, links and other hosts need some of them.
-OWN_DESCRIPTORS = 124
+# What ranks, links and other hosts need. All three together are the 10,240 that an older macOS gives a process at most.
+OWN_DESCRIPTORS = 112
+# So many connections one turn of the loop takes, before those that are closed for them are gone.
+BACKLOG = 128
+# asyncio tries again a second after `accept` failed. Until then it has told us BACKLOG times (Python 3.11 and 3.12).
+NEWS_S = 0.5
+LOG_EVERY_S = 60.0
+NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]
 
 
 class GuardedProtocol(H11Protocol):
@@ -66,9 +80,52 @@ class GuardedProtocol(H11Protocol):
             self._deadline = None
 
 
+def raise_descriptor_limit() -> int:
+    """Let this process open what MAX_CONNECTIONS need, if the system does; gives how many descriptors it may have.
+
+    A shell gives 1024, macOS 256, for programs that use select(), which takes no more; a supervisor does not use it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + OWN_DESCRIPTORS + BACKLOG
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return most
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        return most
+    return soft
+
+
 def guarded_protocol() -> type[GuardedProtocol]:
     """A protocol for one server."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(64, soft - OWN_DESCRIPTORS)
-    most = min(MAX_CONNECTIONS, free)
+    free = raise_descriptor_limit() - OWN_DESCRIPTORS - BACKLOG
+    most = min(MAX_CONNECTIONS, max(64, free))
     return type("ServerProtocol", (GuardedProtocol,), {"waiting": {}, "max_connections": most})
+
+
+def handler_of(protocol: type[GuardedProtocol]) -> Handler:
+    """What the loop does with errors that nobody waits for: when no descriptor is left, idle connections are closed.
+
+    Then the next try finds some. asyncio by itself would fail again, and print 128 tracebacks a second.
+    """
+    failed_at = logged_at = float("-inf")
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal failed_at, logged_at
+        if "socket" not in context or getattr(context.get("exception"), "errno", None) not in NO_DESCRIPTORS:
+            loop.default_exception_handler(context)
+            return
+        if loop.time() - failed_at < NEWS_S:
+            return
+        failed_at = loop.time()
+        oldest = list(protocol.waiting)[:BACKLOG]
+        for connection in oldest:
+            connection.transport.abort()
+        if failed_at - logged_at >= LOG_EVERY_S:
+            logged_at = failed_at
+            _log.warning(
+                "no descriptor is left for another connection: %d idle ones are closed. `ulimit -n` raises the limit.",
+                len(oldest),
+            )
+
+    return handle

@@ -18,12 +18,11 @@ from expertd.config import DoorConfig, ServerConfig
 from expertd.errors import ClusterError, ConfigError
 from expertd.server.app import make_app
 from expertd.server.generation import Generation, Lead, Wishes, reload
-from expertd.server.protocol import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, guarded_protocol
+from expertd.server.protocol import BACKLOG, HEAD_TIMEOUT_S, MAX_HEAD_BYTES, guarded_protocol, handler_of
 from expertd.server.service import Service
 
 # Streams get their last event as soon as the cluster ends; this is for clients that do not read it.
 DRAIN_TIMEOUT_S = 1
-BACKLOG = 128
 
 _log = logging.getLogger(__name__)
 
@@ -188,10 +187,11 @@ async def _running_server(
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())
     logging.getLogger("uvicorn").propagate = False
     door = service.config.door
-    context = tls_context(door)
+    context, protocol = tls_context(door), guarded_protocol()
     config = uvicorn.Config(
         make_app(service),
-        http=guarded_protocol(),
+        http=protocol,
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         timeout_keep_alive=int(HEAD_TIMEOUT_S),
         ssl_context_factory=(lambda _config, _default: context) if context else None,
@@ -202,7 +202,8 @@ async def _running_server(
         server_header=False,
         timeout_graceful_shutdown=DRAIN_TIMEOUT_S,
     )
-    server = _Server(config)
+    server, loop = _Server(config), asyncio.get_running_loop()
+    loop.set_exception_handler(handler_of(protocol))
     served = asyncio.create_task(server.serve([listener]))
     ticking = asyncio.create_task(service.history.run())
     try:
@@ -214,3 +215,4 @@ async def _running_server(
         served.cancel()
         await asyncio.gather(served, return_exceptions=True)
         listener.close()
+        loop.set_exception_handler(None)

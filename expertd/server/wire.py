@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from expertd.engine.messages import Candidate, Done, Logprobs, Started, Token
 
 Json = dict[str, Any]
@@ -124,4 +126,4 @@ def json_of(text: str) -> Json:
 
 def encode_event(value: Json) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"

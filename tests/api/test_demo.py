@@ -1,6 +1,7 @@
 """The official clients, and every example of docs/api.md, against the demo model as a user serves it."""
 
 import concurrent.futures
+import contextlib
 import json
 import re
 import shlex
@@ -30,8 +31,14 @@ CHAT: Any = {"model": "demo", "messages": [{"role": "user", "content": "Once upo
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`expertd serve demo`, alone and healthy."""
-    port, folder = free_port(), tmp_path_factory.mktemp("served")
-    command = [sys.executable, "-m", "expertd", "serve", "demo", "--port", str(port)]
+    with serving(tmp_path_factory.mktemp("served")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *options: str) -> Iterator[str]:
+    port = free_port()
+    command = [sys.executable, "-m", "expertd", "serve", "demo", "--port", str(port), *options]
     server = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_healthy(server, f"http://127.0.0.1:{port}")
@@ -174,10 +181,11 @@ def test_seeds_and_choices(client: openai.OpenAI) -> None:
 
 
 def draw(client: openai.OpenAI, number: int) -> tuple[str, Any, str | None, bool]:
+    """Answer number `number`: one schema after the other, every other one streamed, and in the next round the rest."""
     name, schema = SCHEMAS[number % len(SCHEMAS)]
     shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     asked = {**CHAT, "response_format": shape, "seed": number, "max_tokens": 900, "temperature": 1}
-    if number % 2:
+    if (number + number // len(SCHEMAS)) % 2:
         choice = client.chat.completions.create(**asked).choices[0]
         return name, schema, choice.message.content, choice.finish_reason == "length"
     chunks = [c.choices[0] for c in client.chat.completions.create(**asked, stream=True)]
@@ -185,12 +193,10 @@ def draw(client: openai.OpenAI, number: int) -> tuple[str, Any, str | None, bool
     return name, schema, text, chunks[-1].finish_reason == "length"
 
 
-@pytest.mark.parametrize("num", [50, pytest.param(1000, marks=pytest.mark.soak)])
-def test_json_is_valid_at_temperature_1(client: openai.OpenAI, num: int) -> None:
-    """Half of them streamed, 16 at a time; those that end by length are counted apart."""
+def check_json(client: openai.OpenAI, numbers: range) -> int:
+    """Draw answers, half of them streamed, 16 at a time; gives how many ended by length, which are counted apart."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda i: draw(client, i), range(num)))
-    assert sum(cut for *_, cut in found) <= max(1, num // 100)
+        found = list(pool.map(lambda i: draw(client, i), numbers))
     for name, schema, text, cut in found:
         if not cut:
             assert text is not None
@@ -198,3 +204,22 @@ def test_json_is_valid_at_temperature_1(client: openai.OpenAI, num: int) -> None
                 jsonschema.validate(json.loads(text), schema)
             except (ValueError, jsonschema.ValidationError) as e:
                 raise AssertionError(f"{name}: {text}") from e
+    return sum(cut for *_, cut in found)
+
+
+def test_json_is_valid_at_temperature_1(client: openai.OpenAI) -> None:
+    assert check_json(client, range(50)) <= 1
+
+
+@pytest.mark.soak
+def test_json_is_valid_under_every_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1,000 answers, 200 under each split: every schema four times, twice of them streamed."""
+    splits, cut = ("solo", "experts", "tokens", "sequences", "auto"), []
+    for at, split in enumerate(splits):
+        with serving(tmp_path, "--ranks", "2", "--split", split) as url:
+            assert httpx.get(f"{url}/health").json()["split"] == split
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+                cut.append(check_json(client, range(200 * at, 200 * (at + 1))))
+    with capsys.disabled():
+        print("\n1000 of 1000 valid; cut by length:", dict(zip(splits, cut, strict=True)))
+    assert sum(cut) <= 10

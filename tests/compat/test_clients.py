@@ -1,71 +1,65 @@
-"""Other people's clients against the demo server: LiteLLM and lm-evaluation-harness."""
+"""Other people's clients against the demo server: LiteLLM, lm-evaluation-harness, AIPerf.
+
+They bring 190 packages, so they live in an environment of their own (`make compat`) and are run from there.
+"""
 
 import json
 import os
+import re
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.api.test_demo import CHAT, TOOL, url
+from tests.api.test_demo import url
 
 pytestmark = pytest.mark.compat
+ROOT = Path(__file__).parents[2]
+CLIENTS = ROOT / "build/compat/bin"
 TASKS = Path(__file__).with_name("tasks")
-DEMO = Path(__file__).parents[2] / "expertd/demo"
+DEMO = ROOT / "expertd/demo"
+PAGE = (ROOT / "docs/running.md").read_text()
 
 __all__ = ["url"]  # the fixture
 
 
-def test_litellm(url: str) -> None:
-    import litellm
+def run(folder: Path, *command: str | Path, offline: str = "1") -> str:
+    """Run a client in a folder, where it finds none of our packages and no hub; gives what it printed."""
+    own = {"HF_HUB_OFFLINE": offline, "OPENAI_API_KEY": "none", "HF_HOME": str(folder / "hf")}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, **own, "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
-    ours: dict[str, Any] = {"api_base": f"{url}/v1", "api_key": "none", "model": "openai/demo"}
-    theirs = {"api_base": url, "api_key": "none", "model": "anthropic/demo"}
-    tools: Any = [{"type": "function", "function": TOOL}]
-    for how in ours, theirs:
-        asked = {**how, "messages": CHAT["messages"], "max_tokens": 60}
-        whole = litellm.completion(**asked, temperature=0.5)
-        assert whole.choices[0].message.content and whole.usage.total_tokens > 4
-        pieces = [c.choices[0].delta.content or "" for c in litellm.completion(**asked, stream=True)]
-        assert "".join(pieces)
-        forced = litellm.completion(
-            **asked, tools=tools, tool_choice={"type": "function", "function": {"name": "look"}}
-        )
-        (call,) = forced.choices[0].message.tool_calls
-        assert set(json.loads(call.function.arguments)) == {"at"}
-        with pytest.raises(litellm.exceptions.NotFoundError):
-            litellm.completion(**{**asked, "model": asked["model"].replace("demo", "nothing")})
-    answer = litellm.completion(
-        **ours, messages=CHAT["messages"], max_tokens=5, logprobs=True, top_logprobs=2
-    )
-    assert len(answer.choices[0].logprobs["content"]) == 5
-    text = litellm.text_completion(
-        **{**ours, "model": "text-completion-openai/demo"}, prompt="Once upon", max_tokens=5
-    )
-    assert text.choices[0].text
+
+def test_litellm(url: str, tmp_path: Path) -> None:
+    run(tmp_path, CLIENTS / "python", Path(__file__).with_name("litellm_client.py"), url)
 
 
 def evaluate(folder: Path, model: str, model_args: str, task: str, *options: str) -> dict[str, Any]:
     """Run one of our tasks; gives its results and the first sample's answers."""
     for file in TASKS.iterdir():
         (folder / file.name).write_text(file.read_text().replace("FOLDER", str(folder)))
-    command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", model_args, "--tasks", task]
-    more = ["--include_path", str(folder), "--output_path", str(folder / "out"), "--log_samples", *options]
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", "HF_HOME": str(folder / "hf")}
-    done = subprocess.run(
-        [*command, *more], capture_output=True, text=True, timeout=300, env=offline, cwd=folder
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    asked = ["--model", model, "--model_args", model_args, "--tasks", task, "--include_path", str(folder)]
+    kept = ["--output_path", str(folder / "out"), "--log_samples", *options]
+    run(folder, CLIENTS / "python", "-m", "lm_eval", *asked, *kept)
     (results,) = (folder / "out").rglob("results_*.json")
     (samples,) = (folder / "out").rglob("samples_*.jsonl")
     found: dict[str, Any] = json.loads(results.read_text())["results"][task]
     return {**found, "samples": [json.loads(line) for line in samples.read_text().splitlines()]}
 
 
-@pytest.mark.parametrize("ids", ["True", "False"])
+@pytest.mark.parametrize("ids", ["True", pytest.param("False", marks=pytest.mark.soak)])
 def test_lm_eval_scores_by_the_log_probabilities_of_prompts(url: str, tmp_path: Path, ids: str) -> None:
     args = (
         f"model=demo,base_url={url}/v1/completions,tokenizer={DEMO},tokenized_requests={ids},max_length=512"
@@ -83,3 +77,16 @@ def test_lm_eval_chats(url: str, tmp_path: Path) -> None:
     args = f"model=demo,base_url={url}/v1/chat/completions,num_concurrent=2,max_length=512"
     found = evaluate(tmp_path, "local-chat-completions", args, "fox_words", "--apply_chat_template")
     assert "exact_match,none" in found and all(s["filtered_resps"][0] for s in found["samples"])
+
+
+def test_a_load_profile_of_100_streams(url: str, tmp_path: Path) -> None:
+    """The page's own command, all 100 at once: every stream comes to its end."""
+    (line,) = re.findall(r"^aiperf .*$", PAGE, re.MULTILINE)
+    words = shlex.split(line.replace("http://127.0.0.1:8080", url).replace("MODEL_FOLDER", str(DEMO)))
+    # It takes a folder for a hub's name when it is told to stay off line; with a folder it asks no hub.
+    run(tmp_path, CLIENTS / words[0], *words[1:], "--ui", "none", offline="")
+    (file,) = tmp_path.rglob("profile_export_aiperf.json")
+    report = json.loads(file.read_text())
+    asked = int(words[words.index("--request-count") + 1])
+    assert report["request_count"]["avg"] == asked and not report.get("error_summary")
+    assert report["output_sequence_length"]["avg"] > 8 and report["time_to_first_token"]["p99"] > 0

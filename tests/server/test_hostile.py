@@ -3,12 +3,15 @@
 import asyncio
 import gzip
 import json
+import os
+import resource
+import sys
 import time
 from pathlib import Path
 
 import httpx
 import pytest
-from stub_group import LIMIT_S, received
+from stub_group import LIMIT_S, received, until
 
 from expertd.server import protocol, stream
 from tests.server.test_app import TEXT
@@ -125,6 +128,26 @@ def test_a_truncated_body_is_given_up(tmp_path: Path, monkeypatch: pytest.Monkey
     with_server(tmp_path, test)
 
 
+def test_bodies_that_are_read_at_once_are_bounded_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "MAX_BODIES_BYTES", 3_000_000)
+
+    async def test(url: str) -> None:
+        part = POST + b"Content-Length: 2000000\r\n\r\n" + bytes(1_000_000)
+        held = [await connect(url) for _ in range(3)]
+        for _, writer in held:
+            writer.write(part)
+        await until(lambda: stream._num_bytes == 3_000_000)
+        assert await answer_to(url, part) == 429
+        for _, writer in held:
+            writer.transport.abort()
+        await until(lambda: stream._num_bytes == 0)
+        assert await is_healthy(url)
+
+    with_server(tmp_path, test)
+
+
 def test_a_head_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However slowly its bytes come; a client that waits between two requests is one too."""
     monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
@@ -166,3 +189,42 @@ async def is_closed(reader: asyncio.StreamReader) -> bool:
         return False
     except ConnectionError:
         return True
+
+
+IDLER = """
+import socket, sys, urllib.request
+port, num = int(sys.argv[1]), int(sys.argv[2])
+held = []
+for _ in range(num):
+    held.append(socket.socket())
+    held[-1].setblocking(False)
+    held[-1].connect_ex(("127.0.0.1", port))
+print(urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30).status)
+"""
+
+
+def test_when_no_descriptor_is_left_idle_connections_give_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`accept` fails, a stream goes on, one line says what happened, and the next client is answered."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def test(url: str) -> None:
+        streaming = {**TEXT, "prompt": "@slow:0.02 @repeat:150 x", "max_tokens": 150, "stream": True}
+        async with httpx.AsyncClient(base_url=url, timeout=LIMIT_S) as client:
+            healthy = asyncio.create_task(client.post("/v1/completions", json=streaming))
+            await until(lambda: received(tmp_path))
+            idler = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", IDLER, url.rsplit(":", 1)[1], "80", stdout=asyncio.subprocess.PIPE
+            )
+            used = {int(fd) for fd in os.listdir("/dev/fd")}
+            free = [fd for fd in range(len(used) + 30) if fd not in used]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[25], limits[1]))
+            out, _ = await idler.communicate()
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert out == b"200\n"
+            assert (await healthy).text.count('"text":"x "') == 150
+
+    with_server(tmp_path, test)
+    (said,) = caplog.records
+    assert "no descriptor is left" in said.getMessage() and said.name == protocol.__name__

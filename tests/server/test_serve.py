@@ -16,6 +16,7 @@ from expertd.cluster.supervisor import Cluster
 from expertd.config import DoorConfig, ServerConfig
 from expertd.errors import ClusterError, ConfigError
 from expertd.server import serve as serving
+from expertd.server import stream
 
 OPEN_DOOR = DoorConfig()
 
@@ -171,6 +172,18 @@ def test_client_that_never_reads_does_not_delay_the_stop(tmp_path: Path) -> None
         await asyncio.sleep(0.5)
 
     assert with_server(tmp_path, test) < SOON_S
+
+
+def test_client_that_takes_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SEND_TIMEOUT_S", 0.2)
+
+    async def test(url: str) -> None:
+        asked = {"model": "demo", "prompt": "@repeat:4000 " + "x" * 5000, "stream": True, "max_tokens": 4000}
+        reader = await send_raw(url, json.dumps(asked).encode())
+        reader._transport.pause_reading()
+        await until(lambda: [m["op"] for m in received(tmp_path)] == ["Submit", "Cancel"])
+
+    with_server(tmp_path, test)
 
 
 @pytest.mark.fault
