@@ -277,7 +277,8 @@ class Cluster:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOAD_TIMEOUT_S if patient and self._restarting else LEADER_TIMEOUT_S):
-                await self._led.wait()
+                while self._leader is None and not self._ended.done():
+                    await self._led.wait()  # whoever came may be gone again before this task's turn
         if self._ended.done():
             raise ClusterError(str(self._ended.result()))
         if self._leader is None:

@@ -9,6 +9,7 @@ starts no thread before it computes.
 import array
 import asyncio
 import fcntl
+import gc
 import json
 import os
 import socket
@@ -124,6 +125,8 @@ def import_all() -> None:
 
     transformers.AutoTokenizer  # noqa: B018  # it is lazy
     assert mlx_lm.utils and expertd.cluster.rank
+    gc.collect()  # each rank does so before it is ready: half of the time that it needs
+    gc.freeze()
 
 
 def fork(sock: socket.socket, request: dict[str, Any], fds: list[int]) -> int:

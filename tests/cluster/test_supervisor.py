@@ -98,6 +98,27 @@ def test_leaving_early_cancels(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_who_waits_for_a_leader_goes_on_waiting_when_it_is_gone_at_once(tmp_path: Path) -> None:
+    """A rank that came to lead may be dead before those who waited for it have their turn."""
+
+    async def main() -> None:
+        async with open_group(tmp_path) as cluster:
+            leader = cluster._leader
+            assert leader
+            cluster.lead_by(None)
+            waiting = asyncio.create_task(cluster._find_leader())
+            await asyncio.sleep(0)
+            cluster.lead_by(leader)
+            cluster.lead_by(None)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            cluster.lead_by(leader)
+            assert await waiting is leader
+
+    asyncio.run(main())
+
+
 def test_cancelled_task_cancels_the_request(tmp_path: Path) -> None:
     async def main() -> None:
         async with open_group(tmp_path) as cluster:
