@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from expertd import demo
 from expertd.cluster import doctor
 from tests.cluster.computers import END_S, free_port
 from tests.test_readme import wait_healthy
@@ -25,6 +26,7 @@ LINES = [line for block in BLOCKS for line in block.splitlines()]
 SPANS = re.findall(r"`((?:expertd|sudo) [^`]*)`", TEXT)
 TALK = LINES[:3]
 INSTALL = "expertd service install --dry-run serve demo --ranks 2"
+DRAFT = "expertd serve big-model --draft-model small-model"
 LIMIT_S = 60.0
 
 
@@ -126,12 +128,14 @@ def test_the_page_has_no_other_commands() -> None:
         "expertd chat",
         'echo "Why?" | expertd chat',
         INSTALL,
+        DRAFT,
     ]
     assert set(SPANS) == {
         "expertd completion bash",
         "expertd service show",
         "expertd doctor",
         "expertd serve --split solo",
+        "expertd join",  # by name only; the README's two machines run it
         "sudo pmset -a sleep 0",
         "sudo sysctl iogpu.wired_limit_mb=...",
     }
@@ -185,6 +189,23 @@ def test_a_service_from_install_to_uninstall(shell: Shell) -> None:
     assert unit.read_text() in shell.run("expertd service show")
     shell.run("expertd service uninstall")
     assert not unit.exists() and shell.asked.read_text().endswith("--user disable --now expertd\n")
+
+
+def test_a_server_with_a_draft_model(shell: Shell) -> None:
+    """The demo guesses for itself: two names for its folder."""
+    for name in ("big-model", "small-model"):
+        (shell.home / name).symlink_to(Path(demo.__file__).parent)
+    port = free_port()
+    shell.env["EXPERTD_SERVE_PORT"] = str(port)
+    server = shell.start(DRAFT)
+    try:
+        wait_healthy(server, port)
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=END_S)
+        assert server.returncode == 0
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_the_settings_of_a_mac_are_those_that_doctor_prints() -> None:
