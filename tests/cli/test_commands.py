@@ -163,9 +163,10 @@ def test_serve_says_where_answers_and_stops(
 ) -> None:
     process = start("serve", tmp_path, "--port", 0, "--ranks", 2, "--drain-timeout", 0.1)
     assert process.stdout
-    first, curl = process.stdout.readline(), process.stdout.readline()
+    first, watch, curl = (process.stdout.readline() for _ in range(3))
     name, url = first.split()[1], first.split()[3]
     assert name == tmp_path.name and url.startswith("http://127.0.0.1:") and url.endswith("/v1")
+    assert watch == f"watch: {url.removesuffix('v1')}\n"
     assert curl.startswith(f"try: curl -N {url}/chat/completions ")
     answer = subprocess.run(
         curl.removeprefix("try: "), shell=True, capture_output=True, text=True, timeout=LIMIT_S

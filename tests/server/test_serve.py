@@ -178,7 +178,9 @@ def test_client_that_takes_nothing_is_given_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(stream, "SEND_TIMEOUT_S", 0.2)
 
     async def test(url: str) -> None:
-        asked = {"model": "demo", "prompt": "@repeat:4000 " + "x" * 5000, "stream": True, "max_tokens": 4000}
+        # 20 MB in 4 s or more: far more than sockets hold, and not at its end when the client is given up.
+        prompt = "@slow:0.001 @repeat:4000 " + "x" * 5000
+        asked = {"model": "demo", "prompt": prompt, "stream": True, "max_tokens": 4000}
         reader = await send_raw(url, json.dumps(asked).encode())
         reader._transport.pause_reading()
         await until(lambda: [m["op"] for m in received(tmp_path)] == ["Submit", "Cancel"])
