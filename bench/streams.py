@@ -30,7 +30,7 @@ from typing import Any
 import httpx2
 
 from expertd.bench.processes import free_ports
-from expertd.bench.throughput import with_ranks
+from expertd.bench.throughput import paired_ratio, with_ranks
 from expertd.checkpoint.config import read_config
 from expertd.checkpoint.locate import find_checkpoint
 from expertd.cli.signals import run_until_signal
@@ -245,18 +245,13 @@ def _report(rows: list[Row], arguments: argparse.Namespace) -> dict[str, Any]:
                 "tokens_per_s": round(statistics.median(row.tokens_per_s), 1),
                 "min": round(min(row.tokens_per_s), 1),
                 "max": round(max(row.tokens_per_s), 1),
-                "ratio": round(_ratio(row.tokens_per_s, rows[0].tokens_per_s), 3),
+                "ratio": paired_ratio(row.tokens_per_s, rows[0].tokens_per_s),
                 "first_token_p50_s": round(statistics.median(row.first_token_s), 3),
                 "first_token_p99_s": round(_p99(row.first_token_s), 3),
             }
             for row in rows
         ],
     }
-
-
-def _ratio(speeds: list[float], others: list[float]) -> float:
-    """The median of the rounds' ratios: a shared machine's clock may halve from one round to another."""
-    return statistics.median(a / b for a, b in zip(speeds, others, strict=True))
 
 
 def _p99(values: list[float]) -> float:

@@ -105,7 +105,7 @@ async def _measure(
             beside, splits = await _measure_splits(kind, group, wanted, solo, request, repeats)
             rows += [_row(kind, "solo", 1, solo, speeds + beside, speeds + beside), *splits]
             if len(groups) > 1:
-                rows[-len(splits) - 1]["ratio_to_first"] = _ratio(speeds, by_themselves[0])
+                rows[-len(splits) - 1]["ratio_to_first"] = paired_ratio(speeds, by_themselves[0])
         return rows
 
 
@@ -229,12 +229,12 @@ def _row(
         "min": round(min(speeds), 2),
         "max": round(max(speeds), 2),
         "repeats": len(speeds),
-        "ratio_to_solo": _ratio(speeds, alone),
+        "ratio_to_solo": paired_ratio(speeds, alone),
         "pinned": bool(own_cores(num_ranks)),
     }
 
 
-def _ratio(speeds: list[float], others: list[float]) -> float:
+def paired_ratio(speeds: list[float], others: list[float]) -> float:
     """Of two that took turns: the median of what each round gives."""
     return round(statistics.median(a / b for a, b in zip(speeds, others, strict=True)), 4)
 

@@ -62,7 +62,7 @@ def check_checkpoint(folder: Path) -> CheckpointInfo:
 
 
 def check_draft(folder: Path) -> CheckpointInfo:
-    """As check_checkpoint, for a draft model (engine/drafter.py), which need not have experts."""
+    """As check_checkpoint, for a draft model (engine/drafts.py), which need not have experts."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give the folder of a small model.")
     return _inspect(folder, normalise_config(read_config(folder), needs_experts=False))

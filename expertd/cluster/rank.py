@@ -166,9 +166,10 @@ class Rank:
             else:
                 self._engine.abandon(f"another rank leads since epoch {begin.epoch}: {begin.reason}")
             while True:
-                if following := self._take_messages():
-                    return following
+                following = self._take_messages()
                 self._control.flush()
+                if following:
+                    return following
                 if self._leads:
                     self._engine.step()
                     self._report()

@@ -7,8 +7,8 @@ chunk of what it lacks beside a step, and guesses when it has all of it.
 
 What it costs is measured and counts as the check does: time for each token that it guesses, and for what it has to
 read first, divided by the tokens that the answer may still have. The share of right guesses is one figure for all
-streams, for a draft fits a model well or badly. Where guessing does not pay, it is tried again from time to time: one
-step in a hundred is put aside for that, as the planner does.
+streams, for a draft fits a model well or badly. Where guessing does not pay, it is tried again from time to time: the
+planner's TRIAL_BUDGET of the time is put aside for that.
 """
 
 import time

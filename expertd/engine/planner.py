@@ -108,6 +108,8 @@ class _Record:
             if name != "solo" and self.pace_s > ALARM * self._calm_pace_s:
                 self._calm_pace_s, self.num_alarmed = self.pace_s, ENOUGH
         elif self.pace_s:
+            if name == "solo" and self.num_alarmed:
+                self.num_alarmed -= 1
             trials = self._trials[name]
             trials.append(seconds / self.pace_s)
             if len(trials) >= ENOUGH:
@@ -225,9 +227,7 @@ def _save(record: _Record, split: str, seconds: float, waited_s: float) -> None:
     if split == record.choice:
         dearest_s = record.pace_s * (max(record.costs.values()) - 1)
         record.savings_s = min(record.savings_s + TRIAL_BUDGET * seconds, dearest_s)
-    elif split == "solo" and record.num_alarmed:
-        record.num_alarmed -= 1
-    else:
+    elif split != "solo" or not record.num_alarmed:
         record.savings_s -= max(0.0, waited_s + seconds - record.pace_s)
 
 

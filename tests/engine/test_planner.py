@@ -67,6 +67,13 @@ def test_a_split_that_became_slow_is_left_and_taken_again_when_it_is_fast() -> N
     assert [c.split for c in planner.news()] == ["experts", "solo", "experts"]
 
 
+def test_a_link_that_breaks_down_is_left_within_twenty_steps() -> None:
+    planner = Planner("auto", SPLITS, 2)
+    drive(planner, ONE, lambda step, split: {"solo": 1.0, "experts": 0.5}[split], 300)
+    taken, _ = drive(planner, ONE, lambda step, split: {"solo": 1.0, "experts": 5.0}[split], 40)
+    assert taken["experts"] < 20
+
+
 def test_longer_texts_do_not_make_an_old_trial_look_fast() -> None:
     """Both take ever longer, `experts` twice as long as solo: it never seems to be the faster one."""
     planner = Planner("auto", SPLITS, 2)
@@ -120,6 +127,20 @@ def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() 
     first_two = [planner.choose(Work("decode", 16)) for _ in range(2)]
     assert first_two == ["tokens", "solo"]  # what is best for eight, and a trial
     assert "tokens" not in {planner.choose(ONE) for _ in range(20)}  # one row cannot be divided
+
+
+def test_an_alarm_before_all_is_measured_keeps_nothing_from_being_measured() -> None:
+    """Work that begins with its neighbour's choice, which becomes slow at once."""
+    planner = Planner("auto", SPLITS, 2)
+    drive(
+        planner,
+        Work("decode", 8),
+        lambda step, split: {"solo": 3.0, "experts": 2.5, "tokens": 1.0}[split],
+        40,
+    )
+    taken, _ = drive(planner, Work("decode", 16), lambda step, split: 1.0 if step < 4 else 9.0, 60)
+    assert all(taken[split] >= ENOUGH for split in SPLITS)
+    assert planner.news()[-1].work == "decode of 16"
 
 
 @pytest.mark.parametrize(("wanted", "num_ranks", "split"), [("auto", 1, "solo"), ("experts", 2, "experts")])
