@@ -6,118 +6,24 @@
 // needs them, takes memory for the result and for scratch, fills the pointers and strides in and sends the struct to the
 // stream's thread. MLX keeps inputs, outputs and the encoder's temporaries until that has run.
 
-#include <cstdint>
 #include <functional>
-#include <map>
 #include <numeric>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
-#include "graph.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/common/utils.h"
+#include "kernel_ops.h"
 #include "mlx/utils.h"
-
-extern "C" {
-#include "kernels/kernels.h"
-#include "kernels/ops.h"
-}
 
 namespace xd {
 
 namespace {
-
-using Addresses = std::map<std::string, uintptr_t>;
-
-// The functions of a xd_cpu; `cpu` must live until the last graph has run.
-struct Kernels {
-  xd_cpu* cpu;
-  decltype(&xd_product_scratch) product_scratch;
-  decltype(&xd_product_run) product_run;
-  decltype(&xd_norm_run) norm_run;
-  decltype(&xd_rope_scratch) rope_scratch;
-  decltype(&xd_rope_run) rope_run;
-  decltype(&xd_glu_run) glu_run;
-  decltype(&xd_attention_scratch) attention_scratch;
-  decltype(&xd_attention_run) attention_run;
-
-  Kernels(uintptr_t address, const Addresses& functions) : cpu(reinterpret_cast<xd_cpu*>(address)) {
-    take(product_scratch, functions, "xd_product_scratch");
-    take(product_run, functions, "xd_product_run");
-    take(norm_run, functions, "xd_norm_run");
-    take(rope_scratch, functions, "xd_rope_scratch");
-    take(rope_run, functions, "xd_rope_run");
-    take(glu_run, functions, "xd_glu_run");
-    take(attention_scratch, functions, "xd_attention_scratch");
-    take(attention_run, functions, "xd_attention_run");
-  }
-
- private:
-  template <typename F>
-  static void take(F& function, const Addresses& functions, const char* name) {
-    function = reinterpret_cast<F>(functions.at(name));
-  }
-};
-
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
-}
-
-int format_of(const char* what, const mx::array& a) {
-  if (a.dtype() == mx::float32) return XD_FLOAT32;
-  if (a.dtype() == mx::float16) return XD_FLOAT16;
-  if (a.dtype() == mx::bfloat16) return XD_BFLOAT16;
-  refuse(what, " is ", a.dtype(), ", wanted float32, float16 or bfloat16");
-}
-
-mx::Dtype dtype_of(int format) {
-  return format == XD_FLOAT32 ? mx::float32 : format == XD_FLOAT16 ? mx::float16 : mx::bfloat16;
-}
-
-int promote(int a, int b) {
-  return a == b ? a : XD_FLOAT32;
-}
-
-// An operation that a kernel computes on the CPU; its result has its memory when `run` is called, and is not empty.
-class KernelOp : public mx::Primitive {
- public:
-  explicit KernelOp(const Kernels& kernels)
-      : mx::Primitive(mx::default_stream(mx::Device::cpu)), kernels_(kernels) {}
-
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    allocate(outputs[0]);
-    if (outputs[0].size() != 0) run(inputs, outputs[0], mx::cpu::get_command_encoder(stream()));
-  }
-
-  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::runtime_error(std::string(name()) + ": runs on a CPU stream only");
-  }
-
- protected:
-  virtual void allocate(mx::array& out) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-  }
-  virtual void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) = 0;
-
-  template <typename Function, typename Arguments>
-  void dispatch(Function run, const Arguments& arguments, mx::cpu::CommandEncoder& encoder) {
-    encoder.dispatch([run, cpu = kernels_.cpu, arguments]() { run(cpu, &arguments); });
-  }
-
-  const Kernels kernels_;
-};
 
 // y = x @ w.T, gathered over experts when there are ids. Inputs: x, weight, scales and biases if affine, ids if any.
 class Product : public KernelOp {
@@ -248,10 +154,6 @@ mx::array plain_product(const Kernels& kernels, const mx::array& x, const mx::ar
 }
 
 // Arrays whose last axis is contiguous, and those whose other axes are besides one sequence of rows.
-
-mx::array with_contiguous_rows(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
-  return a.shape(-1) == 1 || a.strides(-1) == 1 ? a : dense(a, encoder);
-}
 
 // The distance from row to row; none if it is not the same everywhere.
 std::optional<int64_t> row_stride(const mx::array& a) {
@@ -434,106 +336,6 @@ mx::array glu(const Kernels& kernels, mx::array gate, std::optional<mx::array> u
   return mx::array(shape, dtype, std::make_shared<Glu>(kernels, g), std::move(inputs));
 }
 
-// mx.fast.scaled_dot_product_attention. Inputs: q, k, v, mask if it is an array, sinks if any.
-class Attention : public KernelOp {
- public:
-  Attention(const Kernels& kernels, const xd_attention& attention, bool has_sinks)
-      : KernelOp(kernels), attention_(attention), has_sinks_(has_sinks) {}
-
-  const char* name() const override {
-    return "Attention";
-  }
-
- protected:
-  // The result lies as [batch, queries, heads, value_dim], as the product that reads it wants it.
-  void allocate(mx::array& out) override {
-    const int64_t heads = out.shape(1), queries = out.shape(2), dim = out.shape(3);
-    const mx::Strides strides = {heads * queries * dim, dim, heads * dim, 1};
-    const auto [size, rows, columns] = mx::check_contiguity(out.shape(), strides);
-    out.set_data(mx::allocator::malloc(out.nbytes()), size, strides, {true, rows, columns});
-  }
-
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
-    xd_attention a = attention_;
-    a.q = view(in[0], a.q_batch_stride, a.q_head_stride, a.q_row_stride, encoder);
-    a.k = view(in[1], a.k_batch_stride, a.k_head_stride, a.k_row_stride, encoder);
-    a.v = view(in[2], a.v_batch_stride, a.v_head_stride, a.v_row_stride, encoder);
-    a.y = view(out, a.y_batch_stride, a.y_head_stride, a.y_row_stride, encoder);
-    if (a.mask_kind == XD_MASK_BOOL || a.mask_kind == XD_MASK_ADD) take_mask(in[3], a);
-    if (has_sinks_) a.sinks = dense(in.back(), encoder).data<void>();
-    a.scratch = scratch(kernels_.attention_scratch(kernels_.cpu, &a), encoder);
-    dispatch(kernels_.attention_run, a, encoder);
-  }
-
- private:
-  static void* view(const mx::array& a, int64_t& batch, int64_t& head, int64_t& row,
-                    mx::cpu::CommandEncoder& encoder) {
-    mx::array rows = with_contiguous_rows(a, encoder);
-    batch = rows.strides(0);
-    head = rows.strides(1);
-    row = rows.strides(2);
-    return rows.data<void>();
-  }
-
-  static void take_mask(const mx::array& mask, xd_attention& a) {
-    int64_t* const strides[] = {&a.mask_key_stride, &a.mask_row_stride, &a.mask_head_stride, &a.mask_batch_stride};
-    for (int i = 0; i < static_cast<int>(mask.ndim()); i++)
-      *strides[i] = mask.shape(-1 - i) == 1 ? 0 : mask.strides(-1 - i);
-    a.mask = mask.data<void>();
-  }
-
-  const xd_attention attention_;
-  const bool has_sinks_;
-};
-
-xd_attention attention_of(const mx::array& q, const mx::array& k, const mx::array& v, float scale) {
-  if (q.ndim() != 4 || k.ndim() != 4 || v.ndim() != 4 || k.shape(0) != q.shape(0) || v.shape(0) != q.shape(0) ||
-      k.shape(1) < 1 || q.shape(1) % k.shape(1) || v.shape(1) != k.shape(1) || v.shape(2) != k.shape(2) ||
-      k.shape(3) != q.shape(3))
-    refuse("attention: q is ", q.shape(), ", k ", k.shape(), " and v ", v.shape());
-  xd_attention a{};
-  a.batch = q.shape(0);
-  a.heads = q.shape(1);
-  a.kv_heads = k.shape(1);
-  a.queries = q.shape(2);
-  a.keys = k.shape(2);
-  a.dim = q.shape(3);
-  a.value_dim = v.shape(3);
-  a.scale = scale;
-  a.dtype = promote(format_of("attention: q", q), promote(format_of("attention: k", k), format_of("attention: v", v)));
-  return a;
-}
-
-void check_mask(const mx::array& mask, xd_attention& a) {
-  const mx::Shape full = {a.batch, a.heads, a.queries, a.keys};
-  if (mask.ndim() > 4 || mx::broadcast_shapes(mask.shape(), full) != full)
-    refuse("attention: mask is ", mask.shape(), " for scores ", full);
-  a.mask_kind = mask.dtype() == mx::bool_ ? XD_MASK_BOOL : XD_MASK_ADD;
-  if (a.mask_kind == XD_MASK_ADD) a.mask_dtype = format_of("attention: mask", mask);
-}
-
-mx::array attention(const Kernels& kernels, const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    const std::variant<std::monostate, std::string, mx::array>& mask,
-                    const std::optional<mx::array>& sinks) {
-  xd_attention a = attention_of(q, k, v, scale);
-  const auto dtype = dtype_of(a.dtype);
-  std::vector<mx::array> inputs = {mx::astype(q, dtype), mx::astype(k, dtype), mx::astype(v, dtype)};
-  if (const auto* array = std::get_if<mx::array>(&mask)) {
-    check_mask(*array, a);
-    inputs.push_back(*array);
-  } else if (const auto* kind = std::get_if<std::string>(&mask)) {
-    if (*kind != "causal") refuse("attention: mask is \"", *kind, "\", wanted \"causal\" or an array");
-    a.mask_kind = XD_MASK_CAUSAL;
-  }
-  if (sinks) {
-    if (sinks->shape() != mx::Shape{a.heads}) refuse("attention: sinks are ", sinks->shape(), " for ", a.heads, " heads");
-    a.sinks_dtype = format_of("attention: sinks", *sinks);
-    inputs.push_back(*sinks);
-  }
-  return mx::array({a.batch, a.heads, a.queries, a.value_dim}, dtype,
-                   std::make_shared<Attention>(kernels, a, sinks.has_value()), std::move(inputs));
-}
-
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -552,7 +354,10 @@ void bind_kernels(nb::module_& m) {
            nb::arg("alpha") = 0.0f, nb::arg("limit") = 0.0f,
            "activation(gate) * up; activations are numbered in native/kernels/ops.h.")
       .def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"),
-           nb::arg("mask") = nb::none(), nb::arg("sinks") = nb::none(), "As mx.fast.scaled_dot_product_attention.");
+           nb::arg("mask") = nb::none(), nb::arg("sinks") = nb::none(), "As mx.fast.scaled_dot_product_attention.")
+      .def("append_attention", &append_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("keys"),
+           nb::arg("values"), nb::arg("lengths"), nb::arg("scale"), nb::arg("sinks") = nb::none(),
+           "One token of each of several sequences: [y, *keys, *values].");
 }
 
 }  // namespace xd
