@@ -35,8 +35,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _hasty(folder: Path) -> dict[str, str]:
-    """Compilers that do not optimize, whatever they are told: two minutes less. These tests ask what is in the wheel;
-    our own installation was compiled by the same setup.py as users compile it."""
+    """Compilers that do not optimize, whatever they are told: one minute instead of two. These tests ask what is in the
+    wheel; our own installation was compiled by the same setup.py as users compile it."""
     for name in ("cc", "c++"):
         (folder / name).write_text(f'#!/bin/sh\nexec {name} "$@" -O0\n')
         (folder / name).chmod(0o755)
