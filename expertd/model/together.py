@@ -32,7 +32,11 @@ class Ragged:
     [num_sequences, ...]."""
 
     def __init__(self, parts: list[Any]) -> None:
-        self.parts = parts
+        self._parts = parts
+
+    @property
+    def parts(self) -> list[Any]:
+        return self._parts
 
 
 class Appending:
