@@ -48,8 +48,9 @@ class Codec:
         try:
             values = msgpack.unpackb(body, max_ext_len=0)
             message_class = self._classes[values.pop("op")]
-            if unknown := values.keys() - self._fields[message_class]:
-                raise ValueError(f"unknown field {sorted(unknown)[0]}")
+            known = self._fields[message_class]
+            if not values.keys() <= known:
+                raise ValueError(f"unknown field {sorted(values.keys() - known)[0]}")
             return msgspec.convert(values, message_class)
         except (
             ValueError,

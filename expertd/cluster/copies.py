@@ -183,7 +183,10 @@ class Copies:
             for host in self._hosts.values():
                 if host.host_id != transcript.origin:  # which is given it as its answer
                     host.offer(transcript)
-        self._settle([transcript])
+        if self._hosts:
+            self._settle([transcript])
+        else:
+            transcript.commit(len(transcript.events))
 
     def forget(self, request_id: str) -> None:
         """Let every host forget a request, after what was said of it before."""

@@ -7,6 +7,7 @@ from expertd.engine.messages import Done, Failed, Rejected, Started, Token
 from expertd.errors import BusyError, ClusterError, ConfigError
 
 Event = Started | Token | Done | Rejected | Failed
+LAST = (Done, Rejected, Failed)
 
 MAX_PENDING_EVENTS = 256
 
@@ -35,25 +36,33 @@ class Reply:
         self.request_id = request_id
         self.ended = False
         self._pending: deque[Event] = deque()
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # waits
 
     def put(self, event: Event) -> None:
         """Add an event without waiting; whatever comes after the last one of a request is dropped."""
         if self.ended:
             return
-        self.ended = isinstance(event, Done | Rejected | Failed)
-        last = self._pending[-1] if self._pending else None
-        if len(self._pending) >= MAX_PENDING_EVENTS and isinstance(event, Token) and isinstance(last, Token):
-            last.token_ids.extend(event.token_ids)
-            text, logprobs = last.text + event.text, [*last.logprobs, *event.logprobs]
-            event = Token(event.request_id, last.token_ids, text, logprobs)
-            self._pending.pop()
+        self.ended = isinstance(event, LAST)
+        if len(self._pending) >= MAX_PENDING_EVENTS and isinstance(event, Token):
+            event = self._joined(event)
         self._pending.append(event)
-        self._arrived.set()
+        if self._reader and not self._reader.done():
+            self._reader.set_result(None)
 
     async def get(self) -> Event:
         """Wait for the next event. The group's watch over rank 0 guarantees that one comes."""
-        while not self._pending:
-            self._arrived.clear()
-            await self._arrived.wait()
+        if not self._pending:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         return self._pending.popleft()
+
+    def _joined(self, token: Token) -> Token:
+        """A token with what pends last, if that is one."""
+        last = self._pending[-1]
+        if not isinstance(last, Token):
+            return token
+        self._pending.pop()
+        last.token_ids.extend(token.token_ids)
+        return Token(
+            token.request_id, last.token_ids, last.text + token.text, [*last.logprobs, *token.logprobs]
+        )

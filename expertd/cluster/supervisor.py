@@ -39,6 +39,7 @@ from expertd.cluster.epoch import (
 from expertd.cluster.local import LOOK_S, LocalRank, wait_exits
 from expertd.cluster.probe import Probe
 from expertd.cluster.record import Record
+from expertd.cluster.reply import Event as Answer
 from expertd.cluster.requests import Leader, Requests
 from expertd.cluster.restarts import Restarts
 from expertd.config import GroupConfig
@@ -46,14 +47,12 @@ from expertd.engine.messages import (
     Choice,
     Done,
     Ended,
-    Failed,
     Fatal,
     Joined,
     Loading,
     Message,
     Observe,
     Ready,
-    Rejected,
     Started,
     Stats,
     Submit,
@@ -470,7 +469,11 @@ class Cluster:
 
     def _hear(self, rank: LocalRank, message: Message) -> None:
         rank.last_word = time.monotonic()
-        if isinstance(message, Fatal):
+        if isinstance(message, Answer):
+            if isinstance(message, (Token, Done)) and self.running:
+                self._epochs[-1].fruitful = True
+            rank.answer(message)
+        elif isinstance(message, Fatal):
             self._died(rank, f"died: {message.message}", _error_named(message.kind, message.message))
         elif isinstance(message, Loading):
             rank.num_loaded = message.num_bytes
@@ -497,10 +500,6 @@ class Cluster:
                     self.probe.stepped()
         elif isinstance(message, Ended):
             self._epoch_failed(rank, message)
-        elif isinstance(message, Started | Token | Done | Rejected | Failed):
-            if isinstance(message, Token | Done) and self.running:
-                self._epochs[-1].fruitful = True
-            rank.answer(message)
         else:
             raise RemoteProtocolError(f"unexpected {type(message).__name__}")
 

@@ -37,7 +37,7 @@ class Transcript:
         self.end: Done | ExpertdError | None = None
         self.is_led = True
         self.changed_at = time.monotonic()
-        self._news = asyncio.Event()
+        self._readers: list[asyncio.Future[None]] = []  # that wait
 
     @property
     def is_whole(self) -> bool:
@@ -61,7 +61,8 @@ class Transcript:
         elif isinstance(event, Token):
             self.num_tokens += len(event.token_ids)
             self.num_bytes += TOKEN_BYTES + len(event.text)
-            self.num_bytes += sum(CANDIDATE_BYTES * (1 + len(found.top)) for found in event.logprobs)
+            if event.logprobs:
+                self.num_bytes += sum(CANDIDATE_BYTES * (1 + len(found.top)) for found in event.logprobs)
         else:
             if event.completion_tokens != self.num_tokens and event.finish_reason != "cancelled":
                 counts = f"{self.num_tokens} tokens have come, of {event.completion_tokens}"
@@ -82,11 +83,15 @@ class Transcript:
     def tell(self) -> None:
         """Wake the readers: something changed."""
         self.changed_at = time.monotonic()
-        self._news.set()
-        self._news = asyncio.Event()
+        readers, self._readers = self._readers, []
+        for reader in readers:
+            if not reader.done():
+                reader.set_result(None)
 
     async def wait_news(self) -> None:
-        await self._news.wait()
+        reader = asyncio.get_running_loop().create_future()
+        self._readers.append(reader)
+        await reader
 
     def resumed(self) -> Submit:
         """The request as the next leader gets it.

@@ -302,7 +302,7 @@ class Started:
     prompt: Prompt | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Token:
     """Newly generated token ids, and the text that became final with them (often empty, never torn).
 

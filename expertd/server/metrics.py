@@ -3,11 +3,13 @@
 Names are the field's (vLLM's, which SGLang and others follow), with our prefix: `vllm:time_to_first_token_seconds` is
 `expertd_time_to_first_token_seconds` here. docs/metrics.md lists them all.
 
-Requests are counted as they pass (`watch`): a token costs two additions and one histogram, about 4 us. Everything else
-is read when a scrape asks for it.
+Requests are counted as they pass (`watch`), tokens in plain numbers: the library's counters and histograms, with a lock
+and a label each, took 3 us of a token, 0.3 are left. Everything else is read when a scrape asks for it.
 """
 
+import itertools
 import time
+from bisect import bisect_left
 from collections import Counter as Count
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -71,10 +73,7 @@ class Metrics:
             return Histogram(f"expertd_{name}_seconds", text, buckets=buckets, registry=registry)
 
         self.first_token = histogram("time_to_first_token", "From request to first token.", FIRST_TOKEN_S)
-        self.between = histogram("inter_token_latency", "Between two tokens of an answer.", BETWEEN_TOKENS_S)
         self.whole = histogram("e2e_request_latency", "From request to the end.", WHOLE_ANSWER_S)
-        self.prompt_tokens = Counter("expertd_prompt_tokens", "Tokens of prompts.", registry=registry)
-        self.generation_tokens = Counter("expertd_generation_tokens", "Tokens generated.", registry=registry)
         self.success = Counter(
             "expertd_request_success", "Ended requests.", ["finished_reason"], registry=registry
         )
@@ -82,8 +81,9 @@ class Metrics:
             "expertd_request_failure", "Requests without an answer.", ["reason"], registry=registry
         )
         self.open = Gauge("expertd_open_requests", "Requests of this host's clients.", registry=registry)
-        # The same as plain numbers, for the page's history.
+        self.between = Intervals(BETWEEN_TOKENS_S)
         self.num_generated = self.num_read = self.num_open = 0
+        registry.register(_TokenCollector(self))
 
     async def watch(self, events: Events) -> Events:
         """Hand on a request's events and count them."""
@@ -107,6 +107,36 @@ class Metrics:
         return encode(self._experts if each_expert else self._registry), content_type
 
 
+class Intervals:
+    """A histogram of times, as Prometheus counts: each in the first bucket whose bound is not below it."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds, self._counts = bounds, [0] * (len(bounds) + 1)
+        self._seconds = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._seconds += seconds
+
+    def collect(self, name: str, text: str) -> Metric:
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        below = list(zip(bounds, map(float, itertools.accumulate(self._counts)), strict=True))
+        return HistogramMetricFamily(name, text, buckets=below, sum_value=self._seconds)
+
+
+class _TokenCollector(Collector):
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield CounterMetricFamily("expertd_prompt_tokens", "Tokens of prompts.", metrics.num_read)
+        yield CounterMetricFamily("expertd_generation_tokens", "Tokens generated.", metrics.num_generated)
+        yield metrics.between.collect(
+            "expertd_inter_token_latency_seconds", "Between two tokens of an answer."
+        )
+
+
 class _RequestMeter:
     """One request's times, from now on."""
 
@@ -122,7 +152,6 @@ class _RequestMeter:
         if isinstance(event, Token):
             self._token(len(event.token_ids))
         elif isinstance(event, Started):
-            self._metrics.prompt_tokens.inc(event.prompt_tokens)
             self._metrics.num_read += event.prompt_tokens
         elif event.finish_reason == "cancelled":
             self.end("abort")
@@ -131,7 +160,6 @@ class _RequestMeter:
 
     def _token(self, num_tokens: int) -> None:
         now, metrics = time.monotonic(), self._metrics
-        metrics.generation_tokens.inc(num_tokens)
         metrics.num_generated += num_tokens
         if self._last:
             metrics.between.observe((now - self._last) / max(1, num_tokens))

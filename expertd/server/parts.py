@@ -227,6 +227,8 @@ class Splitter:
 
 def _joined(parts: list[Part]) -> list[Part]:
     """Neighbours of one kind as one part."""
+    if len(parts) < 2:
+        return [part for part in parts if isinstance(part, Call) or part.text]
     found: list[Part] = []
     for part in parts:
         last = found[-1] if found else None

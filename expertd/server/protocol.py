@@ -31,7 +31,24 @@ NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _log = logging.getLogger(__name__)
 
+# What h11 says of a body in pieces, among the bytes of a response's head.
+CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
+
 Handler = Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]
+
+
+class _Connection(h11.Connection):
+    """h11's, with a short way for what goes out once a token: a piece of a chunked body, which changes no state."""
+
+    _chunked = False
+
+    def send(self, event: Any) -> bytes | None:  # type: ignore[override]
+        if self._chunked and type(event) is h11.Data and event.data and self.our_state is h11.SEND_BODY:
+            return b"%x\r\n%b\r\n" % (len(event.data), event.data)
+        sent: bytes | None = super().send(event)
+        if type(event) is h11.Response and sent:
+            self._chunked = CHUNKED in sent.lower()
+        return sent
 
 
 class GuardedProtocol(H11Protocol):
@@ -42,6 +59,7 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn = _Connection(h11.SERVER, MAX_HEAD_BYTES)
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -55,6 +55,8 @@ class Choice:
 
     def _take_logprobs(self) -> list[Logprobs]:
         """Those of the tokens whose text is among the characters that have come: the first ones."""
+        if not self._waiting:
+            return []
         done = self.done
         shown = self._waiting
         if not (done and done.finish_reason == "length"):
@@ -71,32 +73,28 @@ class Answer:
 
     def __init__(self, head: Json, whole: str, piece: str, choices: Sequence[Choice], n: int = 1) -> None:
         """`head` is what all objects begin with, but for `whole` and `piece`, the names of their kinds."""
-        self._head, self._whole, self._piece, self._n = head, whole, piece, n
-        self.choices = choices
+        named = {k: v for k, v in head.items() if k != "id"}
+        self._whole = {"id": head["id"], "object": whole, **named}
+        self._piece = {"id": head["id"], "object": piece, **named}
+        self.choices, self._n = choices, n
 
     def chunks(self, index: int, event: Event, usage: bool) -> list[Json]:
         """What an event of choice number `index` adds to a stream; with `usage` each chunk says that it has none."""
         none = {"usage": None} if usage else {}
-        return [self._object(self._piece, [p]) | none for p in self.choices[index].take(event)]
+        return [{**self._piece, "choices": [piece], **none} for piece in self.choices[index].take(event)]
 
     def usage_chunk(self) -> Json:
-        return self._object(self._piece, []) | {"usage": self.usage()}
+        return {**self._piece, "choices": [], "usage": self.usage()}
 
     def whole(self) -> Json:
         """The answer of a request without a stream, after the last event."""
-        return self._object(self._whole, [c.whole() for c in self.choices]) | {"usage": self.usage()}
+        return {**self._whole, "choices": [c.whole() for c in self.choices], "usage": self.usage()}
 
     def usage(self) -> Json:
         dones = [c.done for c in self.choices if c.done]
         prompts = [c.done for c in self.choices[:: self._n] if c.done]
         reasoning = sum(getattr(c, "reasoning_tokens", 0) for c in self.choices)
         return usage_of(dones, prompts, reasoning)
-
-    def _object(self, kind: str, choices: list[Json]) -> Json:
-        head = self._head
-        return {"id": head["id"], "object": kind, **{k: v for k, v in head.items() if k != "id"}} | {
-            "choices": choices
-        }
 
 
 def shape_of(candidate: Candidate) -> Json:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import h11
 import httpx
 import pytest
 from stub_group import LIMIT_S, received, until
@@ -228,3 +229,22 @@ def test_when_no_descriptor_is_left_idle_connections_give_way(
     with_server(tmp_path, test)
     (said,) = caplog.records
     assert "no descriptor is left" in said.getMessage() and said.name == protocol.__name__
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("headers", [[], [(b"content-length", b"10")]])
+def test_the_short_way_out_is_h11s(version: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """What a stream's pieces look like on the wire, and when they are refused, h11 itself says the same."""
+
+    def written(connection: h11.Connection) -> list[bytes | None]:
+        connection.receive_data(b"GET / HTTP/%b\r\nhost: x\r\n\r\n" % version)
+        assert isinstance(connection.next_event(), h11.Request)
+        assert isinstance(connection.next_event(), h11.EndOfMessage)
+        pieces = [h11.Data(b"hello"), h11.Data(b""), h11.Data(b"again")]
+        sent = [connection.send(event) for event in [h11.Response(status_code=200, headers=headers), *pieces]]
+        sent.append(connection.send(h11.EndOfMessage()))
+        with pytest.raises(h11.LocalProtocolError):
+            connection.send(h11.Data(b"too late"))
+        return sent
+
+    assert written(protocol._Connection(h11.SERVER)) == written(h11.Connection(h11.SERVER))

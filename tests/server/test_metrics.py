@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from stub_group import LIMIT_S, group_of, until
 
 from expertd.cluster.supervisor import Cluster
 from expertd.config import ServerConfig
 from expertd.server.app import make_app
+from expertd.server.metrics import BETWEEN_TOKENS_S, Intervals
 from expertd.server.service import Service
 
 DASHBOARD = Path(__file__).parents[2] / "docs/grafana.json"
@@ -166,3 +168,14 @@ def test_every_metric_of_the_dashboard_exists(tmp_path: Path) -> None:
         assert used - names == set() and len(used) > 15
 
     with_service(tmp_path, test)
+
+
+def test_intervals_are_counted_as_the_library_counts() -> None:
+    """Bounds, names and numbers of a histogram; a time that is a bound belongs to its bucket."""
+    registry, ours = CollectorRegistry(), Intervals(BETWEEN_TOKENS_S)
+    theirs = Histogram("x_seconds", "A text.", buckets=BETWEEN_TOKENS_S, registry=registry)
+    for seconds in (0.0, 0.001, 0.0011, 0.5, 5.0, 6.0):
+        ours.observe(seconds)
+        theirs.observe(seconds)
+    (wanted,) = registry.collect()
+    assert ours.collect("x_seconds", "A text.").samples == wanted.samples
