@@ -21,7 +21,9 @@ warnings.filterwarnings("ignore", "Editable installation")
 
 graph = Extension(
     "expertd.native._graph",
-    sources=[f"native/{name}.cpp" for name in ("graph", "exchange", "kernel_ops", "attention_ops", "nanobind_all")],
+    sources=[
+        f"native/{name}.cpp" for name in ("graph", "exchange", "kernel_ops", "attention_ops", "nanobind_all")
+    ],
     depends=["native/graph.h", "native/kernel_ops.h", "native/kernels/kernels.h", "native/kernels/ops.h"],
     language="c++",
     include_dirs=[

@@ -50,8 +50,9 @@ class GroupConfig:
     whose pulse is silent for `pulse_timeout_s` is dead (half a second proved too short: with five busy
     processes on two cores a living rank was silent for longer). `link` is how ranks swap rows: "auto" takes the mailbox
     on one host and the fastest link between two, "mlx" is MLX's own engine. Up to `max_streams` requests are
-    answered at once, `max_waiting` more wait. The caches of finished requests stay, for others that begin alike, in
-    `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays), and in up to
+    answered at once, `max_waiting` more wait; their caches may take `kv_cache_bytes` on each rank (None: as much as is
+    free, which cluster/memory.py turns into a number; 0: no bound). The caches of finished requests stay, for others
+    that begin alike, in `prefix_cache_bytes` of memory for all ranks (None: a tenth of it; 0: none stays), and in up to
     `prefix_disk_bytes` of files in `prefix_cache_dir` ("": nowhere). With `speculate`, tokens are guessed and checked
     several at a time (engine/speculate.py); `draft_model` is the folder of a small model that guesses as well.
     Caches keep keys and values at `kv_bits` (0: as they are computed). `kernels` are what computes on a CPU:
@@ -67,6 +68,7 @@ class GroupConfig:
     prefill_chunk: int = 512
     max_streams: int = 16
     max_waiting: int = 256
+    kv_cache_bytes: int | None = None
     prefix_cache_bytes: int | None = None
     prefix_cache_dir: str = ""
     prefix_disk_bytes: int = PREFIX_DISK_BYTES
@@ -113,6 +115,8 @@ class GroupConfig:
             raise ConfigError(
                 f"--max-streams {self.max_streams}, --max-waiting {self.max_waiting}: wanted at least 1 and 0."
             )
+        if (self.kv_cache_bytes or 0) < 0:
+            raise ConfigError(f"--kv-cache {self.kv_cache_bytes}: wanted 0 or more.")
         if (self.prefix_cache_bytes or 0) < 0:
             raise ConfigError(f"--prefix-cache {self.prefix_cache_bytes}: wanted 0 or more.")
 

@@ -4,6 +4,9 @@ from typing import Any
 
 from expertd.checkpoint.config import text_config
 
+# mlx-lm's caches grow by so many tokens at once.
+GROWTH_TOKENS = 256
+
 
 def size_in_words(num_bytes: int) -> str:
     """A size for people, in powers of 1000: "16.2 GB"."""

@@ -112,6 +112,16 @@ def kv_bits_option(command: F) -> F:
     )(command)
 
 
+def kv_cache_option(command: F) -> F:
+    return click.option(
+        "--kv-cache",
+        "kv_cache_bytes",
+        metavar="SIZE",
+        callback=lambda context, parameter, value: value and parse_size(value),
+        help="Memory of each rank for keys and values, such as 8GB: requests beyond it wait [default: what is free].",
+    )(command)
+
+
 def prefix_cache_options(command: F) -> F:
     """Add the options that say what becomes of finished requests' caches."""
     options = (

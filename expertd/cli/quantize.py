@@ -76,6 +76,7 @@ def quantize_command(src: str, dst: Path, dry_run: bool, cache_bytes: str | None
     budget = importlib.import_module("expertd.quant.budget")
     cache = cache_folder()
     limit = parse_size(cache_bytes) if cache_bytes else None
+    importlib.import_module("expertd.quant.heap").keep_freed_memory()
     with Progress() as progress:
         if dry_run:
             click.echo(convert.describe(src, settings, progress, cache, limit))

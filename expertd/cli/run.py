@@ -76,7 +76,7 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     MODEL is `demo`, a folder, a hub id or a URL of a folder. PROMPT is raw text (- reads standard input). The
     figures of the run go to standard error.
     """
-    from expertd.cluster.memory import require_memory
+    from expertd.cluster.memory import with_memory
 
     if options["logprobs"] is not None and not as_json:
         raise ConfigError("--logprobs: needs --json. Add it, or leave --logprobs out.")
@@ -89,7 +89,7 @@ def run_command(model: str, prompt: str, as_json: bool, **options: Any) -> None:
     info = find_model(model)
     options["draft_model"] = find_draft(options["draft_model"])
     group = make_group(info.folder, **options)
-    require_memory(info, group)
+    group = with_memory(info, group)
     warn_of_link(group)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
     sys.exit(_answer(group, submit, as_json))

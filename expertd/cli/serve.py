@@ -23,6 +23,7 @@ from expertd.cli.options import (
     hosts_config,
     hosts_options,
     kv_bits_option,
+    kv_cache_option,
     make_group,
     prefix_cache_options,
     warn_of_link,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 )
 @draft_model_option
 @kv_bits_option
+@kv_cache_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes any.")
 @door_options
@@ -68,7 +70,7 @@ def serve_command(model: str, host: str, port: int, drain_timeout_s: float, **op
     answer. Machines that were paired with this one (`expertd pair`) may then `expertd join` it. SIGTERM lets what runs
     come to its end (a second one does not), SIGHUP loads the checkpoint again without dropping a request.
     """
-    from expertd.cluster.memory import needed_memory, require_memory
+    from expertd.cluster.memory import fits, needed_memory, with_memory
     from expertd.server.generation import Wishes
     from expertd.server.serve import take_port
 
@@ -80,16 +82,17 @@ def serve_command(model: str, host: str, port: int, drain_timeout_s: float, **op
     info = find_model(model)
     _verify(info.folder, hosts)
     options["draft_model"] = find_draft(options["draft_model"])
-    group = make_group(info.folder, **options)
-    require_memory(info, group)
+    asked = make_group(info.folder, **options)
+    group = with_memory(info, asked)
     config = ServerConfig(host, port, model_id(model, info.folder), group, door)
     logging.basicConfig(format="expertd: %(message)s", level=logging.WARNING)
 
     def renew() -> "Renewal":
         new = find_model(model)
         _verify(new.folder, hosts)
-        require_memory(new, group, needed_memory(info, group))
-        return _renewal(config, new, hosts)
+        own = replace(asked, checkpoint=str(new.folder))
+        group = with_memory(new, own, needed_memory(info, asked))
+        return _renewal(replace(config, group=group), new, hosts, fits(new, own))
 
     with take_port(config) as listener:
         warn_if_public(host, door)
@@ -151,14 +154,12 @@ def _serve(
             raise
 
 
-def _renewal(config: ServerConfig, info: "CheckpointInfo", hosts: HostsConfig) -> "Renewal":
-    """What the checkpoint is now, and whether it fits beside what runs."""
-    from expertd.cluster.memory import fits
+def _renewal(config: ServerConfig, info: "CheckpointInfo", hosts: HostsConfig, fits: bool) -> "Renewal":
+    """What the checkpoint is now; `fits` beside what runs."""
     from expertd.server.generation import Renewal
 
-    new = replace(config, group=replace(config.group, checkpoint=str(info.folder)))
-    lead = _leading(new, info, hosts, lambda what, done, total: None)
-    return Renewal(new, lead, fits(info, new.group))
+    lead = _leading(config, info, hosts, lambda what, done, total: None)
+    return Renewal(config, lead, fits)
 
 
 def _leading(

@@ -28,7 +28,7 @@ from expertd.cluster.host_messages import FileInfo, Loaded, Welcome, codec
 from expertd.cluster.identity import Identity, Peer, PeerStore
 from expertd.cluster.joiner import Joiner
 from expertd.cluster.leader import Leader
-from expertd.cluster.memory import require_memory
+from expertd.cluster.memory import with_memory
 from expertd.cluster.paths import Paths
 from expertd.cluster.provide import Provider, fetch
 from expertd.cluster.route_table import RouteTable
@@ -184,10 +184,11 @@ async def _load(
             **({} if own.kernels == "auto" else {"kernels": own.kernels}),
             "shares": (),
             "ignore_memory": own.ignore_memory,
+            "kv_cache_bytes": own.kv_cache_bytes,
         },
         GroupConfig,
     )
-    require_memory(info, group)
+    group = with_memory(info, group)
     loading = functools.partial(progress, f"loading {group.num_ranks} rank(s)")
     cluster = await stack.enter_async_context(Cluster.open(group, restart=True, loading=loading))
     return cluster, facts_of(cluster, info, manifest)

@@ -25,8 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import psutil
-
+from expertd.cluster.memory import prefix_cache_bytes
 from expertd.config import GroupConfig
 from expertd.engine.messages import (
     Begin,
@@ -70,7 +69,6 @@ if TYPE_CHECKING:
 # The supervisor reads at once; one that does not for this long is stuck, and its ranks must not be.
 SEND_TIMEOUT_S = 30.0
 # What caches of finished requests may take unless the user says otherwise.
-PREFIX_PART_OF_MEMORY = 0.1
 # The mailbox is sent before the Begin that speaks of it.
 MAILBOX_TIMEOUT_S = 5.0
 # How often a leader that works says what it did: as often as people look, and nothing beside a second's steps.
@@ -271,8 +269,10 @@ class Rank:
 
 def _load(setup: Setup, control: Control) -> Rank:
     from expertd.checkpoint.inspect import check_checkpoint
+    from expertd.checkpoint.sizes import cache_bytes
     from expertd.engine.drafts import Drafts
     from expertd.engine.engine import Engine
+    from expertd.engine.kv_budget import KvBudget
     from expertd.engine.prefix import Prefixes
     from expertd.engine.text import Tokenizer
     from expertd.model.dialect import find_dialect
@@ -304,13 +304,18 @@ def _load(setup: Setup, control: Control) -> Rank:
         group.prefill_chunk,
         control.post,
         _vocab_size(info) or tokenizer.size,
+        kv=KvBudget(group.kv_cache_bytes or 0, lambda n: cache_bytes(info.config, n, group.kv_bits)),
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting
     engine.speculates = group.speculate
     engine.drafts = Drafts(_open_drafter(group, model, engine, kernels))
     engine.first_id = secrets.randbits(40) << 20
     engine.prefixes = Prefixes(_prefix_bytes(group), group.prefill_chunk, model.one_by_one)
-    ready = replace(_ready(setup.rank, info, model, kernels), dialect=tokenizer.dialect)
+    ready = replace(
+        _ready(setup.rank, info, model, kernels),
+        dialect=tokenizer.dialect,
+        context_length=engine.most_tokens,
+    )
     rank = Rank(setup, group, control, model, engine, _open_files(group, ready, info.folder))
     # What is loaded stays: without this, looking through all of it for garbage takes 3 % of a decode step. It takes
     # 0.1 s itself, which others would wait for: an epoch may begin as soon as this rank says that it is ready.
@@ -366,10 +371,7 @@ def _caches_on_disk(files: "CacheFiles | None", model: "Model", max_bytes: int) 
 
 def _prefix_bytes(group: GroupConfig) -> int:
     """This rank's part of what its host keeps for later requests."""
-    budget = group.prefix_cache_bytes
-    if budget is None:
-        budget = int(PREFIX_PART_OF_MEMORY * psutil.virtual_memory().total)
-    return budget // group.num_ranks
+    return prefix_cache_bytes(group) // group.num_ranks
 
 
 def _vocab_size(info: "CheckpointInfo") -> int:

@@ -32,6 +32,7 @@ class Record:
         self.waits: list[int] = []
         self.waited_s = 0.0
         self.loads: dict[int, list[int]] = {}
+        self.num_preempted = 0
         self.proposed: Counter[str] = Counter()  # tokens of drafts, by their source
         self.accepted: Counter[str] = Counter()
         self.num_events: Counter[str] = Counter()
@@ -71,6 +72,7 @@ class Record:
         self.waits, self.waited_s = _added(self.waits, stats.waits), self.waited_s + stats.waited_s
         for load in stats.loads:
             self.loads[load.layer] = _added(self.loads.get(load.layer, []), load.chosen)
+        self.num_preempted += stats.num_preempted
         for drafted in stats.drafts:
             self.proposed[drafted.source] += drafted.num_proposed
             self.accepted[drafted.source] += drafted.num_accepted

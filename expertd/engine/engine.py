@@ -4,7 +4,8 @@
 split), run (the MLX graph with the exchanges inside), deliver (sample, detokenize, send).
 
 Sequences join and leave between steps. The first `max_streams` of those that are open, in the order of their arrival,
-are served at once: all whose prompts are in their caches take one token each in a decode step. A prompt is read in
+are served at once, as far as their caches fit in memory (kv_budget.py): all whose prompts are in their caches take one
+token each in a decode step. A prompt is read in
 chunks (short ones share one), and between two of them comes a decode step, so that a running stream never waits longer
 than for one chunk.
 
@@ -30,6 +31,7 @@ from expertd.engine.drafts import Drafts
 from expertd.engine.echo import CHUNK, Echo, logprobs_of
 from expertd.engine.grammar import Grammars
 from expertd.engine.homes import MAX_BEHIND, SPARE, by_home, give_homes, home_of
+from expertd.engine.kv_budget import KvBudget
 from expertd.engine.messages import (
     Cancel,
     Done,
@@ -68,6 +70,7 @@ class Engine:
     vocab_size: int
     max_streams: int = 16
     max_waiting: int = 256
+    kv: KvBudget = field(default_factory=KvBudget)
     prefixes: Prefixes = field(default_factory=Prefixes)
     speculates: bool = False  # only where a token's bits do not depend on how many were computed with it
     drafts: Drafts = field(default_factory=Drafts)
@@ -82,11 +85,13 @@ class Engine:
     _cuts: list[tuple[int, int]] = field(default_factory=list)
     _settled: list[int] = field(default_factory=list)
     _num_sequences: int = 0
+    _num_preempted: int = 0  # not told yet
     _has_decoded: bool = False  # since the last chunk of a prompt
     _has_met: bool = False  # in this epoch
 
     def __post_init__(self) -> None:
         self._grammars = Grammars(self.tokenizer, self.vocab_size)
+        self.most_tokens = self.kv.most_tokens(self.context_length)
 
     @property
     def idle(self) -> bool:
@@ -151,11 +156,13 @@ class Engine:
     def stats(self) -> Stats:
         """What is open now, and what was done since this was last asked."""
         assert self._runner is not None
-        served, waiting = self._open[: self.max_streams], self._open[self.max_streams :]
+        served, (preempted, self._num_preempted) = self._served, (self._num_preempted, 0)
         return replace(
             self._runner.report(),
             num_running=len(served),
-            num_waiting=len(waiting),
+            num_waiting=len(self._open) - len(served),
+            num_preempted=preempted,
+            kv_budget_bytes=self.kv.num_bytes,
             kv_tokens=sum(s.num_computed for s in self._open),
             reading=[
                 Reading(s.submit.request_id, s.num_computed, len(s.tokens))
@@ -199,7 +206,9 @@ class Engine:
         """Those whose prompts a chunk can hold (a chunk for each rank), or all that are ready for their next token."""
         for sequence in [s for s in self._open if s.cancelled]:
             self._finish(sequence, "solo")
-        served = self._open[: self.max_streams]
+        served = self._served
+        for sequence in self._open[len(served) : self.max_streams]:
+            self._preempt(sequence)
         ready = [s for s in served if s.num_computed and not self._num_to_read(s)]
         new = [s for s in served if s not in ready]
         if not new or (ready and not self._has_decoded):
@@ -211,6 +220,21 @@ class Engine:
             return self._fill_chunk([s for s in new if s not in apart])
         give_homes(apart, served, self._homes)
         return [s for of_one in by_home(apart) for s in self._fill_chunk(of_one)]
+
+    @property
+    def _served(self) -> list[Sequence]:
+        """The first of those that are open; the others wait."""
+        return self.kv.fitting(self._open[: self.max_streams])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's cache from it, if it has one: those before it need the memory."""
+        if not sequence.num_computed:
+            return
+        self._released.append(sequence.sequence_id)
+        self._num_sequences += 1
+        sequence.sequence_id = self.first_id + self._num_sequences  # as plans know it, it has ended
+        sequence.num_computed, sequence.home = 0, None
+        self._num_preempted += 1
 
     def _fill_chunk(self, new: list[Sequence]) -> list[Sequence]:
         """The first of these, and those next to it as long as one chunk holds all that is to be read of them.
@@ -243,7 +267,7 @@ class Engine:
     def _admit(self, submit: Submit) -> None:
         try:
             check_ids(submit, self.vocab_size)
-            prompt = prompt_ids(submit, self.tokenizer, self.context_length)
+            prompt = prompt_ids(submit, self.tokenizer, self.context_length, self.most_tokens)
             if not submit.resumed and len(self._open) >= self.max_streams + self.max_waiting:
                 raise BusyError(
                     f"{len(self._open)} requests are being served or wait already. Ask again later."
@@ -272,7 +296,7 @@ class Engine:
         self._num_sequences += 1
         tokenizer, chat = self.tokenizer, submit.messages is not None
         thinking = chat and tokenizer.opens_reasoning(prompt)
-        room = self.context_length - len(prompt)
+        room = self.most_tokens - len(prompt)
         seed = submit.sampling.seed
         end_ids = frozenset(submit.stop_ids) | (set() if submit.ignore_end else self.tokenizer.end_ids)
         return Sequence(
@@ -318,7 +342,7 @@ class Engine:
         split = self._choose_split(sequences, work, behind)
         if split.name == "sequences":
             self._spread(sequences)
-            give_homes(sequences, self._open[: self.max_streams], self._homes)
+            give_homes(sequences, self._served, self._homes)
             sequences.sort(key=home_of)
             tokens = [self._next_tokens(sequence) for sequence in sequences]
         homes = [home_of(s) for s in sequences] if split.name == "sequences" else []
@@ -385,7 +409,7 @@ class Engine:
 
     def _choose_split(self, sequences: list[Sequence], work: Work, behind: int) -> StepSplit:
         read_apart = work.kind in ("prefill", "prompts") and self._reads_apart(
-            sequences[0], len(self._open[: self.max_streams])
+            sequences[0], len(self._served)
         )
         if read_apart or (behind > MAX_BEHIND and self._split != "solo"):
             return StepSplit("sequences", self._fractions)

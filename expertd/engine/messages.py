@@ -221,8 +221,9 @@ class Reading:
 class Stats:
     """What the leader's engine holds now, and what it has done since its last Stats; about once a second.
 
-    `kv_bytes` are this rank's caches as allocated. `waits` counts the waits for peers inside exchanges by their length:
-    element 0 took no time, element i 2^(i-1) to 2^i ns (empty: none, or a link that does not count them).
+    `kv_bytes` are this rank's caches as allocated, `kv_budget_bytes` what those of open requests may take (0: no
+    bound); `num_preempted` requests gave theirs up for others. `waits` counts the waits for peers inside exchanges by
+    their length: element 0 took no time, element i 2^(i-1) to 2^i ns (empty: none, or a link that does not count them).
     """
 
     num_running: int = 0
@@ -235,6 +236,8 @@ class Stats:
     waited_s: float = 0.0
     loads: list[Load] = field(default_factory=list)
     drafts: list[Drafted] = field(default_factory=list)
+    kv_budget_bytes: int = 0
+    num_preempted: int = 0
 
 
 @dataclass(frozen=True)

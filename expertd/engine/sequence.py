@@ -16,8 +16,8 @@ from expertd.errors import ConfigError
 from expertd.model.sampler import Row, Sampler
 
 
-def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> list[int]:
-    """The request's token ids. Raises ConfigError when they are none or more than the context holds."""
+def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int, most_tokens: int) -> list[int]:
+    """The request's token ids. Raises ConfigError when they are none or more than the context or the memory holds."""
     if submit.messages is not None:
         ids = tokenizer.encode_chat(submit.messages, submit.tools, **submit.template_args)
     elif submit.prompt_ids is not None:
@@ -30,6 +30,12 @@ def prompt_ids(submit: Submit, tokenizer: Tokenizer, context_length: int) -> lis
         raise ConfigError(
             f"the prompt has {len(ids)} tokens, but this model's context holds {context_length}, "
             f"the answer included. Shorten it to at most {context_length - 1} tokens."
+        )
+    if len(ids) >= most_tokens:
+        raise ConfigError(
+            f"the prompt has {len(ids)} tokens, but the memory for keys and values (--kv-cache) holds {most_tokens}, "
+            f"the answer included. Shorten it to at most {most_tokens - 1} tokens, or serve with more --kv-cache, "
+            "or --kv-bits 8."
         )
     return ids
 

@@ -233,8 +233,12 @@ def _of_engine(record: Record) -> Iterator[Metric]:
         yield GaugeMetricFamily("expertd_num_requests_waiting", "Requests that wait.", now.num_waiting)
         yield GaugeMetricFamily("expertd_kv_cache_tokens", "Tokens in the caches.", now.kv_tokens)
         yield GaugeMetricFamily("expertd_kv_cache_bytes", "The leader's caches.", now.kv_bytes)
+        yield GaugeMetricFamily("expertd_kv_cache_budget_bytes", "What they may take.", now.kv_budget_bytes)
         used = {(k, s): 1.0 for k, d in KINDS.items() if (s := record.split_of(d))}
         yield _gauge("split_in_use", "1 for the split of the latest steps.", used, ("kind", "split"))
+    yield _counter(
+        "preemptions", "Requests that gave up their caches.", {(): float(record.num_preempted)}, ()
+    )
     steps = {(s.split, "decode" if s.decode else "prefill"): s for s in record.steps.values()}
     for name, text, field in (
         ("steps", "Steps of the model.", "num_steps"),

@@ -32,7 +32,7 @@ def test_kernels_are_the_leaders_unless_chosen(
     monkeypatch.setattr(assemble, "check_manifest", lambda files: manifest)
     monkeypatch.setattr(assemble, "check_checkpoint", lambda folder: SimpleNamespace())
     monkeypatch.setattr(assemble, "_find_or_copy", find)
-    monkeypatch.setattr(assemble, "require_memory", lambda info, group: None)
+    monkeypatch.setattr(assemble, "with_memory", lambda info, group: group)
     monkeypatch.setattr(assemble, "facts_of", lambda *_: FACTS)
     leader = GroupConfig(
         "/there", 1, "experts", kernels="mlx", activation_bits=16, kv_bits=8, draft_model="/there/draft"

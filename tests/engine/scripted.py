@@ -12,7 +12,8 @@ import pytest
 
 from expertd.dialect import Dialect
 from expertd.engine.engine import Engine
-from expertd.engine.messages import Done, Message, Submit, Token
+from expertd.engine.kv_budget import KvBudget
+from expertd.engine.messages import Done, Message, Stats, Submit, Token
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.prefix import Prefixes
 from expertd.engine.runner import Runner
@@ -122,6 +123,9 @@ class ScriptedRunner:
             return mx.stack(rows)
         return mx.stack([self._logits(self.caches[i]) for i in plan.sequence_ids]) if plan.decode else None
 
+    def report(self) -> Stats:
+        return Stats()
+
     def save(self, sequence_id: int) -> None:
         assert sequence_id in self.caches
 
@@ -172,6 +176,7 @@ class Bench:
         max_waiting: int = 256,
         one_by_one: bool = False,
         prefix_tokens: int = 0,
+        kv: KvBudget = KvBudget(),  # noqa: B008 (frozen)
     ) -> None:
         self.scripts: dict[str, list[int]] = {}
         self.events: list[Message] = []
@@ -184,6 +189,7 @@ class Bench:
             vocab_size=VOCAB,
             max_streams=max_streams,
             max_waiting=max_waiting,
+            kv=kv,
             prefixes=Prefixes(prefix_tokens, prefill_chunk, one_by_one, min_tokens=1),
         )
         self.begin(split, shares)

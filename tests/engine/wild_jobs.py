@@ -10,6 +10,7 @@ from expertd.config import ACTIVATION_BITS
 from expertd.engine import drafts as drafts_module
 from expertd.engine import engine as engine_module
 from expertd.engine.engine import Engine
+from expertd.engine.kv_budget import KvBudget
 from expertd.engine.messages import Done, Message, Submit, Token
 from expertd.engine.plan import Meeting
 from expertd.engine.planner import Planner, Work
@@ -35,6 +36,8 @@ REQUESTS = (
     (26, "another that comes later still", 5),
     (44, "and one that comes to another leader", 9),
 )
+# In these steps there is room for two blocks of keys and values only.
+SHORT, SHORT_AT = KvBudget(512, lambda num_tokens: num_tokens), (9, 10, 30)
 
 
 class WildPlanner(Planner):
@@ -122,6 +125,8 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
             engine.take(
                 Submit(name, name, sampling=sampling, max_tokens=request[2], ignore_end=True, logprobs=2)
             )
+        if num_ranks > 1:
+            engine.kv = SHORT if step in SHORT_AT else KvBudget()
         engine.step()
         step += 1
         if step == 22 and num_ranks > 1:  # a new epoch
@@ -132,6 +137,7 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
             step == 36 and num_ranks > 1
         ):  # and one with another leader, which has the caches of the one that died
             runner = Counting(model, runner._link, runner.caches)
+            assert engine._num_preempted > 0
             lost, engine = engine._open, _engine(model, events)
             engine.first_id = 100
             engine.begin(runner, "auto", (1 / num_ranks,) * num_ranks)
