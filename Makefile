@@ -6,7 +6,7 @@ DEMO := build/demo-2bit
 CLIENTS := build/compat/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smoke test rxe check bench quality fuzz soak compat cross format clean
+.PHONY: help demo smoke test calm alone rxe check bench quality fuzz soak compat cross format clean
 FUZZ_S ?= 60
 FUZZED := tests/native/fuzz_frame.c $(addprefix native/,crc32c.c frame.c transport.c tcp.c self_test.c)
 FUZZ_FLAGS := -std=c11 -g -O1 -Inative
@@ -18,6 +18,11 @@ $(READY): pyproject.toml setup.py $(wildcard native/*.[ch] native/kernels/*.[ch]
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+# What only some targets need, of the groups in pyproject.toml.
+.venv/.%: $(READY)
+	$(BIN)/python -m pip install --quiet --group $*
 	touch $@
 
 $(DEMO): $(READY) $(wildcard expertd/demo/*) $(wildcard quant/*.py)
@@ -33,10 +38,13 @@ smoke: $(DEMO) ## The same, with one question over HTTP and the speed of one ran
 	$(BIN)/python -m expertd.bench.smoke $(DEMO)
 
 test: $(READY) ## Run the tests: the calm ones on two cores, then those that kill processes or look at a clock, one by one
-	mkdir -p build
-	$(BIN)/python -m pytest -q -m "calm and not (soak or compat)" tests/quant >build/test-quant.log 2>&1 & quant=$$!; \
-	$(BIN)/python -m pytest -m "calm and not (soak or compat)" --ignore tests/quant; rest=$$?; \
-	wait $$quant; quant=$$?; cat build/test-quant.log; exit $$((quant | rest))
+	$(MAKE) calm
+	$(MAKE) alone
+
+calm: $(READY) # worksteal: who is done takes from the other, and files stay together as far as that allows
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "calm and not (soak or compat)"
+
+alone: $(READY)
 	$(BIN)/python -m pytest -m "not (calm or soak or compat)"
 
 rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
@@ -61,7 +69,7 @@ bench: $(DEMO) ## Measure: links beside their floors, exchanges beside MLX's rin
 quality: $(READY) ## Measure 2-bit experts beside mlx-lm's, three seeds: about an hour (bench/quality.py --llama-cpp: beside llama.cpp's)
 	$(BIN)/python -m expertd.bench.quality --json build/bench-quality.json
 
-fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FUZZ_S seconds each (60); libFuzzer where there is clang
+fuzz: .venv/.fuzz ## Fuzz the frames, the messages and web servers' answers, for FUZZ_S seconds each (60); libFuzzer where there is clang
 	mkdir -p build/fuzz/corpus
 	if command -v clang >/dev/null; then \
 	  clang $(FUZZ_FLAGS) -fsanitize=fuzzer,address,undefined $(FUZZED) -o build/fuzz/frame -lpthread && \
@@ -70,7 +78,6 @@ fuzz: $(READY) ## Fuzz the frames, the messages and web servers' answers, for FU
 	  cc $(FUZZ_FLAGS) -DRANDOM_INPUTS -fsanitize=address,undefined -fno-sanitize-recover=all $(FUZZED) \
 	    -o build/fuzz/frame -lpthread && build/fuzz/frame $(FUZZ_S); \
 	fi
-	$(BIN)/python -m pip install --quiet atheris
 	mkdir -p build/fuzz/messages
 	$(BIN)/python -m tests.fuzz_wire -max_total_time=$(FUZZ_S) -max_len=4096 build/fuzz/messages
 	mkdir -p build/fuzz/answers
@@ -99,8 +106,7 @@ compat: $(READY) $(CLIENTS) ## Run other people's clients against the demo: Lite
 	$(BIN)/python -m pytest -m "compat and not soak" --durations=0 tests/compat/test_clients.py; clients=$$?; \
 	wait $$hostile; hostile=$$?; cat build/test-hostile.log; exit $$((hostile | clients))
 
-cross: $(READY) ## Compile the C code for a Mac, and run it for ARM in QEMU (downloads a compiler of 100 MB)
-	$(BIN)/python -m pip install --quiet --editable '.[cross]'
+cross: .venv/.cross ## Compile the C code for a Mac, and run it for ARM in QEMU (downloads a compiler of 100 MB)
 	$(BIN)/python -m pytest -rs tests/native/test_compiles_for_macos.py tests/native/test_arm64.py
 
 format: $(READY) ## Format the code

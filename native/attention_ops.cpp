@@ -107,6 +107,7 @@ class AppendAttention : public mx::Primitive {
   }
 
   void eval_cpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
+    let_go(in, out);
     auto& encoder = mx::cpu::get_command_encoder(stream());
     const size_t n = lengths_.size();
     const mx::array q = dense(in[0], encoder), k = dense(in[1], encoder), v = dense(in[2], encoder);
@@ -140,6 +141,13 @@ class AppendAttention : public mx::Primitive {
   }
 
  private:
+  // Each output holds the inputs. Take them from all but the one that is evaluated, as MLX does right after the
+  // evaluation: nothing could be donated that others hold.
+  static void let_go(const std::vector<mx::array>& in, std::vector<mx::array>& out) {
+    for (mx::array& each : out)
+      if (&each.inputs() != &in && !each.is_tracer()) each.inputs().clear();
+  }
+
   // A token's key, or value: one row of `bytes` for each head.
   struct Row {
     const char* from;

@@ -91,12 +91,16 @@ class Engine:
 
     def __post_init__(self) -> None:
         self._grammars = Grammars(self.tokenizer, self.vocab_size)
-        self.most_tokens = self.kv.most_tokens(self.context_length)
 
     @property
     def idle(self) -> bool:
         """Whether `step` would find nothing to do."""
         return not self._open and not self._to_observe
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt and its answer."""
+        return self.kv.most_tokens(self.context_length)
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
         """Go on in a new epoch, with the caches that `runner` has; steps are divided by `split`."""

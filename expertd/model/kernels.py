@@ -37,7 +37,8 @@ class Kernels:
     """An open xd_cpu: what it is, and its operations. Each takes and gives lazy arrays, and raises ValueError when
     shapes or types do not fit.
 
-    `rms_norm`, `rope` and `attention` are mx.fast's, called alike but for `stream`.
+    `rms_norm`, `rope` and `attention` are mx.fast's, called alike but for `stream`. `append_attention` is that of one
+    token of each of several sequences, whose keys and values become part of theirs (native/kernel_ops.h).
     """
 
     def __init__(self, isa: str, num_threads: int, activation_bits: int) -> None:
@@ -50,6 +51,7 @@ class Kernels:
         self.rms_norm: Callable[..., mx.array] = self._graph.rms_norm
         self.rope: Callable[..., mx.array] = self._graph.rope
         self.attention: Callable[..., mx.array] = self._graph.attention
+        self.append_attention: Callable[..., list[mx.array]] = self._graph.append_attention
 
     def affine_product(
         self,

@@ -54,6 +54,7 @@ class Model:
         self._state = StepState()
         self._model = load(folder, config, wide, kernels, told)
         self._functions = native_functions(kernels) if kernels and not wide else []
+        self._append_attention = kernels.append_attention if kernels and not wide else None
         self.splits = [*divide(self._model, self._state), "sequences"]
         self._taps: Taps | None = None
         self._together: type[Together] | None = None
@@ -155,7 +156,7 @@ class Model:
         self, tokens: list[int], caches: list[Cache], split: StepSplit, kind: type[Together]
     ) -> mx.array:
         self._state.begin(split)
-        layers = [kind(list(of_layer)) for of_layer in zip(*caches, strict=True)]
+        layers = [kind(list(of_layer), self._append_attention) for of_layer in zip(*caches, strict=True)]
         with replaced(self._functions), ragged_attention(*ATTENTION):
             logits: mx.array = self._model(mx.array(tokens)[:, None], cache=layers)[:, 0]
         return logits

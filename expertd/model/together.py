@@ -7,6 +7,10 @@ is one array per sequence, `Ragged`, and attention is computed for each sequence
 again. Caches stay as mlx-lm makes them: a sequence joins or leaves between two steps without a copy, and each can be
 cut back, stored or thrown away by itself.
 
+Where our kernels attend, a layer's plain keys and values are not appended before attention asks for them: then one
+operation of the graph (`Kernels.append_attention`) does both for all sequences (`Appending`), and caches are left as
+mlx-lm's own calls would have left them.
+
 Families with latent attention (DeepSeek's) compute with the keys on the way to attention. They meet `Padded`: one
 array, filled up to the longest sequence, whose padding a mask hides. Their latents are small, so the copy is.
 """
@@ -16,8 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache
 
 from expertd.model.swap import replaced
+
+AppendAttention = Callable[..., list[mx.array]]  # Kernels.append_attention
 
 
 class Ragged:
@@ -28,14 +35,63 @@ class Ragged:
         self.parts = parts
 
 
+class Appending:
+    """A token's keys and values [num_sequences, ...], on their way into KVCaches that have room for it.
+
+    The caches count the token from the beginning.
+    """
+
+    def __init__(
+        self, caches: list[KVCache], keys: mx.array, values: mx.array, function: AppendAttention
+    ) -> None:
+        self._caches, self._keys, self._values, self._function = caches, keys, values, function
+        self._done = False
+        for cache in caches:
+            cache.offset += 1
+
+    def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array | None:
+        """Append, and attend to all tokens; None if it is too late for that, or queries are of another type."""
+        caches = self._caches
+        if self._done or queries.dtype != self._keys.dtype:
+            return None
+        keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
+        lengths = [cache.offset - 1 for cache in caches]
+        y, *grown = self._function(queries, self._keys, self._values, keys, values, lengths, scale, sinks)
+        for cache, k, v in zip(caches, grown, grown[len(caches) :], strict=False):
+            cache.keys, cache.values = k, v
+        self._done = True
+        return y
+
+    def pairs(self) -> list[tuple[mx.array, mx.array]]:
+        """Each sequence's keys and values, appended by mlx-lm if nobody has attended."""
+        if not self._done:
+            self._done = True
+            for cache, k, v in zip(self._caches, _rows(self._keys), _rows(self._values), strict=True):
+                cache.offset -= 1
+                cache.update_and_fetch(k, v)
+        return [cache.keys_and_values() for cache in self._caches]
+
+
+class Appended(Ragged):
+    """The keys (`which` 0) or values (1) of an Appending; whoever reads them has them appended."""
+
+    def __init__(self, appending: Appending, which: int) -> None:
+        self.appending, self._which = appending, which
+
+    @property
+    def parts(self) -> list[Any]:
+        return [pair[self._which] for pair in self.appending.pairs()]
+
+
 class Together:
     """The caches that several sequences have of one layer, as the one that the layer asks for a token of each.
 
     Keys and values (KVCache, RotatingKVCache, ...), states of recurrent layers (ArraysCache), and lists of these.
     """
 
-    def __init__(self, caches: list[Any]) -> None:
-        self._caches = caches
+    def __init__(self, caches: list[Any], append_attention: AppendAttention | None = None) -> None:
+        """`append_attention`: our kernels', if these attend."""
+        self._caches, self._append_attention = caches, append_attention
 
     @property
     def offset(self) -> mx.array:
@@ -52,6 +108,16 @@ class Together:
         return self._caches[0].group_size  # type: ignore[no-any-return]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+        if (
+            self._append_attention
+            and keys.shape[2] == 1
+            and all(_has_room(c, keys.dtype) for c in self._caches)
+        ):
+            appending = Appending(self._caches, keys, values, self._append_attention)
+            return Appended(appending, 0), Appended(appending, 1)
+        return self._append(keys, values)
+
+    def _append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
         rows = zip(self._caches, _rows(keys), _rows(values), strict=True)
         pairs = [cache.update_and_fetch(k, v) for cache, k, v in rows]
         return Ragged([k for k, _ in pairs]), Ragged([v for _, v in pairs])
@@ -83,7 +149,7 @@ class Padded(Together):
     """As Together, with keys and values of all sequences in one array, and a mask [num_sequences, 1, 1, num_keys]."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        ragged = super().update_and_fetch(keys, values)
+        ragged = self._append(keys, values)
         longest = max(part.shape[2] for part in ragged[0].parts)
         return tuple(
             mx.concatenate([_pad(part, longest - part.shape[2]) for part in each.parts]) for each in ragged
@@ -92,6 +158,14 @@ class Padded(Together):
     def make_mask(self, num_tokens: int, **options: Any) -> Any:
         ends = [cache.offset + num_tokens for cache in self._caches]
         return mx.arange(max(ends)) < mx.array(ends)[:, None, None, None]
+
+
+def _has_room(cache: Any, dtype: mx.Dtype) -> bool:
+    """Whether it is plain keys and values of this type with room for one more token."""
+    if type(cache) is not KVCache or cache.keys is None:
+        return False
+    fits: bool = cache.offset < cache.keys.shape[2] and cache.keys.dtype == cache.values.dtype == dtype
+    return fits
 
 
 def _rows(array: mx.array) -> list[mx.array]:
@@ -116,6 +190,10 @@ def _ragged(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def attend(queries: mx.array, keys: Any, values: Any, *, mask: Any = None, **options: Any) -> mx.array:
         if not isinstance(keys, Ragged):
             return stock(queries, keys, values, mask=mask, **options)
+        if mask is None and isinstance(keys, Appended) and isinstance(values, Appended):
+            y = keys.appending.attend(queries, **options)
+            if y is not None:
+                return y
         masks = mask.parts if isinstance(mask, Ragged) else [mask] * len(keys.parts)
         return mx.concatenate(
             [
