@@ -71,8 +71,8 @@ async def _measure(group: GroupConfig, request: dict[str, Any], repeats: int) ->
     first, second = (replace(with_ranks(group, 1, "solo"), cpus=((core,),)) for core in cores)
     async with AsyncExitStack() as stack:
 
-        async def opened(group: GroupConfig, *module: str) -> Cluster:
-            return await stack.enter_async_context(Cluster.open(group, *module))
+        async def opened(group: GroupConfig, module: str | None = None) -> Cluster:
+            return await stack.enter_async_context(Cluster.open(group, module))
 
         full = [await opened(first), await opened(second)]
         empty = [await opened(first, WITHOUT_EXPERTS), await opened(second, WITHOUT_EXPERTS)]
