@@ -6,8 +6,9 @@
    of them in a lane when bits are 4, or 4 of 768 when they are 2. `vpmaddwd` then widens them to 32 bits, the high digit
    by 256.
 
-   Single rows (`rows`): 8 groups of one weight row at a time. Their sums lie across lanes; three to seven `vphaddd` bring
-   one group's sum into each lane, which is the order that private.h asks for.
+   Single rows (`rows`): 8 groups of one weight row at a time. Their sums lie across lanes; one to six horizontal additions
+   bring one group's sum into each lane, which is the order that private.h asks for. In 16 bits where a whole group's sum
+   fits, which saves widening each block. Where rows end with half of 8 groups, two of them share the last step.
 
    A few rows (`few`) and panels (`pack`, `tile`): a transposed panel holds, for 16 output rows side by side, the codes that
    share one 32-bit word of digits, so that a word is broadcast against it and lane = output row: nothing is summed across.
@@ -39,14 +40,25 @@ XD_INLINE __m256i load(const void *p) {
 
 /* 16-bit sums of codes times digits, for one block of 32 bytes of 2- or 4-bit codes. */
 XD_INLINE __m256i block_sum(__m256i block, int bits, const int8_t *q) {
-  __m256i sum = _mm256_maddubs_epi16(plane(block, bits, 0), load(q));
-  for (int p = 1; p < 8 / bits; p++)
-    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(plane(block, bits, p), load(q + 32 * p)));
-  return sum;
+  if (bits == 4)
+    return _mm256_add_epi16(_mm256_maddubs_epi16(plane(block, 4, 0), load(q)),
+                            _mm256_maddubs_epi16(plane(block, 4, 1), load(q + 32)));
+  /* The odd planes stay where they are, four times as large, and are shifted once, as sums: one shift instead of three. */
+  const __m256i four_times = _mm256_set1_epi8(12), upper = _mm256_srli_epi16(block, 4);
+  __m256i even = _mm256_add_epi16(_mm256_maddubs_epi16(plane(block, 2, 0), load(q)),
+                                  _mm256_maddubs_epi16(plane(upper, 2, 0), load(q + 64)));
+  __m256i odd = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(block, four_times), load(q + 32)),
+                                 _mm256_maddubs_epi16(_mm256_and_si256(upper, four_times), load(q + 96)));
+  return _mm256_add_epi16(even, _mm256_srai_epi16(odd, 2));
 }
 
-/* 32-bit sums of `num` blocks (1, 2 or 4) of 32 code bytes which belong to the same groups. */
-XD_INLINE __m256i blocks_sum(const uint8_t *codes, int bits, int num, int two_digits, const int8_t *q,
+/* Does a group's sum fit 16 bits? At 4 bits 64 * 15 * 127 would not, but by_group ends with two numbers, each of half. */
+XD_INLINE int is_narrow(int bits, int group_size, int two_digits) {
+  return !two_digits && (bits == 2 || (bits == 4 && group_size <= 64));
+}
+
+/* Sums of `num` blocks (1, 2 or 4) of 32 code bytes which belong to the same groups; of 16 bits if `narrow`, else of 32. */
+XD_INLINE __m256i blocks_sum(const uint8_t *codes, int bits, int num, int two_digits, int narrow, const int8_t *q,
                              int64_t lo_at) {
   const int plane_bytes = 32 * 8 / bits;
   if (bits == 8) {
@@ -65,35 +77,54 @@ XD_INLINE __m256i blocks_sum(const uint8_t *codes, int bits, int num, int two_di
     hi = _mm256_add_epi16(hi, block_sum(block, bits, q + plane_bytes * i));
     if (two_digits) lo = _mm256_add_epi16(lo, block_sum(block, bits, q + lo_at + plane_bytes * i));
   }
+  if (narrow) return hi;
   __m256i one = _mm256_madd_epi16(two_digits ? lo : hi, _mm256_set1_epi16(1));
   return two_digits ? _mm256_add_epi32(one, _mm256_madd_epi16(hi, _mm256_set1_epi16(256))) : one;
 }
 
-/* One sum a group, in order, from the sums of the blocks that hold 8 groups of `group_bytes`. */
-XD_INLINE __m256i by_group(const __m256i *v, int group_bytes) {
-  if (group_bytes == 8) { /* two blocks of four groups */
-    __m256i h = _mm256_hadd_epi32(v[0], v[1]);
-    return _mm256_permutevar8x32_epi32(h, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
-  }
-  __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+XD_INLINE __m256i add_pairs(__m256i a, __m256i b, int narrow) {
+  return narrow ? _mm256_hadd_epi16(a, b) : _mm256_hadd_epi32(a, b);
+}
+
+XD_INLINE __m256i widened(__m256i sums, int narrow) {
+  return narrow ? _mm256_madd_epi16(sums, _mm256_set1_epi16(1)) : sums;
+}
+
+/* One sum of 32 bits a group, in order, from the sums of the blocks that hold 8 groups of `group_bytes`. */
+XD_INLINE __m256i by_group(const __m256i *v, int group_bytes, int narrow) {
+  __m256i low = add_pairs(v[0], v[1], narrow);
+  if (group_bytes == 8) /* two blocks of four groups */
+    return _mm256_permutevar8x32_epi32(widened(low, narrow), _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
+  low = widened(add_pairs(low, add_pairs(v[2], v[3], narrow), narrow), narrow);
   if (group_bytes == 16) /* four blocks of two groups */
     return _mm256_permutevar8x32_epi32(low, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(v[4], v[5]), _mm256_hadd_epi32(v[6], v[7]));
+  __m256i high = add_pairs(add_pairs(v[4], v[5], narrow), add_pairs(v[6], v[7], narrow), narrow);
+  high = widened(high, narrow);
   return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
-/* The sums of 8 groups, of which at most `most` (4 or 8) lie in the `num_bytes` code bytes; the others are zero. */
-XD_INLINE __m256i eight_groups(const uint8_t *codes, int bits, int group_size, int two_digits, const int8_t *q,
-                               int64_t lo_at, int num_bytes, const int most) {
+/* The blocks of 4 groups, of which `num_bytes` exist; the others are zero. Gives their number: 1, 2 or 4. */
+XD_INLINE int four_groups(const uint8_t *codes, int bits, int group_size, int two_digits, const int8_t *q,
+                          int64_t lo_at, int num_bytes, __m256i *v) {
   const int group_bytes = group_size * bits / 8, at_once = group_bytes > 32 ? group_bytes : 32;
-  const int q_step = at_once * (bits == 8 ? 2 : 8 / bits);
-  __m256i v[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8 * group_bytes / at_once; i++)
-    v[i] = i * at_once < most * group_bytes && i * at_once < num_bytes
-               ? blocks_sum(codes + i * at_once, bits, at_once / 32, two_digits, q + i * q_step, lo_at)
+  const int q_step = at_once * (bits == 8 ? 2 : 8 / bits), count = 4 * group_bytes / at_once;
+  const int narrow = is_narrow(bits, group_size, two_digits);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++)
+    v[i] = i * at_once < num_bytes
+               ? blocks_sum(codes + i * at_once, bits, at_once / 32, two_digits, narrow, q + i * q_step, lo_at)
                : _mm256_setzero_si256();
-  return by_group(v, group_bytes);
+  return count;
+}
+
+/* The sums of 8 groups: four at `codes`, whose digits lie at `q`, and four at `others`, `others_q`; of these
+   `num_bytes` and `others_bytes` exist. */
+XD_INLINE __m256i eight_groups(const uint8_t *codes, const uint8_t *others, int bits, int group_size, int two_digits,
+                               const int8_t *q, const int8_t *others_q, int64_t lo_at, int num_bytes, int others_bytes) {
+  __m256i v[8];
+  const int half = four_groups(codes, bits, group_size, two_digits, q, lo_at, num_bytes, v);
+  four_groups(others, bits, group_size, two_digits, others_q, lo_at, others_bytes, v + half);
+  return by_group(v, group_size * bits / 8, is_narrow(bits, group_size, two_digits));
 }
 
 /* `count` < 8 numbers of 16 bits; in registers alone, as a load right after smaller stores waits for them. */
@@ -131,7 +162,7 @@ XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float 
 /* The groups after the last full eight: read to the end of the row, never beyond. */
 XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                          const void *scales, const void *biases, int64_t at, int g, const xd_row *row, vf acc) {
-  const int left = a->groups - g, num_bytes = left * group_size * bits / 8;
+  const int left = a->groups - g, num_bytes = left * group_size * bits / 8, half = group_size * bits / 2;
   _Alignas(32) uint8_t padded[1024];
   prefetch(codes + AHEAD, num_bytes);
   if (num_bytes % 32) {
@@ -139,27 +170,80 @@ XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_d
     memset(padded + num_bytes, 0, 32);
     codes = padded;
   }
-  const int8_t *q = row->q + (int64_t)g * group_size * (bits == 8 ? 2 : 1);
-  __m256i sums = left > 4 ? eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes, 8)
-                          : eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, num_bytes, 4);
+  const int64_t q_group = group_size * (bits == 8 ? 2 : 1), lo_at = a->q_bytes / 2;
+  const int8_t *q = row->q + g * q_group, *later = q + 4 * q_group;
+  __m256i sums =
+      left > 4 ? eight_groups(codes, codes + half, bits, group_size, two_digits, q, later, lo_at, half, num_bytes - half)
+               : eight_groups(codes, codes, bits, group_size, two_digits, q, q, lo_at, num_bytes, 0);
   const vf s = numbers_at(scales, a->dtype, at + g, left), b = numbers_at(biases, a->dtype, at + g, left);
   return accumulate(acc, sums, s, b, row->d + g, row->da + g);
 }
 
-/* The lanes of one weight row. */
+/* Four scales or biases of one weight row, then four of another. */
+XD_INLINE vf two_fours(const void *from, int dtype, int64_t first, int64_t second) {
+  if (dtype == XD_FLOAT32) {
+    const float *p = from;
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + first)), _mm_loadu_ps(p + second), 1);
+  }
+  const uint16_t *p = from;
+  const __m128i halves = _mm_unpacklo_epi64(_mm_loadu_si64(p + first), _mm_loadu_si64(p + second));
+  return dtype == XD_BFLOAT16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
+                              : _mm256_cvtph_ps(halves);
+}
+
+/* The last four groups of two weight rows in one step: one row's in lanes 0 to 3, where they belong, the other's in 4 to 7. */
+XD_INLINE void last_fours(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *const *codes,
+                          const void *scales, const void *biases, const int64_t *at, const xd_row *row, vf *lanes) {
+  const int num_bytes = group_size * bits / 2, g = a->groups - 4;
+  const int8_t *q = row->q + (int64_t)g * group_size * (bits == 8 ? 2 : 1);
+  prefetch(codes[0] + AHEAD, num_bytes);
+  prefetch(codes[1] + AHEAD, num_bytes);
+  __m256i sums =
+      eight_groups(codes[0], codes[1], bits, group_size, two_digits, q, q, a->q_bytes / 2, num_bytes, num_bytes);
+  const vf s = two_fours(scales, a->dtype, at[0], at[1]), b = two_fours(biases, a->dtype, at[0], at[1]);
+  const vf d = _mm256_broadcast_ps((const __m128 *)(row->d + g)), da = _mm256_broadcast_ps((const __m128 *)(row->da + g));
+  vf acc = _mm256_permute2f128_ps(lanes[0], lanes[1], 0x20);
+  acc = vf_fma(vf_mul(s, d), _mm256_cvtepi32_ps(sums), acc);
+  acc = vf_fma(b, da, acc);
+  lanes[0] = _mm256_blend_ps(lanes[0], acc, 0x0f);
+  lanes[1] = _mm256_permute2f128_ps(acc, lanes[1], 0x31);
+}
+
+/* The lanes of one weight row, all but the groups after the last full eight. */
 XD_INLINE vf row_lanes(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
                        const void *scales, const void *biases, int64_t at, const xd_row *row) {
-  const int code_step = group_size * bits, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
+  const int code_step = group_size * bits, half = code_step / 2, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
+  const int64_t lo_at = a->q_bytes / 2;
   const int8_t *q = row->q;
   vf acc = vf_set(0);
-  int g = 0;
-  for (; g + 8 <= a->groups; g += 8, codes += code_step, q += q_step) {
+  for (int g = 0; g + 8 <= a->groups; g += 8, codes += code_step, q += q_step) {
     prefetch(codes + AHEAD, code_step);
-    __m256i sums = eight_groups(codes, bits, group_size, two_digits, q, a->q_bytes / 2, code_step, 8);
+    const int8_t *later = q + q_step / 2;
+    __m256i sums = eight_groups(codes, codes + half, bits, group_size, two_digits, q, later, lo_at, half, half);
     const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
     acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
   }
-  return g < a->groups ? last_groups(a, bits, group_size, two_digits, codes, scales, biases, at, g, row, acc) : acc;
+  return acc;
+}
+
+/* Add the groups after the last full eight to the lanes of `num` <= 8 weight rows. */
+XD_INLINE void add_last(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                        const void *scales, const void *biases, int64_t first, int num, const xd_row *row, vf lanes[8]) {
+  const int left = a->groups % 8, g = a->groups - left;
+  const int64_t skip = (int64_t)g * group_size * bits / 8;
+  if (left == 4)
+    for (int i = 0; i < num; i += 2) { /* without a partner it is its own: lanes[num] is nobody's */
+      const int64_t n = first + i, other = i + 1 < num ? n + 1 : n;
+      const uint8_t *both[2] = {codes + n * a->code_bytes + skip, codes + other * a->code_bytes + skip};
+      const int64_t at[2] = {n * a->groups + g, other * a->groups + g};
+      last_fours(a, bits, group_size, two_digits, both, scales, biases, at, row, lanes + i);
+    }
+  else if (left)
+    for (int i = 0; i < num; i++) {
+      const int64_t n = first + i;
+      lanes[i] = last_groups(a, bits, group_size, two_digits, codes + n * a->code_bytes + skip, scales, biases,
+                             n * a->groups, g, row, lanes[i]);
+    }
 }
 
 /* The lanes of 8 weight rows are added up at once. */
@@ -174,6 +258,7 @@ XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits
       const int64_t n = first + i;
       lanes[i] = row_lanes(a, bits, group_size, two_digits, codes + n * a->code_bytes, scales, biases, n * a->groups, row);
     }
+    add_last(a, bits, group_size, two_digits, codes, scales, biases, first, num, row, lanes);
     sums = vf_sum8(lanes);
     vf_store(num == 8 ? y + first : all, sums);
     for (int i = 0; i < num && num < 8; i++) y[first + i] = all[i];

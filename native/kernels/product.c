@@ -16,6 +16,7 @@
 enum { FEW_FROM = 4, PANEL_FROM = 13, PANEL_ALONE_FROM = 4 };
 _Static_assert(PANEL_ALONE_FROM <= FEW_FROM, "few_rows calls affine_few from FEW_FROM on");
 enum { BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
+enum { FIRST_CODES = 4096, FIRST_NUMBERS = 512 }; /* bytes: as far as affine_avx2.c asks ahead, and their share */
 
 typedef struct {
   const xd_product *p;
@@ -61,6 +62,11 @@ static int64_t padded_width(const xd_affine *a) {
   return (int64_t)a->padded_groups * a->group_size;
 }
 
+/* From how many rows on an expert gets a panel. */
+static int panel_from(const xd_cpu *cpu) {
+  return cpu->isa->affine_few ? PANEL_FROM : PANEL_ALONE_FROM;
+}
+
 /* Lay a job out in its scratch; gives the bytes it takes. With scratch NULL only the bytes mean anything. */
 static int64_t lay_out(job *j, const xd_cpu *cpu, const xd_product *p) {
   char *scratch = p->scratch;
@@ -77,7 +83,8 @@ static int64_t lay_out(job *j, const xd_cpu *cpu, const xd_product *p) {
   j->active = take(scratch, &at, (int64_t)experts * 4);
   j->widened = take(scratch, &at, (int64_t)threads * p->weight.width * 4);
   j->numbers = take(scratch, &at, threads * padded_width(&j->a) * 2);
-  j->panels = take(scratch, &at, threads * j->panel_bytes);
+  /* Decoding does without: hundreds of KB less to ask malloc for, at each product. */
+  j->panels = take(scratch, &at, j->num_pairs < panel_from(cpu) ? 0 : threads * j->panel_bytes);
   return at;
 }
 
@@ -206,15 +213,28 @@ static void many_rows(const job *j, int32_t expert, int64_t out, int64_t end, vo
   }
 }
 
+/* Ask for the first codes, scales and biases of a task, which nothing leads to: its expert lies anywhere. They wait in
+   the L2 cache while the task before is computed. */
+static void ask_for(const job *j, int64_t index) {
+  if (index >= (int64_t)j->num_active * j->num_blocks) return;
+  const weight_rows w = weight_at(j, j->active[index / j->num_blocks], index % j->num_blocks * j->block_out);
+  for (uintptr_t at = 0; at < FIRST_CODES; at += 64) __builtin_prefetch((const void *)((uintptr_t)w.codes + at), 0, 2);
+  for (uintptr_t at = 0; at < FIRST_NUMBERS; at += 64) {
+    __builtin_prefetch((const void *)((uintptr_t)w.scales + at), 0, 2);
+    __builtin_prefetch((const void *)((uintptr_t)w.biases + at), 0, 2);
+  }
+}
+
 static void multiply(const void *context, int64_t index, int thread) {
   const job *j = context;
   int32_t expert = j->active[index / j->num_blocks];
   int64_t out = index % j->num_blocks * j->block_out, num_out = j->p->weight.num_out;
+  ask_for(j, index + 1);
   int64_t end = out + j->block_out < num_out ? out + j->block_out : num_out;
   const int64_t num_pairs = j->starts[expert + 1] - j->starts[expert];
   if (num_pairs == 1)
     one_row(j, j->order[j->starts[expert]], weight_at(j, expert, out), out, (int)(end - out));
-  else if (num_pairs < (j->cpu->isa->affine_few ? PANEL_FROM : PANEL_ALONE_FROM))
+  else if (num_pairs < panel_from(j->cpu))
     few_rows(j, expert, out, end);
   else
     many_rows(j, expert, out, end, j->panels + thread * j->panel_bytes);
@@ -237,12 +257,13 @@ void xd_product_run(xd_cpu *cpu, const xd_product *product) {
   }
   job j;
   lay_out(&j, cpu, product);
-  xd_pool_run(cpu->pool, round_rows, &j, (product->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
   xd_sort_pairs(product, j.order, j.starts);
   j.num_active = 0;
   for (int32_t e = 0; e < product->weight.num_experts; e++)
     if (j.starts[e + 1] > j.starts[e]) j.active[j.num_active++] = e;
   if (j.num_active == 0) return;
   choose_blocks(&j);
+  ask_for(&j, 0); /* these come while rows are rounded */
+  xd_pool_run(cpu->pool, round_rows, &j, (product->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK);
   xd_pool_run(cpu->pool, multiply, &j, (int64_t)j.num_active * j.num_blocks);
 }

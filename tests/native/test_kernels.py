@@ -133,6 +133,21 @@ def test_a_row_has_its_bits_however_it_comes(bits: int, group: int, activation_b
                 assert np.array_equal(some, wanted[:, :, 9:37]), (isa, threads)
 
 
+@pytest.mark.parametrize(("bits", "group", "activation_bits"), FORMATS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_sums_fit(bits: int, group: int, activation_bits: int, sign: int) -> None:
+    """All codes and all numbers of x as large as they can be; rows that end with half of eight groups."""
+    w = make_weight(bits, group, out=7, groups=12)
+    w.codes[:, 1:] = (1 << bits) - 1
+    x = narrowed(np.full((5, w.codes.shape[2]), sign * 1.5), BFLOAT16)
+    with opened("portable") as cpu:
+        wanted = product(cpu, w, x, None, activation_bits)
+    for isa in ISAS:
+        with opened(isa) as cpu:
+            for rows in (1, 5):
+                assert np.array_equal(product(cpu, w, x[:rows], None, activation_bits), wanted[:rows]), isa
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_what_is_not_a_number_stays_in_its_row(isa: str) -> None:
     w = make_weight(4, 64)
