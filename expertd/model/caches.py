@@ -224,6 +224,14 @@ def rotates(layer: Any) -> bool:
     return not mx.all(found[1:] > found[:-1]).item()
 
 
+def has_room(layer: Any, dtype: mx.Dtype) -> bool:
+    """Whether a layer's cache is plain keys and values of this type, whose buffers hold one more token."""
+    if type(layer) is not KVCache or layer.keys is None:
+        return False
+    fits: bool = layer.offset < layer.keys.shape[2] and layer.keys.dtype == layer.values.dtype == dtype
+    return fits
+
+
 def _forgets(layer: Any) -> bool:
     """Whether a layer's cache can forget any number of its last tokens."""
     if isinstance(layer, CacheList):

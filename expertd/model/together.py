@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
+from expertd.model.caches import has_room
 from expertd.model.swap import replaced
 
 AppendAttention = Callable[..., list[mx.array]]  # Kernels.append_attention
@@ -32,7 +32,11 @@ class Ragged:
     [num_sequences, ...]."""
 
     def __init__(self, parts: list[Any]) -> None:
-        self.parts = parts
+        self._parts = parts
+
+    @property
+    def parts(self) -> list[Any]:
+        return self._parts
 
 
 class Appending:
@@ -42,7 +46,7 @@ class Appending:
     """
 
     def __init__(
-        self, caches: list[KVCache], keys: mx.array, values: mx.array, function: AppendAttention
+        self, caches: list[Any], keys: mx.array, values: mx.array, function: AppendAttention
     ) -> None:
         self._caches, self._keys, self._values, self._function = caches, keys, values, function
         self._done = False
@@ -111,7 +115,7 @@ class Together:
         if (
             self._append_attention
             and keys.shape[2] == 1
-            and all(_has_room(c, keys.dtype) for c in self._caches)
+            and all(has_room(c, keys.dtype) for c in self._caches)
         ):
             appending = Appending(self._caches, keys, values, self._append_attention)
             return Appended(appending, 0), Appended(appending, 1)
@@ -158,14 +162,6 @@ class Padded(Together):
     def make_mask(self, num_tokens: int, **options: Any) -> Any:
         ends = [cache.offset + num_tokens for cache in self._caches]
         return mx.arange(max(ends)) < mx.array(ends)[:, None, None, None]
-
-
-def _has_room(cache: Any, dtype: mx.Dtype) -> bool:
-    """Whether it is plain keys and values of this type with room for one more token."""
-    if type(cache) is not KVCache or cache.keys is None:
-        return False
-    fits: bool = cache.offset < cache.keys.shape[2] and cache.keys.dtype == cache.values.dtype == dtype
-    return fits
 
 
 def _rows(array: mx.array) -> list[mx.array]:

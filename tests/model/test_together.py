@@ -202,7 +202,7 @@ def test_who_else_looks_sees_what_was_there() -> None:
         {"lengths": (256, 5)},
         {"lengths": (5, 0)},
         {"dtype": mx.float16},
-        {"other": RotatingKVCache(max_size=300)},
+        {"rotates": True},
         {"look": True},
     ],
     ids=["no room", "empty", "another type", "another kind", "read before"],
@@ -215,8 +215,11 @@ def test_what_cannot_be_appended_at_once_is_not(change: dict[str, Any]) -> None:
         filled_kv(second) if second else KVCache(),
     ]
     others: list[Any] = [copied(caches[0]), copied(caches[1]) if second else KVCache()]
-    if other := change.get("other"):
-        caches[1], others[1] = other, RotatingKVCache(max_size=300)
+    if change.get("rotates"):
+        caches[1], others[1] = RotatingKVCache(max_size=300), RotatingKVCache(max_size=300)
+        for cache in (caches[1], others[1]):
+            cache.update_and_fetch(mx.ones((1, 2, 5, 16)), mx.ones((1, 2, 5, 24)))
+            cache.update_and_fetch(mx.ones((1, 2, 1, 16)), mx.ones((1, 2, 1, 24)))  # now it has room
     rows = rows_of(2)
     y = attended(caches, rows, counting, look=change.get("look", False))
     assert counting.num_calls == 0
