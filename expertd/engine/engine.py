@@ -271,7 +271,9 @@ class Engine:
     def _admit(self, submit: Submit) -> None:
         try:
             check_ids(submit, self.vocab_size)
-            prompt = prompt_ids(submit, self.tokenizer, self.context_length, self.most_tokens)
+            # Another leader, with more memory maybe, has taken a resumed one: here it goes on, if only for a token.
+            most_tokens = self.context_length if submit.resumed else self.most_tokens
+            prompt = prompt_ids(submit, self.tokenizer, self.context_length, most_tokens)
             if not submit.resumed and len(self._open) >= self.max_streams + self.max_waiting:
                 raise BusyError(
                     f"{len(self._open)} requests are being served or wait already. Ask again later."
@@ -300,7 +302,7 @@ class Engine:
         self._num_sequences += 1
         tokenizer, chat = self.tokenizer, submit.messages is not None
         thinking = chat and tokenizer.opens_reasoning(prompt)
-        room = self.most_tokens - len(prompt)
+        room = max(self.most_tokens - len(prompt), len(submit.generated) + 1)
         seed = submit.sampling.seed
         end_ids = frozenset(submit.stop_ids) | (set() if submit.ignore_end else self.tokenizer.end_ids)
         return Sequence(

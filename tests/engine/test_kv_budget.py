@@ -4,7 +4,7 @@ import pytest
 
 from expertd.engine import kv_budget
 from expertd.engine.kv_budget import KvBudget
-from expertd.engine.messages import Rejected
+from expertd.engine.messages import Rejected, Submit
 from tests.engine.scripted import Bench
 
 
@@ -72,3 +72,12 @@ def test_the_first_may_have_all_and_no_more() -> None:
     )
     assert [bench.text(name) for name in ("fits", "grows")] == ["a", "y" * 8]
     assert bench.done("grows").finish_reason == "length"
+
+
+def test_what_a_leader_with_more_memory_has_taken_is_not_lost() -> None:
+    bench = Bench(kv=KvBudget(160, bytes_of))
+    prompt = "x" * 18
+    bench.scripts[prompt] = list(b"abcdef")
+    bench.engine.take(Submit("r", prompt=prompt, generated=list(b"abc"), resumed=True))
+    bench.finish()
+    assert bench.text("r") == "d" and bench.done("r").finish_reason == "length"
