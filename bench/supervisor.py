@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,12 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tempfile.TemporaryFile() as said,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as server,
     ):
+        too_late = threading.Timer(READY_TIMEOUT_S, server.kill)  # then nothing more is said
+        too_late.start()
         try:
             assert server.stdout
             port, process = int(server.stdout.readline() or 0), psutil.Process(server.pid)
+            too_late.cancel()
             if not port:
                 said.seek(0)
                 raise ClusterError(f"the server did not start: {said.read()[-500:].decode(errors='replace')}")
@@ -109,6 +113,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     if repeat:  # the first round has imports and caches to fill
                         costs[name].append(1000 * seconds / (arguments.streams * arguments.tokens))
         finally:
+            too_late.cancel()
             server.terminate()
     return _report(costs, arguments)
 
