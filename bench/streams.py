@@ -8,8 +8,8 @@ mlx-lm's server has. Each request has another short prompt, is greedy, cannot en
 and is streamed; all are sent at once. The first round is not counted. Nothing is guessed (--no-speculate), and no
 prompt begins like another.
 
-With --inside there is no HTTP: the groups are opened by this process, on the core of rank 0, as on two machines of one core
-each. That is what two ranks do for many streams; with HTTP on the same two cores, server and client are in it too.
+With --inside there is no HTTP: the groups are opened by this process, on the core of rank 0, as on two machines of one
+core each. That is what two ranks do for many streams; with HTTP on the same two cores, server and client are in it too.
 """
 
 import argparse

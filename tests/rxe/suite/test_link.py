@@ -1,7 +1,8 @@
 """Link processes on two hosts with real verbs: what ranks swap crosses, and each fault ends both ends with a reason.
 
-A link process takes half a minute to start in the virtual machine, so CI cuts the cable and `make soak` does the rest; the
-faults of bare connections (test_connection.py) are all in CI."""
+A link process takes half a minute to start in the virtual machine, so CI cuts the cable and `make soak` does the rest;
+the faults of bare connections (test_connection.py) are all in CI.
+"""
 
 import contextlib
 import secrets
