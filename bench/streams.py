@@ -9,7 +9,8 @@ and is streamed; all are sent at once. The first round is not counted. Nothing i
 prompt begins like another.
 
 With --inside there is no HTTP: the groups are opened by this process, which then needs little of the cores that the
-ranks have. That is what two ranks do for many streams; with HTTP on the same two cores, both are in it.
+ranks have, and keeps to those of the group whose turn it is. That is what two ranks do for many streams; with HTTP on
+the same two cores, both are in it.
 """
 
 import argparse
@@ -143,6 +144,8 @@ async def _measure_inside(rows: list[Row], folder: Path, arguments: argparse.Nam
         turns = list(zip(rows, clusters, strict=True))
         for repeat in range(arguments.repeats + 1):
             for row, cluster in turns if repeat % 2 == 0 else reversed(turns):
+                if row.cores:  # one rank with one core has one core in all
+                    os.sched_setaffinity(0, row.cores)
                 began = time.monotonic()
                 asked = [
                     Submit(f"{row.name} {repeat} {i}", prompt, max_tokens=arguments.tokens, ignore_end=True)
