@@ -31,12 +31,12 @@ class Choice:
 
     def take(self, event: Event) -> list[Json]:
         """The pieces that an event gives, each the choice of a chunk."""
-        if isinstance(event, Started):
-            return self._opening(event)
         if isinstance(event, Token):
             self._waiting += event.logprobs
             self._num_chars += len(event.text)
             return self._text(event)
+        if isinstance(event, Started):
+            return self._opening(event)
         self.done = event
         return self._closing(event)
 
