@@ -9,6 +9,7 @@ A token that is not told yet counts as chosen: if the next step fails, it is tol
 seen it, and the next leader chooses it again.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Delivery:
     ) -> None:
         self._tokenizer, self._send, self._flush = tokenizer, send, flush
         self._untold: deque[Chosen | Message] = deque()
+        self.told_s = 0.0  # what the last `tell` took
 
     def add(self, sequence: Sequence, token_id: int, row: Row) -> None:
         """Tell of a token, now if its text may end the answer."""
@@ -66,12 +68,13 @@ class Delivery:
 
     def tell(self) -> None:
         """Send all that is known."""
-        if not self._untold:
-            return
-        while self._untold:
-            event = self._untold.popleft()
-            self._send(self._event(event) if isinstance(event, Chosen) else event)
-        self._flush()
+        began = time.monotonic()
+        if self._untold:
+            while self._untold:
+                event = self._untold.popleft()
+                self._send(self._event(event) if isinstance(event, Chosen) else event)
+            self._flush()
+        self.told_s = time.monotonic() - began
 
     def _event(self, chosen: Chosen) -> Token:
         submit = chosen.sequence.submit

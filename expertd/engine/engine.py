@@ -57,6 +57,9 @@ from expertd.errors import BusyError, ConfigError, TransportError
 from expertd.model.sampler import Row, Sampler
 from expertd.split.cut import StepSplit, choose
 
+# About what the last 16 steps show decides which home a sequence gets, and it stays there.
+BESIDES_WEIGHT = 1 / 16
+
 
 @dataclass
 class Engine:
@@ -87,6 +90,7 @@ class Engine:
     _settled: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _num_preempted: int = 0  # not told yet
+    _besides: float = 0.0  # the part of a step's time, under `sequences`, in which this rank tells of tokens
     _has_decoded: bool = False  # since the last chunk of a prompt
     _has_met: bool = False  # in this epoch
 
@@ -412,9 +416,11 @@ class Engine:
 
     @property
     def _homes(self) -> tuple[float, ...]:
-        """The ranks' fractions of the sequences. Where another split is wanted, all wait here until every rank has
-        what it lacks of them."""
-        return self._fractions if self._split in ("auto", "sequences") else (1.0,)
+        """The ranks' fractions of the sequences; this one has other work, too. Where another split is wanted, all
+        wait here until every rank has what it lacks of them."""
+        if self._split not in ("auto", "sequences"):
+            return (1.0,)
+        return self._fractions[0] * (1 - self._besides), *self._fractions[1:]
 
     def _spread(self, sequences: list[Sequence]) -> None:
         """Let streams that are all at one home leave it, if the others have nearly caught up with them."""
@@ -456,6 +462,8 @@ class Engine:
         start = time.monotonic()
         logits = self._runner.lead(plan, meanwhile=self._delivery.tell)
         seconds, waited_s = time.monotonic() - start, start - begin
+        if plan.homes and plan.decode:
+            self._besides += BESIDES_WEIGHT * (self._delivery.told_s / seconds - self._besides)
         self._planner.took(work, plan.split.name, plan.num_tokens, seconds, waited_s)
         for choice in self._planner.news():
             self.send(choice)

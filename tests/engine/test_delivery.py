@@ -1,8 +1,10 @@
 """When tokens are told: beside the next step where others compute it, and never too late."""
 
+import time
+
 import pytest
 
-from expertd.engine.messages import Cancel, Done, Started, Token
+from expertd.engine.messages import Cancel, Done, Message, Started, Token
 from expertd.engine.plan import Plan
 from tests.engine.scripted import END, Bench, break_off
 
@@ -89,3 +91,29 @@ def test_nothing_is_told_without_a_flush(shares: tuple[float, ...]) -> None:
     bench.ask("a", "prompt", "xyz")
     bench.finish()
     assert flushed[-1] == len(bench.events) == 6 and len(flushed) == 4
+
+
+def test_the_rank_that_tells_is_home_to_fewer_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second, and each event one more: with eight streams, nearly all of the time goes into telling."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def spend(what: object) -> None:
+        clock[0] += 1
+
+    def send(event: Message) -> None:
+        bench.events.append(event)
+        spend(event)
+
+    bench = Bench()
+    bench.engine.splits = ["solo", "sequences"]
+    bench.begin("sequences", (0.5, 0.5))
+    bench.engine._delivery._send = send
+    bench.runner.before_step = spend
+    for turn, at_home in (("first", [4, 4]), ("second", [3, 5])):
+        num_plans = len(bench.runner.plans)
+        for i in range(8):
+            bench.ask(f"{turn} {i}", f"prompt {i}", "ten tokens")
+        bench.finish()
+        decode = [p for p in bench.runner.plans[num_plans:] if p.decode]
+        assert [decode[0].homes.count(rank) for rank in (0, 1)] == at_home, turn
