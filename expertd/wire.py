@@ -5,6 +5,7 @@ class. The bytes may come from a stranger, so lengths are bounded before anythin
 type is checked before a message exists.
 """
 
+import struct
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, Union, get_args
@@ -13,6 +14,8 @@ import msgpack
 import msgspec
 
 from expertd.errors import RemoteProtocolError
+
+_LENGTH = struct.Struct(">I")
 
 
 class Codec:
@@ -43,7 +46,7 @@ class Codec:
         """A decoder for one connection."""
         return Decoder(self)
 
-    def parse(self, body: bytes) -> Any:
+    def parse(self, body: bytes | bytearray) -> Any:
         """Give the message of one frame's body. Raises RemoteProtocolError when it is none of ours."""
         try:
             values = msgpack.unpackb(body, max_ext_len=0)
@@ -76,15 +79,18 @@ class Decoder:
 
         Raises RemoteProtocolError when the bytes are no frame of ours; the connection is then of no further use.
         """
-        self._buffer += data
-        while len(self._buffer) >= 4:
-            size = int.from_bytes(self._buffer[:4], "big")
-            if size > self._codec.max_frame_bytes:
-                raise RemoteProtocolError(
-                    f"frame of {size} bytes, at most {self._codec.max_frame_bytes} are allowed"
-                )
-            if len(self._buffer) < 4 + size:
-                return
-            body = bytes(self._buffer[4 : 4 + size])
-            del self._buffer[: 4 + size]
-            yield self._codec.parse(body)
+        buffer, at = self._buffer, 0
+        buffer += data
+        try:
+            while len(buffer) - at >= 4:
+                (size,) = _LENGTH.unpack_from(buffer, at)
+                if size > self._codec.max_frame_bytes:
+                    raise RemoteProtocolError(
+                        f"frame of {size} bytes, at most {self._codec.max_frame_bytes} are allowed"
+                    )
+                if len(buffer) - at < 4 + size:
+                    return
+                at += 4 + size
+                yield self._codec.parse(buffer[at - size : at])
+        finally:
+            del buffer[:at]

@@ -14,7 +14,7 @@ are loaded by one task at a time.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -45,10 +45,10 @@ from expertd.cluster.host_messages import (
     Welcome,
 )
 from expertd.cluster.paths import Paths
-from expertd.cluster.reply import LeaderLost, Reply, accepted
+from expertd.cluster.reply import LeaderLost, Replies, Take
 from expertd.cluster.site import LinkSettings, LocalSite, SetupFailed
 from expertd.cluster.supervisor import Cluster
-from expertd.engine.messages import Cancel, Done, Failed, Rejected, Started, Submit, Token
+from expertd.engine.messages import Done, Failed, Rejected, Started, Submit, Token
 from expertd.errors import (
     CheckpointError,
     ClusterError,
@@ -64,7 +64,6 @@ from expertd.link.messages import LinkPeer, LinkReport
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
 WELCOME_TIMEOUT_S = 10.0
 
-Events = AsyncGenerator[Started | Token | Done, None]
 _log = logging.getLogger(__name__)
 
 
@@ -88,7 +87,7 @@ class Joiner:
         self._met = False  # a leader let us in, at some time
         self._tasks: set[asyncio.Task[None]] = set()  # of this session
         self._failure: ExpertdError | None = None  # why we ended the session ourselves
-        self._replies: dict[str, Reply] = {}
+        self._replies = Replies(lambda cancel: self._start(self._say(cancel)))
         self._said = ""
         self.state, self.reason = "looking", "no leader has answered yet"
         # Our ranks, and what they hold.
@@ -258,8 +257,7 @@ class Joiner:
             self._cluster.requests.lose_leaders()
             if self._is_led:
                 self._cluster.lead_by(None)
-        for reply in self._replies.values():
-            reply.put(Failed(reply.request_id, reason, lost=True))
+        self._replies.fail(reason, lost=True)
         try:
             await self._be_alone()
         except ExpertdError as e:
@@ -279,8 +277,7 @@ class Joiner:
 
     async def _take(self, message: Any) -> None:
         if isinstance(message, Started | Token | Done | Rejected | Failed):
-            if reply := self._replies.get(message.request_id):
-                reply.put(message)
+            self._replies.hear(message)
         elif isinstance(message, Prepare | Connect | Start):
             self._start(self._obey(message))
         elif isinstance(message, Hold):
@@ -387,24 +384,14 @@ class Joiner:
 
     # What our HTTP server asks of the group while we follow.
 
-    async def generate(self, submit: Submit) -> Events:
-        """As Cluster.generate: the leader answers."""
+    async def answer(self, submit: Submit, take: Take) -> None:
+        """As Replies.answer: the leader answers."""
         channel = self._channel
         if channel is None:
             raise LeaderLost("the leader is gone")
-        reply = self._replies[submit.request_id] = Reply(submit.request_id)
         try:
-            await channel.send(submit)
-            while True:
-                event = accepted(await reply.get())
-                yield event
-                if isinstance(event, Done):
-                    return
+            await self._replies.answer(submit, channel.send, take)
         except LocalProtocolError as e:
             raise ClusterError(str(e)) from e
         except TransportError as e:
             raise LeaderLost(str(e)) from e
-        finally:
-            del self._replies[submit.request_id]
-            if not reply.ended:
-                self._start(self._say(Cancel(submit.request_id)))

@@ -4,27 +4,15 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Self
 
 from expertd.cluster.epoch import Epoch
 from expertd.cluster.process import ChildProcess
-from expertd.cluster.reply import Event, LeaderLost, Reply, accepted
+from expertd.cluster.reply import LeaderLost, Replies, Take
 from expertd.config import GroupConfig
-from expertd.engine.messages import (
-    Begin,
-    Cancel,
-    Done,
-    Failed,
-    Observe,
-    Ready,
-    Setup,
-    Started,
-    Submit,
-    Token,
-    codec,
-)
+from expertd.engine.messages import Begin, Observe, Ready, Setup, Submit, codec
 
 # A rank's C thread beats every 20 ms, whatever its Python or MLX are at. Silence means that the process is stopped
 # or its machine is; the group's own wait (GroupConfig.pulse_timeout_s) is the second line.
@@ -80,7 +68,7 @@ class LocalRank:
         self.dead: str | None = None
         self.seats: list[Seat] = []
         self.pulse = Pulse()
-        self.replies: dict[str, Reply] = {}
+        self.replies = Replies(process.send_nowait)
         self.last_word = time.monotonic()
         self._fd_channel = fd_channel
 
@@ -144,35 +132,13 @@ class LocalRank:
             return f"has said nothing for {SILENCE_TIMEOUT_S:g} s with {len(self.replies)} requests open"
         return None
 
-    async def generate(self, submit: Submit | Observe) -> AsyncGenerator[Started | Token | Done, None]:
-        """Run one request on this rank, the leader. As Cluster.generate."""
+    async def answer(self, submit: Submit | Observe, take: Take) -> None:
+        """Run one request on this rank, the leader. As Replies.answer."""
         if self.dead:
             raise LeaderLost(f"rank {self.number} {self.dead}")
-        assert submit.request_id not in self.replies, "request ids are unique"
         if not self.replies:
             self.last_word = time.monotonic()
-        reply = self.replies[submit.request_id] = Reply(submit.request_id)
-        try:
-            await self.process.send(submit)
-            while True:
-                event = accepted(await reply.get())
-                yield event
-                if isinstance(event, Done):
-                    return
-        finally:
-            del self.replies[submit.request_id]
-            if not reply.ended:
-                self.process.send_nowait(Cancel(submit.request_id))
-
-    def answer(self, event: Event) -> None:
-        """Give an event to the request's reader, unless it has left and its Cancel is still on the way."""
-        if reply := self.replies.get(event.request_id):
-            reply.put(event)
-
-    def fail_requests(self, reason: str, lost: bool = False) -> None:
-        """End every request here; `lost`: whoever leads next may resume them."""
-        for reply in self.replies.values():
-            reply.put(Failed(reply.request_id, reason, lost))
+        await self.replies.answer(submit, self.process.send, take)
 
     def hang_up(self) -> None:
         """Close all connections: the rank ends by itself if it still can."""

@@ -1,9 +1,9 @@
 """The requests of a supervisor. Each outlives its leader: it goes on with the next one, after the last token it has.
 
-A task per request asks whoever leads and writes what comes into the request's transcript; readers read there. If the
-leader is lost, the task waits for the next one and submits the request again, with the tokens that it has. The
-engine there feeds them to sampler, detokenizer and stop strings and gives only what follows, so none is repeated and
-none is missing: which token comes next depends on logits, seed, position and the tokens before it.
+What a leader says of a request is written into its transcript as it comes; readers read there. A task per request asks
+whoever leads. If the leader is lost, the task waits for the next one and submits the request again, with the tokens
+that it has. The engine there feeds them to sampler, detokenizer and stop strings and gives only what follows, so none
+is repeated and none is missing: which token comes next depends on logits, seed, position and the tokens before it.
 
 A request with `keep` may be read again, from its first event on, and by several readers (`resume`). It goes on without
 any, and the leading host sends what comes of it to every other host (copies.py), which `hold`s it. When the host that
@@ -16,13 +16,12 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
 from expertd.cluster.copies import Copies, copy_of
 from expertd.cluster.host_messages import Copy, Hold
-from expertd.cluster.reply import LeaderLost
+from expertd.cluster.reply import LeaderLost, Take
 from expertd.cluster.transcripts import Event, Kept, Transcript
 from expertd.engine.messages import Done, Submit
 from expertd.errors import BusyError, ClusterError, ExpertdError, NotFoundError
@@ -40,7 +39,7 @@ _log = logging.getLogger(__name__)
 class Leader(Protocol):
     """Whoever answers requests: a local rank 0, or a way to the host that has it."""
 
-    def generate(self, submit: Submit, /) -> AsyncGenerator[Event, None]: ...
+    async def answer(self, submit: Submit, take: Take, /) -> None: ...
 
 
 class Requests:
@@ -59,16 +58,9 @@ class Requests:
     def num_open(self) -> int:
         return len(self._open)
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
+    def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         """As Cluster.generate."""
-        transcript = Transcript(_seeded(submit))
-        self._start(transcript)
-        try:
-            async for event in self._read(transcript):
-                yield event
-        finally:
-            if not submit.keep:
-                self._stop(transcript)
+        return self._read(Transcript(_seeded(submit)), is_new=True)
 
     async def carry(self, submit: Submit, host_id: str) -> AsyncGenerator[Event, None]:
         """The same for a client of another host, which sees to it: the request ends here when that host leaves."""
@@ -211,32 +203,44 @@ class Requests:
             )
 
     async def _ask(self, leader: Leader, submit: Submit, transcript: Transcript) -> None:
-        async with aclosing(leader.generate(submit)) as events:
-            async for event in events:
-                transcript.add(_named(event, transcript.request_id))
-                self.last_token_at = time.monotonic()
-                self.copies.offer(transcript)
+        def take(event: Event) -> None:
+            transcript.add(_named(event, transcript.request_id))
+            self.last_token_at = time.monotonic()
+            self.copies.offer(transcript)
+
+        await leader.answer(submit, take)
         if transcript.end is None:
             raise ClusterError("the answer has no end. This is a bug of expertd.")
 
     # Readers.
 
-    async def _read(self, transcript: Transcript, at: int = 0) -> AsyncGenerator[Event, None]:
-        """Give the events from number `at` on, as they come. Raises what ended the request."""
-        while True:
-            while at < transcript.num_committed:
-                event = transcript.events[at]
-                yield event
-                if isinstance(event, Done):
-                    return
-                at += 1
-            if isinstance(transcript.end, ExpertdError):
-                raise transcript.end
-            if self._is_closed:
-                raise ClusterError("expertd is stopping")
-            if not (transcript.is_led or transcript.end):
-                self._start(transcript, transcript.resumed())
-            await transcript.wait_news()
+    async def _read(
+        self, transcript: Transcript, at: int = 0, is_new: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """Give the events from number `at` on, as they come. Raises what ended the request.
+
+        One that `is_new` begins with its reader and, unless it is kept, ends with it.
+        """
+        if is_new:
+            self._start(transcript)
+        try:
+            while True:
+                while at < transcript.num_committed:
+                    event = transcript.events[at]
+                    yield event
+                    if isinstance(event, Done):
+                        return
+                    at += 1
+                if isinstance(transcript.end, ExpertdError):
+                    raise transcript.end
+                if self._is_closed:
+                    raise ClusterError("expertd is stopping")
+                if not (transcript.is_led or transcript.end):
+                    self._start(transcript, transcript.resumed())
+                await transcript.news()
+        finally:
+            if is_new and not transcript.submit.keep:
+                self._stop(transcript)
 
 
 def _seeded(submit: Submit) -> Submit:

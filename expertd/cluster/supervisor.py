@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any, Protocol, Self
 
 from expertd import errors
@@ -261,13 +261,13 @@ class Cluster:
             raise ConfigError("another host leads this group, and windows stay on their host.")
         self._num_observed += 1
         try:
-            async with aclosing(leader.generate(observe)) as events:
-                async for event in events:
-                    if isinstance(event, Done):
-                        return event
+            events: list[Started | Token | Done] = []
+            await leader.answer(observe, events.append)
         finally:
             self._num_observed -= 1
-        raise ClusterError("the answer has no end. This is a bug of expertd.")
+        done = events[-1]
+        assert isinstance(done, Done)
+        return done
 
     async def _find_leader(self, patient: bool = False) -> Leader:
         """Whoever leads, or will in LEADER_TIMEOUT_S seconds. Raises ClusterError when nobody does.
@@ -359,7 +359,7 @@ class Cluster:
             return
         if self._leader is rank:
             self.lead_by(None)
-        rank.fail_requests(reason, lost=True)
+        rank.replies.fail(reason, lost=True)
         if self._epochs and rank.sits_in(self._epochs[-1]):
             self.end_epoch(reason)
         rank.seats.clear()
@@ -472,7 +472,7 @@ class Cluster:
         if isinstance(message, Answer):
             if isinstance(message, (Token, Done)) and self.running:
                 self._epochs[-1].fruitful = True
-            rank.answer(message)
+            rank.replies.hear(message)
         elif isinstance(message, Fatal):
             self._died(rank, f"died: {message.message}", _error_named(message.kind, message.message))
         elif isinstance(message, Loading):
@@ -533,7 +533,7 @@ class Cluster:
         self.end_epoch(str(error))
         self._led.set()  # whoever waits for a leader looks again
         for rank in self._ranks:
-            rank.fail_requests(str(error))
+            rank.replies.fail(str(error))
         self._teardown = asyncio.create_task(self._stop_ranks())
 
     async def _stop_ranks(self) -> None:

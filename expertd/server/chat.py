@@ -301,7 +301,9 @@ class ChatChoice(Choice):
         return shown
 
     def _logprobs(self) -> Json | None:
-        content = [_with_top(found) for found in self._take_logprobs()] if self._wants_logprobs else []
+        if not self._wants_logprobs:
+            return None
+        content = [_with_top(found) for found in self._take_logprobs()]
         self._shown += content
         return {"content": content, "refusal": None} if content else None
 

@@ -10,7 +10,7 @@ from expertd.errors import ClusterError
 
 # So many choices of one request are asked for at a time; the others wait here, not in the queue that all share.
 MAX_AT_ONCE = 16
-# Events that wait for a slow reader; the rest stays with the replies, which join tokens.
+# Events that wait for a slow reader; the rest stays in the transcripts.
 MAX_PENDING = 64
 
 Event = Started | Token | Done

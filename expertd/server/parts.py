@@ -8,8 +8,9 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from expertd.dialect import Dialect
 
@@ -23,26 +24,22 @@ _HEAD = re.compile(
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reasoning:
+class Reasoning(msgspec.Struct, frozen=True):
     text: str
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(msgspec.Struct, frozen=True):
     text: str
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """A tool call begins; `index` counts those of the answer."""
 
     index: int
     name: str
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(msgspec.Struct, frozen=True):
     """More of the arguments of call number `index`, which are one JSON object in the end."""
 
     index: int
@@ -156,9 +153,11 @@ class Splitter:
             return [d.call_end] if d.call_end else []
         calls = [d.call_start] if self._parser and d.call_start else []
         # Reasoning comes first: later the mark is a part of the text, or of a string in JSON.
-        begin = self._held.lstrip()[: len(d.think_start)]
-        thinks = d.think_start and self._first and d.think_start.startswith(begin)
-        return ([d.think_start] if thinks else []) + calls
+        if self._first and d.think_start:
+            begin = self._held.lstrip()[: len(d.think_start)]
+            if d.think_start.startswith(begin):
+                return [d.think_start, *calls]
+        return calls
 
     def _pass(self, mark: str) -> list[Part]:
         """Go past a mark, into what it begins."""
@@ -227,8 +226,8 @@ class Splitter:
 
 def _joined(parts: list[Part]) -> list[Part]:
     """Neighbours of one kind as one part."""
-    if len(parts) < 2:
-        return [part for part in parts if isinstance(part, Call) or part.text]
+    if len(parts) == 1 and isinstance(parts[0], Content) and parts[0].text:  # nearly always
+        return parts
     found: list[Part] = []
     for part in parts:
         last = found[-1] if found else None
@@ -236,9 +235,9 @@ def _joined(parts: list[Part]) -> list[Part]:
             last is not None
             and not isinstance(part, Call)
             and not isinstance(last, Call)
-            and replace(last, text="") == replace(part, text="")
+            and msgspec.structs.replace(last, text="") == msgspec.structs.replace(part, text="")
         ):
-            found[-1] = replace(last, text=last.text + part.text)
+            found[-1] = msgspec.structs.replace(last, text=last.text + part.text)
         elif isinstance(part, Call) or part.text:
             found.append(part)
     return found

@@ -15,12 +15,14 @@ from expertd.server.wire import Event, Json, shape_of
 
 @dataclass
 class _Open:
-    """The output item that is being written; `kind` is "reasoning", "message" or "function_call"."""
+    """The output item that is being written; `kind` is "reasoning", "message" or "function_call". `place` is what all
+    events of its content have."""
 
     kind: str
     item: Json
     index: int
-    text: str = ""
+    place: Json
+    texts: list[str] = field(default_factory=list)
     logprobs: list[Json] = field(default_factory=list)
 
 
@@ -132,18 +134,20 @@ class ResponseEvents:
 
     def _begin(self, kind: str, item: Json) -> list[Json]:
         events = self._close("completed")
-        self._open = _Open(kind, item, len(self._output))
+        index, is_call = len(self._output), kind == "function_call"
+        place = {"output_index": index, "item_id": item["id"], **({} if is_call else {"content_index": 0})}
+        self._open = _Open(kind, item, index, place)
         events.append(self._of_item("response.output_item.added", item=dict(item)))
-        if kind != "function_call":
+        if not is_call:
             part = self._part(kind, "", [])
             events.append(self._of_content("response.content_part.added", part=part))
         return events
 
     def _delta(self, part: Reasoning | Content | Arguments) -> Json:
         assert self._open is not None
-        self._open.text += part.text
+        self._open.texts.append(part.text)
         if isinstance(part, Arguments):
-            return self._of_id("response.function_call_arguments.delta", delta=part.text)
+            return self._of_content("response.function_call_arguments.delta", delta=part.text)
         if isinstance(part, Reasoning):
             return self._of_content("response.reasoning_text.delta", delta=part.text)
         logprobs = self._take_logprobs()
@@ -161,19 +165,18 @@ class ResponseEvents:
         now = self._open
         if now is None:
             return []
-        item = {**now.item, "status": status}
+        item, text = {**now.item, "status": status}, "".join(now.texts)
         if now.kind == "function_call":
-            item["arguments"] = now.text
-            events = [
-                self._of_id("response.function_call_arguments.done", arguments=now.text, name=item["name"])
-            ]
+            item["arguments"] = text
+            kind = "response.function_call_arguments.done"
+            events = [self._of_content(kind, arguments=text, name=item["name"])]
         else:
-            part = self._part(now.kind, now.text, now.logprobs)
+            part = self._part(now.kind, text, now.logprobs)
             item["content"] = [part]
             name = "output_text" if now.kind == "message" else "reasoning_text"
             more = {"logprobs": now.logprobs} if now.kind == "message" else {}
             events = [
-                self._of_content(f"response.{name}.done", text=now.text, **more),
+                self._of_content(f"response.{name}.done", text=text, **more),
                 self._of_content("response.content_part.done", part=part),
             ]
         events.append(self._of_item("response.output_item.done", item=item))
@@ -188,11 +191,8 @@ class ResponseEvents:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
 
     def _of_content(self, kind: str, **values: Any) -> Json:
-        return self._of_id(kind, content_index=0, **values)
-
-    def _of_id(self, kind: str, **values: Any) -> Json:
         assert self._open is not None
-        return self._of_item(kind, item_id=self._open.item["id"], **values)
+        return self._event(kind, **self._open.place, **values)
 
     def _of_item(self, kind: str, **values: Any) -> Json:
         assert self._open is not None

@@ -31,12 +31,12 @@ class Choice:
 
     def take(self, event: Event) -> list[Json]:
         """The pieces that an event gives, each the choice of a chunk."""
-        if isinstance(event, Started):
-            return self._opening(event)
         if isinstance(event, Token):
             self._waiting += event.logprobs
             self._num_chars += len(event.text)
             return self._text(event)
+        if isinstance(event, Started):
+            return self._opening(event)
         self.done = event
         return self._closing(event)
 
@@ -125,3 +125,8 @@ def json_of(text: str) -> Json:
 def encode_event(value: Json) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def encode_named(value: Json) -> bytes:
+    """One server-sent event, named by its "type"."""
+    return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), msgspec.json.encode(value))

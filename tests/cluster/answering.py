@@ -1,10 +1,9 @@
 """Leaders without ranks: they answer with ANSWER, token by token, as far as a test lets them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
-from expertd.cluster.reply import LeaderLost
+from expertd.cluster.reply import LeaderLost, Take
 from expertd.cluster.requests import Requests
 from expertd.engine.messages import Done, Started, Submit, Token
 
@@ -27,24 +26,24 @@ class Leaders:
     async def find(self, patient: bool) -> Any:
         return self
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Any, None]:
+    async def answer(self, submit: Submit, take: Take) -> None:
         self.asked.append(submit)
         life = self._lives.pop(0) if self._lives else len(ANSWER)
         if isinstance(life, Exception):
             raise life
-        yield Started(submit.request_id, 2)
+        take(Started(submit.request_id, 2))
         for token_id in ANSWER[len(submit.generated) :][:life]:
             await self.pace()
-            yield Token(submit.request_id, [token_id], f"{token_id} ")
+            take(Token(submit.request_id, [token_id], f"{token_id} "))
         if len(submit.generated) + life < len(ANSWER):
             raise LeaderLost("rank 0 died")
         await self.pace()
-        yield Done(submit.request_id, "stop", 2, self._num_said, 1.0, 1.0, "solo", 1)
+        take(Done(submit.request_id, "stop", 2, self._num_said, 1.0, 1.0, "solo", 1))
 
     async def pace(self) -> None:
         """Before each token, and before the Done."""
 
-    async def answer(self, **options: Any) -> list[Any]:
+    async def ask(self, **options: Any) -> list[Any]:
         return [e async for e in self.requests.generate(Submit("r", prompt="x", **options))]
 
 

@@ -161,7 +161,7 @@ def test_a_host_that_comes_later_gets_what_is_kept() -> None:
     async def main() -> None:
         a = Paced(allowed=9)
         b = Requests(a.find)
-        await a.answer(keep=True)
+        await a.ask(keep=True)
         running = Reader(a.requests.generate(Submit("s", prompt="x", keep=True)))
         a.allow(12)
         await until(lambda: running.num_tokens == 3)

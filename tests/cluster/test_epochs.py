@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from stub_group import LIMIT_S, SOON_S, StubMailbox, begun, children, group_of, 
 from expertd.cluster import local, supervisor
 from expertd.cluster.epoch import Event, Layout, LocalCoordinator, RankDied
 from expertd.cluster.local import LATE_S, LOOK_S, PULSE_SILENCE_S, Pulse
+from expertd.cluster.reply import Take
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Done, Ended, Started, Submit, Token
 from expertd.errors import ClusterError, ConfigError
@@ -352,10 +353,10 @@ def test_end_of_the_group_ends_the_wait_for_a_leader(tmp_path: Path) -> None:
 
 def test_requests_go_to_another_host_that_leads(tmp_path: Path) -> None:
     class Distant:
-        async def generate(self, submit: Submit) -> AsyncGenerator[Started | Token | Done, None]:
-            yield Started(submit.request_id, 1)
-            yield Token(submit.request_id, [1], "from afar")
-            yield Done(submit.request_id, "stop", 1, 1, 1.0, 1.0, "auto", 3)
+        async def answer(self, submit: Submit, take: Take) -> None:
+            take(Started(submit.request_id, 1))
+            take(Token(submit.request_id, [1], "from afar"))
+            take(Done(submit.request_id, "stop", 1, 1, 1.0, 1.0, "auto", 3))
 
     async def main() -> None:
         async with open_group(tmp_path, coordinator=Scripted) as cluster:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from expertd.cluster import reply, requests
-from expertd.cluster.reply import LeaderLost
-from expertd.engine.messages import Candidate, Logprobs, Submit, Token
-from expertd.errors import ClusterError, ConfigError
+from expertd.cluster import requests
+from expertd.cluster.reply import LeaderLost, Replies
+from expertd.engine.messages import Cancel, Failed, Rejected, Started, Submit, Token
+from expertd.errors import BusyError, ClusterError, ConfigError, ExpertdError
 from tests.cluster.answering import ANSWER, EVENTS, Leaders
 from tests.cluster.hosts import finish
 
@@ -19,7 +19,7 @@ def test_it_goes_on_with_the_next_leader(monkeypatch: pytest.MonkeyPatch) -> Non
 
     async def main() -> None:
         leaders = Leaders(0, 3, LeaderLost("gone"), 0, 4)
-        assert await leaders.answer() == EVENTS
+        assert await leaders.ask() == EVENTS
         ids = [s.request_id for s in leaders.asked]
         assert ids[0] == "r" and len(set(ids)) == len(ids) == 6 and all(i.startswith("r~") for i in ids[1:])
         assert [s.generated for s in leaders.asked] == [ANSWER[:n] for n in (0, 0, 3, 3, 3, 7)]
@@ -38,7 +38,7 @@ def test_what_kills_every_leader_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(
             ClusterError, match=r"^rank 0 died; that was the leader no\. 5 in a row without a"
         ):
-            await leaders.answer()
+            await leaders.ask()
         assert len(leaders.asked) == requests.MAX_LOST_LEADERS
         assert leaders.requests.num_open == 0
 
@@ -57,7 +57,7 @@ def test_what_kills_every_leader_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_wrong_is_said(leaders: Any, error: type[Exception], text: str) -> None:
     async def main() -> None:
         with pytest.raises(error, match=text):
-            await leaders().answer()
+            await leaders().ask()
 
     finish(main())
 
@@ -83,17 +83,87 @@ def test_a_reader_that_leaves_ends_the_request() -> None:
     finish(main())
 
 
-def test_tokens_that_are_joined_for_a_slow_reader_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply, "MAX_PENDING_EVENTS", 2)
+class Asked:
+    """A request that was sent: what it was given, what of it was cancelled, and its end."""
+
+    def __init__(self, at: int = 100) -> None:
+        self.sent: list[Submit] = []
+        self.taken: list[Any] = []
+        self.cancelled: list[Cancel] = []
+        self.replies = Replies(self.cancelled.append)
+        self._at = at
+        self.task = asyncio.create_task(self.replies.answer(Submit("r", prompt="x"), self._send, self._take))
+
+    async def _send(self, submit: Submit) -> None:
+        self.sent.append(submit)
+
+    def _take(self, event: Any) -> None:
+        self.taken.append(event)
+        if len(self.taken) == self._at:
+            raise ZeroDivisionError("ours")
+
+
+def test_what_a_leader_says_is_there_at_once_and_ends_with_the_end() -> None:
+    async def main() -> None:
+        asked = Asked()
+        await asyncio.sleep(0)
+        assert asked.sent == [Submit("r", prompt="x")] and len(asked.replies) == 1
+        for event in [Started("s", 1), *EVENTS, Token("r", [0], "late"), Failed("r", "late")]:
+            asked.replies.hear(event)
+        asked.replies.fail("too late", lost=True)
+        assert asked.taken == EVENTS
+        await asked.task
+        assert asked.cancelled == [] and len(asked.replies) == 0
+
+    finish(main())
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        (Rejected("r", "why"), ConfigError),
+        (Rejected("r", "why", busy=True), BusyError),
+        (Failed("r", "why"), ClusterError),
+        (Failed("r", "why", lost=True), LeaderLost),
+    ],
+)
+def test_a_refusal_ends_the_request_and_needs_no_cancel(event: Any, error: type[ExpertdError]) -> None:
+    async def main() -> None:
+        asked = Asked()
+        await asyncio.sleep(0)
+        for heard in (EVENTS[0], event, Token("r", [0], "late")):
+            asked.replies.hear(heard)
+        with pytest.raises(error, match=r"^why$"):
+            await asked.task
+        assert asked.taken == EVENTS[:1] and asked.cancelled == []
+
+    finish(main())
+
+
+@pytest.mark.parametrize(("rest", "cancelled"), [(EVENTS[3:5], [Cancel("r")]), (EVENTS[3:], [])])
+def test_what_a_request_cannot_take_ends_it_alone(rest: list[Any], cancelled: list[Cancel]) -> None:
+    """Not whoever hears the leader; and the leader works for nobody, unless it has ended by itself meanwhile."""
 
     async def main() -> None:
-        events = reply.Reply("r")
-        for i in range(5):
-            found = Logprobs(Candidate(i, b"x", -1.0), [], i)
-            events.put(Token("r", [i], "x", [found]))
-        first, rest = await events.get(), await events.get()
-        assert isinstance(first, Token) and first.token_ids == [0]
-        assert isinstance(rest, Token) and (rest.token_ids, rest.text) == ([1, 2, 3, 4], "xxxx")
-        assert [found.text_offset for found in rest.logprobs] == [1, 2, 3, 4]
+        asked = Asked(at=3)
+        await asyncio.sleep(0)
+        for event in [*EVENTS[:3], *rest]:
+            asked.replies.hear(event)
+        with pytest.raises(ZeroDivisionError, match="ours"):
+            await asked.task
+        assert asked.taken == EVENTS[:3] and asked.cancelled == cancelled
+
+    finish(main())
+
+
+def test_who_leaves_is_given_nothing_more() -> None:
+    async def main() -> None:
+        asked = Asked()
+        await asyncio.sleep(0)
+        asked.replies.hear(EVENTS[0])
+        asked.task.cancel()
+        asked.replies.hear(EVENTS[1])
+        await asyncio.wait([asked.task])
+        assert asked.task.cancelled() and asked.taken == EVENTS[:1] and asked.cancelled == [Cancel("r")]
 
     finish(main())
