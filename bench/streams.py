@@ -8,8 +8,8 @@ mlx-lm's server has. Each request has another short prompt, is greedy, cannot en
 and is streamed; all are sent at once. The first round is not counted. Nothing is guessed (--no-speculate), and no
 prompt begins like another.
 
-With --inside there is no HTTP: the groups are opened by this process, which then needs little of the cores that the
-ranks have. That is what two ranks do for many streams; with HTTP on the same two cores, both are in it.
+With --inside there is no HTTP: the groups are opened by this process, on the core of rank 0, as on two machines of one
+core each. That is what two ranks do for many streams; with HTTP on the same two cores, server and client are in it too.
 """
 
 import argparse
@@ -138,6 +138,8 @@ async def _measure_inside(rows: list[Row], folder: Path, arguments: argparse.Nam
         for name in kernels
         for ranks in (1, 2)
     ]
+    if cores := own_cores(1):  # each machine has one core, and this process is on the first machine
+        os.sched_setaffinity(0, cores)
     async with AsyncExitStack() as stack:
         clusters = [await stack.enter_async_context(Cluster.open(group)) for group in groups]
         turns = list(zip(rows, clusters, strict=True))

@@ -304,6 +304,7 @@ def _load(setup: Setup, control: Control) -> Rank:
         group.prefill_chunk,
         control.post,
         _vocab_size(info) or tokenizer.size,
+        control.flush,
         kv=KvBudget(group.kv_cache_bytes or 0, lambda n: cache_bytes(info.config, n, group.kv_bits)),
     )
     engine.max_streams, engine.max_waiting = group.max_streams, group.max_waiting

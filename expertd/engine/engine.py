@@ -1,7 +1,7 @@
 """Rank 0's engine: requests in, events out, one step at a time.
 
 `step` is the architecture in four beats: schedule (which sequences), plan (what to compute, and under which
-split), run (the MLX graph with the exchanges inside), deliver (sample, detokenize, send).
+split), run (the MLX graph with the exchanges inside), deliver (choose the next tokens; delivery.py tells of them).
 
 Sequences join and leave between steps. The first `max_streams` of those that are open, in the order of their arrival,
 are served at once, as far as their caches fit in memory (kv_budget.py): all whose prompts are in their caches take one
@@ -27,8 +27,9 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import numpy as np
 
+from expertd.engine.delivery import Delivery
 from expertd.engine.drafts import Drafts
-from expertd.engine.echo import CHUNK, Echo, logprobs_of
+from expertd.engine.echo import CHUNK, Echo
 from expertd.engine.grammar import Grammars
 from expertd.engine.homes import MAX_BEHIND, SPARE, by_home, give_homes, home_of
 from expertd.engine.kv_budget import KvBudget
@@ -43,7 +44,6 @@ from expertd.engine.messages import (
     Started,
     Stats,
     Submit,
-    Token,
 )
 from expertd.engine.plan import Plan, WindowsPlan
 from expertd.engine.planner import Planner, Work
@@ -53,14 +53,17 @@ from expertd.engine.runner import Runner
 from expertd.engine.sequence import Sequence, check_ids, prompt_ids
 from expertd.engine.speculate import Guesses
 from expertd.engine.text import Detokenizer, StopStrings, Tokenizer
-from expertd.errors import BusyError, ConfigError
+from expertd.errors import BusyError, ConfigError, TransportError
 from expertd.model.sampler import Row, Sampler
 from expertd.split.cut import StepSplit, choose
+
+# About what the last 16 steps show decides which home a sequence gets, and it stays there.
+BESIDES_WEIGHT = 1 / 16
 
 
 @dataclass
 class Engine:
-    """`send` gives events to the supervisor; `begin` comes before the first `step`."""
+    """`send` gives events to the supervisor, at the latest with `flush`; `begin` comes before the first `step`."""
 
     tokenizer: Tokenizer
     context_length: int
@@ -68,6 +71,7 @@ class Engine:
     prefill_chunk: int
     send: Callable[[Message], None]
     vocab_size: int
+    flush: Callable[[], None] = lambda: None
     max_streams: int = 16
     max_waiting: int = 256
     kv: KvBudget = field(default_factory=KvBudget)
@@ -86,11 +90,13 @@ class Engine:
     _settled: list[int] = field(default_factory=list)
     _num_sequences: int = 0
     _num_preempted: int = 0  # not told yet
+    _besides: float = 0.0  # the part of a step's time, under `sequences`, in which this rank tells of tokens
     _has_decoded: bool = False  # since the last chunk of a prompt
     _has_met: bool = False  # in this epoch
 
     def __post_init__(self) -> None:
         self._grammars = Grammars(self.tokenizer, self.vocab_size)
+        self._delivery = Delivery(self.tokenizer, self.send, self.flush)
 
     @property
     def idle(self) -> bool:
@@ -104,12 +110,14 @@ class Engine:
 
     def begin(self, runner: Runner, split: str, fractions: tuple[float, ...]) -> None:
         """Go on in a new epoch, with the caches that `runner` has; steps are divided by `split`."""
+        self._delivery.tell()
         self._runner, self._split, self._fractions = runner, split, fractions
         self._planner = Planner(split, self.splits, len(fractions))
         self._has_met = self._has_decoded = False
 
     def abandon(self, reason: str) -> None:
         """Give every open request back: another rank leads now, and the supervisor resumes them there."""
+        self._delivery.tell()
         ids = [s.submit.request_id for s in self._open] + [o.request_id for o in self._to_observe]
         for request_id in ids:
             self.send(Failed(request_id, reason, lost=True))
@@ -135,12 +143,22 @@ class Engine:
 
         Raises TransportError when the epoch is over; the step then has not happened, and `begin` comes next.
         """
+        try:
+            self._advance()
+        except TransportError:
+            self._delivery.tell()
+            raise
+        if self.idle or len(self._fractions) == 1:  # else while the others compute the next step
+            self._delivery.tell()
+
+    def _advance(self) -> None:
         assert self._runner is not None
         if self.idle:
             return
         if not self._has_met:
             self._meet(self._runner)
         if self._to_observe:
+            self._delivery.tell()
             self._observe(self._runner, self._to_observe[0])
             return
         sequences = self._schedule()
@@ -398,9 +416,11 @@ class Engine:
 
     @property
     def _homes(self) -> tuple[float, ...]:
-        """The ranks' fractions of the sequences. Where another split is wanted, all wait here until every rank has
-        what it lacks of them."""
-        return self._fractions if self._split in ("auto", "sequences") else (1.0,)
+        """The ranks' fractions of the sequences; this one has other work, too. Where another split is wanted, all
+        wait here until every rank has what it lacks of them."""
+        if self._split not in ("auto", "sequences"):
+            return (1.0,)
+        return self._fractions[0] * (1 - self._besides), *self._fractions[1:]
 
     def _spread(self, sequences: list[Sequence]) -> None:
         """Let streams that are all at one home leave it, if the others have nearly caught up with them."""
@@ -440,8 +460,10 @@ class Engine:
         begin = time.monotonic()
         self._runner.catch_up(plan)
         start = time.monotonic()
-        logits = self._runner.lead(plan)
+        logits = self._runner.lead(plan, meanwhile=self._delivery.tell)
         seconds, waited_s = time.monotonic() - start, start - begin
+        if plan.homes and plan.decode:
+            self._besides += BESIDES_WEIGHT * (self._delivery.told_s / seconds - self._besides)
         self._planner.took(work, plan.split.name, plan.num_tokens, seconds, waited_s)
         for choice in self._planner.news():
             self.send(choice)
@@ -464,18 +486,14 @@ class Engine:
 
     def _answer(self, sequence: Sequence, row: Row, split: str) -> int | None:
         """Choose the next token by its logits [vocab]; None when the answer is at its end."""
-        submit = sequence.submit
-        if submit.logits_file:
+        if sequence.submit.logits_file:
             sequence.logits.append(mx.array(row))
         token_id = sequence.choose(row)
         if sequence.failure:
             self._finish(sequence, split)
             return None
-        text, offset = sequence.append(token_id)
-        found = []
-        if submit.logprobs is not None:
-            found = [logprobs_of(self.tokenizer, row, token_id, submit.logprobs, offset)]
-        self.send(Token(submit.request_id, [token_id], text, found))
+        sequence.take(token_id)
+        self._delivery.add(sequence, token_id, row)
         if not sequence.finish_reason:
             return token_id
         self._finish(sequence, split)
@@ -506,19 +524,7 @@ class Engine:
             self._released += useless
             if sequence.sequence_id not in useless:
                 self._runner.save(sequence.sequence_id)
-        if sequence.failure:
-            reason = f"the answer can no longer follow its grammar: {sequence.failure}"
-            self.send(Failed(sequence.submit.request_id, reason))
-            return
-        if sequence.submit.logits_file and sequence.logits:
-            try:
-                with open(sequence.submit.logits_file, "wb") as file:  # given a name, MLX appends a suffix
-                    mx.save_safetensors(file, {"logits": mx.stack(sequence.logits)})
-            except (RuntimeError, OSError) as e:
-                reason = f"cannot write --logits {sequence.submit.logits_file}: {e}"
-                self.send(Failed(sequence.submit.request_id, reason))
-                return
-        self.send(sequence.done(split, len(self._fractions)))
+        self._delivery.close(sequence, split, len(self._fractions))
 
     # Whole windows, for evaluation: one step each, which an interruption repeats.
 

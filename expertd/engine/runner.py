@@ -123,25 +123,28 @@ class Runner:
         known = [self.caches[i] for i in sequence_ids if i in self.caches]
         return sum(cache.num_pending for cache in known)
 
-    def lead(self, plan: Plan) -> mx.array | None:
+    def lead(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> mx.array | None:
         """Rank 0: give the plan to the others and carry it out; float32 logits where the plan has some.
 
+        `meanwhile` is what rank 0 has to do besides, while the others compute already.
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
         began = time.monotonic()
-        logits = self._lead(plan)
+        logits = self._lead(plan, meanwhile)
         self._meter.took(plan, time.monotonic() - began)
         return logits
 
-    def _lead(self, plan: Plan) -> mx.array | None:
+    def _lead(self, plan: Plan, meanwhile: Callable[[], None]) -> mx.array | None:
         if self._is_untold(plan):
             if len(self._untold) >= CATCH_UP_STEPS:
                 self._tell_untold()
+            meanwhile()
             logits = self._execute(plan)
             self._untold.append(plan)
             return logits
         self.catch_up(plan)
         self._tell(plan)
+        meanwhile()
         logits = self._execute(plan)
         self._note_told(plan)
         return logits

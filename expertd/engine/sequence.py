@@ -125,11 +125,13 @@ class Sequence:
             self.failure = bound.error
         return self.sampler.choose(row, position, may_end)
 
-    def append(self, token_id: int) -> tuple[str, int]:
-        """Take a token, chosen now or before an interruption; sets `finish_reason` at the end.
+    @property
+    def ends_by_text(self) -> bool:
+        """Whether a token's text has to be known before the next one is asked for: a stop string may be in it."""
+        return bool(self.submit.stop)
 
-        Gives the text that became final, and how many characters there are before the token's own.
-        """
+    def take(self, token_id: int) -> None:
+        """Take a token, chosen now or before an interruption; sets `finish_reason` if it ends the answer by itself."""
         if not self.first_token_at:
             self.first_token_at = time.monotonic()
         self.generated.append(token_id)
@@ -138,25 +140,33 @@ class Sequence:
             self.budget.take(self.generated)
         if self.guesses:
             self.guesses.add(token_id)
-        if token_id in self.end_ids:
+        if token_id in self.end_ids or self._follow(token_id):
             self.finish_reason = "stop"
+        elif len(self.generated) >= self.max_tokens:
+            self.finish_reason = "length"
+
+    def say(self, token_id: int, is_last: bool) -> tuple[str, int]:
+        """The text that became final with a token that was taken, and how many characters there are before its own.
+
+        Tokens come here in the order in which they were taken. Sets `finish_reason` when a stop string is complete.
+        """
+        if token_id in self.end_ids:
             return self._flush(""), self.num_chars
-        complete = self._follow(token_id)
         opening, self.opening = self.opening, ""
         self.num_chars += len(opening)
         offset = self.num_chars
         text = opening + self._find_stops(self.detokenizer.add(token_id))
         if self.stops.found:
             self.finish_reason = "stop"
-        elif complete or len(self.generated) >= self.max_tokens:
-            self.finish_reason = "stop" if complete else "length"
+        elif is_last:
             text = self._flush(text)
         return text, offset
 
     def replay(self, token_ids: list[int]) -> None:
         """Take tokens that another leader chose and whose text the client has."""
         for token_id in token_ids:
-            self.append(token_id)
+            self.take(token_id)
+            self.say(token_id, bool(self.finish_reason))
         if token_ids:
             self.num_replayed, self.started_at, self.first_token_at = len(token_ids), time.monotonic(), 0.0
 

@@ -97,8 +97,9 @@ class ScriptedRunner:
         self.num_meetings += 1
         return {i: len(tokens) for i, tokens in self.caches.items()}
 
-    def lead(self, plan: Plan) -> mx.array | None:
+    def lead(self, plan: Plan, meanwhile: Callable[[], None]) -> mx.array | None:
         self.before_step(plan)
+        meanwhile()
         assert self.num_meetings == 1
         self.plans.append(plan)
         for sequence_id, source, length in plan.forks:

@@ -126,8 +126,7 @@ def test_the_grammar_begins_after_reasoning(tokenizer: Tokenizer) -> None:
     bench.engine.take(Submit("a", messages=messages, grammar=grammar, sampling=Sampling(logit_bias=likely)))
     sequence = bench.engine._open[0]
     assert sequence.opening == "<t>" and sequence.grammar_after == inner.encode("</t>")
-    for token_id in inner.encode("why</t>"):  # as a continuation takes tokens, too
-        sequence.append(token_id)
+    sequence.replay(inner.encode("why</t>"))  # as a continuation takes tokens, too
     sequence.num_computed = 0
     bench.finish()
     assert bench.text("a") == "ab"

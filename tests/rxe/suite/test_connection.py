@@ -26,11 +26,11 @@ def whole(said: list[dict[str, Any]], num_frames: int) -> None:
 
 
 def test_random_frames_on_both_queues(net: netns.Net) -> None:
-    with peers(net, "frames", 2000, limit_s=LIMIT_S) as both:
+    with peers(net, "frames", 1000, limit_s=LIMIT_S) as both:
         assert [peer.chosen["device"] for peer in both] == ["rxe_ab", "rxe_ba"]
         assert [peer.chosen["mtu"] for peer in both] == [4096, 4096]
         said = results(both)
-    whole(said, 2000)
+    whole(said, 1000)
     assert all(end["statistics"]["duplicates"] == 0 for end in said)
 
 
@@ -70,6 +70,7 @@ def gids(net: netns.Net, host: int = 0) -> dict[str, int]:
     return {gid: int(index) for index, gid in found}
 
 
+@pytest.mark.slow
 def test_latency_beside_the_usual_tool(net: netns.Net, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is required of speed; the two figures stand beside each other to show that ours is no toy."""
     with peers(net, "self_test", 100, limit_s=LIMIT_S) as both:
