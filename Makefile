@@ -42,10 +42,10 @@ test: $(READY) ## Run the tests: the calm ones on two cores, then those that kil
 	$(MAKE) alone
 
 calm: $(READY) # worksteal: who is done takes from the other, and files stay together as far as that allows
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "calm and not (soak or compat)"
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=15 -m "calm and not (soak or compat)"
 
 alone: $(READY)
-	$(BIN)/python -m pytest -m "not (calm or soak or compat)"
+	$(BIN)/python -m pytest --durations=15 -m "not (calm or soak or compat)"
 
 rxe: $(READY) ## Run the verbs tests with a real kernel's RDMA, in QEMU (tests/rxe/README.md)
 	$(BIN)/python -m tests.rxe.boot --memory 2048 --timeout 1200 -- $(BIN)/python -m pytest -p no:cacheprovider -v -m "not slow" tests/rxe/suite --durations=12 \

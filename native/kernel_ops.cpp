@@ -6,15 +6,18 @@
 // needs them, takes memory for the result and for scratch, fills the pointers and strides in and sends the struct to the
 // stream's thread. MLX keeps inputs, outputs and the encoder's temporaries until that has run.
 
+#include <algorithm>
 #include <functional>
 #include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -336,6 +339,108 @@ mx::array glu(const Kernels& kernels, mx::array gate, std::optional<mx::array> u
   return mx::array(shape, dtype, std::make_shared<Glu>(kernels, g), std::move(inputs));
 }
 
+// The experts of a SwitchGLU: y = down(activation(gate(x)) * up(x)), all three gathered over the same ids. Inputs: x, ids, then
+// weight, scales and biases of up, gate and down.
+//
+// Else they are four nodes, and three that change shapes between them; a node costs about 6 us (bench/LOG.md). It calls the same
+// functions with the same arguments, so the bits stay.
+class Experts : public KernelOp {
+ public:
+  struct Parts {
+    xd_product up, gate;
+    xd_glu glu;
+    xd_product down;
+  };
+
+  Experts(const Kernels& kernels, const Parts& parts) : KernelOp(kernels), parts_(parts) {}
+
+  const char* name() const override {
+    return "Experts";
+  }
+
+ protected:
+  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+    Parts p = parts_;
+    const auto pointer = [&](size_t i) { return dense(in[i], encoder).data<void>(); };
+    const void* x = pointer(0);
+    const auto* ids = static_cast<const uint32_t*>(pointer(1));
+    size_t i = 2, bytes = 0;
+    for (xd_product* product : {&p.up, &p.gate, &p.down}) {
+      product->weight.data = pointer(i++);
+      product->weight.scales = pointer(i++);
+      product->weight.biases = pointer(i++);
+      product->x = x;
+      product->ids = ids;
+      bytes = std::max(bytes, kernels_.product_scratch(kernels_.cpu, product));
+    }
+    const size_t inner_bytes = p.glu.num_rows * p.glu.width * mx::size_of(dtype_of(p.glu.dtype));
+    p.up.y = scratch(inner_bytes, encoder);
+    p.gate.y = scratch(inner_bytes, encoder);
+    p.glu.up = p.up.y, p.glu.gate = p.glu.y = p.gate.y;
+    p.down.x = p.glu.y, p.down.y = out.data<void>();
+    p.up.scratch = p.gate.scratch = p.down.scratch = scratch(bytes, encoder);  // of one after the other
+    encoder.dispatch([product = kernels_.product_run, glu = kernels_.glu_run, cpu = kernels_.cpu, p]() {
+      product(cpu, &p.up);
+      product(cpu, &p.gate);
+      glu(cpu, &p.glu);
+      product(cpu, &p.down);
+    });
+  }
+
+ private:
+  const Parts parts_;
+};
+
+// weight, scales, biases, group_size, bits
+using Projection = std::tuple<mx::array, mx::array, mx::array, int, int>;
+
+xd_product gathered(const Projection& projection, int x_format, int64_t num_rows, int64_t ids_per_row,
+                    int activation_bits) {
+  const auto& [weight, scales, biases, group_size, bits] = projection;
+  xd_product p{};
+  p.weight = weight_of(weight, Affine{scales, biases, group_size, bits}, true);
+  p.x_dtype = x_format;
+  p.y_dtype = promote(x_format, p.weight.dtype);
+  p.num_rows = num_rows;
+  p.ids_per_row = static_cast<int32_t>(ids_per_row);
+  p.activation_bits = activation_bits;
+  return p;
+}
+
+// x [..., width] and ids, of which each row of x has as many as the others: ids' shape, and `down`'s outputs.
+mx::array experts(const Kernels& kernels, const mx::array& x, mx::array ids, const Projection& up,
+                  const Projection& gate, const Projection& down, int activation, int activation_bits) {
+  if (ids.dtype() != mx::uint32 && ids.dtype() != mx::int32)
+    refuse("experts: ids are ", ids.dtype(), ", wanted uint32 or int32");
+  if (activation_bits != 8 && activation_bits != 16)
+    refuse("experts: activations of ", activation_bits, " bits, wanted 8 or 16");
+  if (activation < XD_SILU || activation > XD_RELU2) refuse("experts: no activation has number ", activation);
+  const int64_t num_ids = ids.size(), num_rows = x.ndim() ? x.size() / std::max(x.shape(-1), 1) : 0;
+  const int64_t ids_per_row = num_rows ? num_ids / num_rows : 0;
+  if (ids_per_row * num_rows != num_ids) refuse("experts: x is ", x.shape(), " with ids ", ids.shape());
+  Experts::Parts p{};
+  const int x_format = format_of("experts: x", x);
+  p.up = gathered(up, x_format, num_rows, ids_per_row, activation_bits);
+  p.gate = gathered(gate, x_format, num_rows, ids_per_row, activation_bits);
+  p.down = gathered(down, p.up.y_dtype, num_ids, 1, activation_bits);
+  const xd_weight &u = p.up.weight, &g = p.gate.weight, &d = p.down.weight;
+  if (x.shape(-1) != u.width || u.width != g.width || u.num_out != g.num_out || u.num_out != d.width ||
+      u.num_experts != g.num_experts || u.num_experts != d.num_experts || p.up.y_dtype != p.gate.y_dtype)
+    refuse("experts: x is ", x.shape(), " ", x.dtype(), ", up ", std::get<1>(up).shape(), ", gate ",
+           std::get<1>(gate).shape(), " and down ", std::get<1>(down).shape());
+  p.glu.num_rows = num_ids;
+  p.glu.width = u.num_out;
+  p.glu.gate_stride = p.glu.up_stride = p.glu.y_stride = p.glu.width;
+  p.glu.activation = activation;
+  p.glu.dtype = p.up.y_dtype;
+  mx::Shape shape = ids.shape();
+  shape.push_back(d.num_out);
+  std::vector<mx::array> inputs = {x, std::move(ids)};
+  for (const Projection* each : {&up, &gate, &down})
+    inputs.insert(inputs.end(), {std::get<0>(*each), std::get<1>(*each), std::get<2>(*each)});
+  return mx::array(shape, dtype_of(p.down.y_dtype), std::make_shared<Experts>(kernels, p), std::move(inputs));
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -346,6 +451,9 @@ void bind_kernels(nb::module_& m) {
            "x [..., width] times a packed weight [num_out, width]: [..., num_out]; with ids as mx.gather_qmm.")
       .def("plain_product", &plain_product, nb::arg("x"), nb::arg("weight"), nb::arg("ids").none(),
            "x [..., width] times a weight [num_out, width]: [..., num_out]; with ids as mx.gather_mm.")
+      .def("experts", &experts, nb::arg("x"), nb::arg("ids"), nb::arg("up"), nb::arg("gate"), nb::arg("down"),
+           nb::arg("activation"), nb::arg("activation_bits"),
+           "down(activation(gate(x)) * up(x)) over experts; each of the three is weight, scales, biases, group_size, bits.")
       .def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight").none(), nb::arg("eps"),
            "As mx.fast.rms_norm.")
       .def("rope", &rope, nb::arg("x"), nb::arg("dims"), nb::arg("traditional"), nb::arg("base").none(),

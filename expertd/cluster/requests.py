@@ -58,16 +58,9 @@ class Requests:
     def num_open(self) -> int:
         return len(self._open)
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
+    def generate(self, submit: Submit) -> AsyncGenerator[Event, None]:
         """As Cluster.generate."""
-        transcript = Transcript(_seeded(submit))
-        self._start(transcript)
-        try:
-            async for event in self._read(transcript):
-                yield event
-        finally:
-            if not submit.keep:
-                self._stop(transcript)
+        return self._read(Transcript(_seeded(submit)), is_new=True)
 
     async def carry(self, submit: Submit, host_id: str) -> AsyncGenerator[Event, None]:
         """The same for a client of another host, which sees to it: the request ends here when that host leaves."""
@@ -221,22 +214,33 @@ class Requests:
 
     # Readers.
 
-    async def _read(self, transcript: Transcript, at: int = 0) -> AsyncGenerator[Event, None]:
-        """Give the events from number `at` on, as they come. Raises what ended the request."""
-        while True:
-            while at < transcript.num_committed:
-                event = transcript.events[at]
-                yield event
-                if isinstance(event, Done):
-                    return
-                at += 1
-            if isinstance(transcript.end, ExpertdError):
-                raise transcript.end
-            if self._is_closed:
-                raise ClusterError("expertd is stopping")
-            if not (transcript.is_led or transcript.end):
-                self._start(transcript, transcript.resumed())
-            await transcript.wait_news()
+    async def _read(
+        self, transcript: Transcript, at: int = 0, is_new: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """Give the events from number `at` on, as they come. Raises what ended the request.
+
+        One that `is_new` begins with its reader and, unless it is kept, ends with it.
+        """
+        if is_new:
+            self._start(transcript)
+        try:
+            while True:
+                while at < transcript.num_committed:
+                    event = transcript.events[at]
+                    yield event
+                    if isinstance(event, Done):
+                        return
+                    at += 1
+                if isinstance(transcript.end, ExpertdError):
+                    raise transcript.end
+                if self._is_closed:
+                    raise ClusterError("expertd is stopping")
+                if not (transcript.is_led or transcript.end):
+                    self._start(transcript, transcript.resumed())
+                await transcript.news()
+        finally:
+            if is_new and not transcript.submit.keep:
+                self._stop(transcript)
 
 
 def _seeded(submit: Submit) -> Submit:

@@ -21,7 +21,7 @@ TOKEN_BYTES, CANDIDATE_BYTES = 400, 250
 class Transcript:
     """One request and its events so far. `submit` has a seed, so what follows is decided, whoever computes it.
 
-    `num_committed` of the events may be given to readers, who wait for more with `wait_news`. `end` is the Done, or
+    `num_committed` of the events may be given to readers, who wait for more with `news`. `end` is the Done, or
     why there is none. `is_led` says that a host sees to it that it goes on; `origin` is the host whose client asks, ""
     for this one.
     """
@@ -88,10 +88,11 @@ class Transcript:
             if not reader.done():
                 reader.set_result(None)
 
-    async def wait_news(self) -> None:
-        reader = asyncio.get_running_loop().create_future()
+    def news(self) -> asyncio.Future[None]:
+        """To be awaited by one reader: the next change."""
+        reader: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._readers.append(reader)
-        await reader
+        return reader
 
     def resumed(self) -> Submit:
         """The request as the next leader gets it.

@@ -34,7 +34,7 @@ from expertd.errors import CheckpointError
 from expertd.model.classes import become, model_classes, stock_class
 from expertd.model.exchange import Link, exchange
 from expertd.model.kernels import Kernels
-from expertd.model.swap import use_native_kernels
+from expertd.model.swap import experts_of, use_native_kernels
 from expertd.model.tiles import attend, multiply, multiply_experts
 from expertd.split.cut import StepSplit, cut
 
@@ -101,32 +101,35 @@ class _SplitSwitch:
         order = mx.argsort(pairs)
         counts, own = self._step.cut(pairs.size)
         mine = order[own] if own.stop > own.start else order[:1]
-        y = self._experts(rows[mine // top_k][:, None], pairs[mine], pairs.size >= SORT_FROM)[:, 0]
+        y = self._experts(rows[mine // top_k], pairs[mine], pairs.size >= SORT_FROM)
         if own.stop == own.start:
             y = _no_rows(y, after=x)
         y = self._step.exchange(y, counts, ids=pairs)
         return y[mx.argsort(order)].reshape(*ids.shape, -1)
 
     def _experts(self, x: mx.array, ids: mx.array, is_sorted: bool) -> mx.array:
-        """Rows [n, 1, width] through expert ids [n]."""
+        """Rows [n, width] through expert ids [n]: [n, width]."""
         raise NotImplementedError
 
 
 class _SplitGLU(_SplitSwitch):
     def _experts(self, x: mx.array, ids: mx.array, is_sorted: bool) -> mx.array:
         m: Any = self
+        if hasattr(m, "_kernels"):
+            return experts_of(m, x, ids)
+        x = x[:, None]
         up = m.up_proj(x, ids, sorted_indices=is_sorted)
         gate = m.gate_proj(x, ids, sorted_indices=is_sorted)
         y: mx.array = m.down_proj(m.activation(up, gate), ids, sorted_indices=is_sorted)
-        return y
+        return y[:, 0]
 
 
 class _SplitMLP(_SplitSwitch):
     def _experts(self, x: mx.array, ids: mx.array, is_sorted: bool) -> mx.array:
         m: Any = self
-        y: mx.array = m.activation(m.fc1(x, ids, sorted_indices=is_sorted))
+        y: mx.array = m.activation(m.fc1(x[:, None], ids, sorted_indices=is_sorted))
         y = m.fc2(y, ids, sorted_indices=is_sorted)
-        return y
+        return y[:, 0]
 
 
 class _SplitBlock:

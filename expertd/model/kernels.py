@@ -28,6 +28,10 @@ ACTIVATIONS = {
 }
 
 
+# An affine weight [num_experts, num_out, packed width], its scales, its biases, its group size and its bits.
+Projection = tuple[mx.array, mx.array, mx.array, int, int]
+
+
 def isas() -> list[str]:
     """The instruction sets that run on this processor, best first."""
     return ffi.string(lib.xd_cpu_isas()).decode().split()  # type: ignore[no-any-return]
@@ -72,6 +76,18 @@ class Kernels:
     def plain_product(self, x: mx.array, weight: mx.array, ids: mx.array | None = None) -> mx.array:
         """x [..., width] times a weight [num_out, width]: [..., num_out]; with ids, as mx.gather_mm."""
         y: mx.array = self._graph.plain_product(x, weight, ids)
+        return y
+
+    def experts(
+        self, x: mx.array, ids: mx.array, up: Projection, gate: Projection, down: Projection, activation: str
+    ) -> mx.array:
+        """down(activation(gate(x)) * up(x)) over experts: the bits of four operations by one.
+
+        x [..., width] and ids [...], of which each row of x has as many as the others: [*ids.shape, num_out of down].
+        """
+        y: mx.array = self._graph.experts(
+            x, ids, up, gate, down, ACTIVATIONS[activation], self.activation_bits
+        )
         return y
 
     def glu(

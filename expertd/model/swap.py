@@ -9,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU, SwitchGLU, SwitchLinear, SwitchMLP
 
-from expertd.model.classes import become
-from expertd.model.kernels import Kernels
+from expertd.model.classes import become, stock_class
+from expertd.model.kernels import Kernels, Projection
 from expertd.model.kv_bits import widening
 
 BITS = (2, 4, 8)
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
@@ -30,6 +31,8 @@ def use_native_kernels(model: nn.Module, kernels: Kernels) -> None:
             become(module, mixin)
             module._kernels = kernels
         elif type(module) in _SWITCHES:
+            if is_one_operation(module):
+                module._kernels = kernels
             become(module, _SWITCHES[type(module)])
 
 
@@ -37,6 +40,17 @@ def _is_readable(module: Any) -> bool:
     if "scales" not in module:
         return module["weight"].dtype in FLOATS
     return module.mode == "affine" and module.bits in BITS and module["scales"].dtype in FLOATS
+
+
+def is_one_operation(switch: Any) -> bool:
+    """Can the experts of a switch be computed by one operation of the graph? Affine weights of one number format, no
+    biases, and the activation of most families."""
+    if stock_class(switch) is not SwitchGLU or type(switch.activation) is not SwiGLU:
+        return False
+    parts = [switch[name] for name in GATE_UP_DOWN]
+    return all(
+        stock_class(p) is QuantizedSwitchLinear and _is_readable(p) and "bias" not in p for p in parts
+    ) and all(p["scales"].dtype == parts[0]["scales"].dtype for p in parts)
 
 
 def _product(module: Any, x: mx.array, ids: mx.array | None = None) -> mx.array:
@@ -106,9 +120,22 @@ class _NativeGLU:
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         m: Any = self
+        if hasattr(m, "_kernels"):
+            return experts_of(m, x, indices)
         x = mx.expand_dims(x, (-2, -3))
         y: mx.array = m.activation(m.up_proj(x, indices), m.gate_proj(x, indices))
         return m.down_proj(y, indices).squeeze(-2)  # type: ignore[no-any-return]
+
+
+def experts_of(switch: Any, x: mx.array, ids: mx.array) -> mx.array:
+    """A switch whose experts are one operation: x [..., width] and ids [...] as Kernels.experts takes them."""
+    kernels: Kernels = switch._kernels
+    gate, up, down = (_projection(switch[name]) for name in GATE_UP_DOWN)
+    return kernels.experts(x, ids, up, gate, down, "silu")
+
+
+def _projection(module: Any) -> Projection:
+    return module["weight"], module["scales"], module["biases"], module.group_size, module.bits
 
 
 class _NativeMLP:

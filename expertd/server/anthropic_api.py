@@ -16,7 +16,7 @@ from expertd.server.parse import parse_request
 from expertd.server.service import Service, our_bug
 from expertd.server.stream import EventStream, read_body, while_connected
 from expertd.server.tokens import counted
-from expertd.server.wire import Json, encode_event
+from expertd.server.wire import Json, encode_named
 
 # Anthropic's names of errors, by status; other 4xx are invalid requests, 5xx are of the API.
 ERRORS = {
@@ -84,14 +84,10 @@ async def _pieces(service: Service, submit: Submit, built: MessageEvents) -> Asy
                 if piece := _encoded(built, event):
                     yield piece
         except ExpertdError as e:
-            yield _named(error_body(as_api_error(e)))
+            yield encode_named(error_body(as_api_error(e)))
         except Exception as e:
-            yield _named(error_body(our_bug(e)))
+            yield encode_named(error_body(our_bug(e)))
 
 
 def _encoded(built: MessageEvents, event: Event) -> bytes:
-    return b"".join(map(_named, built.take(event)))
-
-
-def _named(event: Json) -> bytes:
-    return f"event: {event['type']}\n".encode() + encode_event(event)
+    return b"".join(map(encode_named, built.take(event)))

@@ -14,7 +14,7 @@ class MessageEvents:
     def __init__(self, message_id: str, model_id: str, splitter: Splitter) -> None:
         self._id, self._model_id, self._splitter = message_id, model_id, splitter
         self._blocks: list[Json] = []
-        self._text = ""  # of the open block
+        self._texts: list[str] = []  # of the open block
         self._prompt_tokens = 0
         self._done: Done | None = None
 
@@ -85,7 +85,7 @@ class MessageEvents:
             events = self._begin({"type": "thinking", "thinking": "", "signature": ""})
         elif isinstance(part, Content) and not self._is_open("text"):
             events = self._begin({"type": "text", "text": ""})
-        self._text += part.text
+        self._texts.append(part.text)
         return [*events, self._of_block("content_block_delta", delta=_delta(part))]
 
     def _is_open(self, kind: str) -> bool:
@@ -100,7 +100,7 @@ class MessageEvents:
         """End the open block, the last one, if there is one."""
         if not self._blocks:
             return []
-        block, text, self._text = self._blocks[-1], self._text, ""
+        block, text, self._texts = self._blocks[-1], "".join(self._texts), []
         if block["type"] == "tool_use":
             block["input"] = json_of(text)
         else:

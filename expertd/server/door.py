@@ -6,7 +6,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -95,7 +95,7 @@ class _Visit:
             self._body += message.get("body", b"")[: MAX_LOGGED_BYTES - len(self._body)]
         return message
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = MutableHeaders(scope=message)
@@ -104,7 +104,7 @@ class _Visit:
                 headers["www-authenticate"] = "Bearer"
         elif message["type"] == "http.response.body":
             self._num_bytes += len(message.get("body", b""))
-        await self._send(message)
+        return self._send(message)
 
     def line(self, key: str | None) -> dict[str, Any]:
         """What the log says of it; status 0: the client left before there was one."""

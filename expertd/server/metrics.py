@@ -150,22 +150,19 @@ class _RequestMeter:
 
     def saw(self, event: Started | Token | Done) -> None:
         if isinstance(event, Token):
-            self._token(len(event.token_ids))
+            now, num_tokens = time.monotonic(), len(event.token_ids)
+            self._metrics.num_generated += num_tokens
+            if self._last:
+                self._metrics.between.observe((now - self._last) / max(1, num_tokens))
+            else:
+                self._metrics.first_token.observe(now - self._began)
+            self._last = now
         elif isinstance(event, Started):
             self._metrics.num_read += event.prompt_tokens
         elif event.finish_reason == "cancelled":
             self.end("abort")
         else:
             self.end(event.finish_reason)
-
-    def _token(self, num_tokens: int) -> None:
-        now, metrics = time.monotonic(), self._metrics
-        metrics.num_generated += num_tokens
-        if self._last:
-            metrics.between.observe((now - self._last) / max(1, num_tokens))
-        else:
-            metrics.first_token.observe(now - self._began)
-        self._last = now
 
     def end(self, reason: str) -> None:
         """The first end counts."""

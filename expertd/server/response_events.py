@@ -22,7 +22,7 @@ class _Open:
     item: Json
     index: int
     place: Json
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     logprobs: list[Json] = field(default_factory=list)
 
 
@@ -145,7 +145,7 @@ class ResponseEvents:
 
     def _delta(self, part: Reasoning | Content | Arguments) -> Json:
         assert self._open is not None
-        self._open.text += part.text
+        self._open.texts.append(part.text)
         if isinstance(part, Arguments):
             return self._of_content("response.function_call_arguments.delta", delta=part.text)
         if isinstance(part, Reasoning):
@@ -165,18 +165,18 @@ class ResponseEvents:
         now = self._open
         if now is None:
             return []
-        item = {**now.item, "status": status}
+        item, text = {**now.item, "status": status}, "".join(now.texts)
         if now.kind == "function_call":
-            item["arguments"] = now.text
+            item["arguments"] = text
             kind = "response.function_call_arguments.done"
-            events = [self._of_content(kind, arguments=now.text, name=item["name"])]
+            events = [self._of_content(kind, arguments=text, name=item["name"])]
         else:
-            part = self._part(now.kind, now.text, now.logprobs)
+            part = self._part(now.kind, text, now.logprobs)
             item["content"] = [part]
             name = "output_text" if now.kind == "message" else "reasoning_text"
             more = {"logprobs": now.logprobs} if now.kind == "message" else {}
             events = [
-                self._of_content(f"response.{name}.done", text=now.text, **more),
+                self._of_content(f"response.{name}.done", text=text, **more),
                 self._of_content("response.content_part.done", part=part),
             ]
         events.append(self._of_item("response.output_item.done", item=item))

@@ -17,7 +17,7 @@ from expertd.server.response_events import ResponseEvents
 from expertd.server.responses import ResponsesRequest, events_from_note, said_before
 from expertd.server.service import Service, our_bug
 from expertd.server.stream import EventStream, read_body, while_connected
-from expertd.server.wire import Event, Json, encode_event
+from expertd.server.wire import Event, Json, encode_named
 
 EngineEvents = AsyncGenerator[Event, None]
 
@@ -147,5 +147,4 @@ async def _pieces(events: EngineEvents, built: ResponseEvents, after: int) -> As
 
 
 def _encoded(events: list[Json], after: int) -> bytes:
-    wanted = [e for e in events if e["sequence_number"] > after]
-    return b"".join(f"event: {e['type']}\n".encode() + encode_event(e) for e in wanted)
+    return b"".join([encode_named(e) for e in events if e["sequence_number"] > after])

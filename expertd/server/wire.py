@@ -125,3 +125,8 @@ def json_of(text: str) -> Json:
 def encode_event(value: Json) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+def encode_named(value: Json) -> bytes:
+    """One server-sent event, named by its "type"."""
+    return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), msgspec.json.encode(value))

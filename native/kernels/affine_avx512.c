@@ -5,7 +5,7 @@
    16-bit numbers, which is what 8-bit codes meet. Sums of two digits: the high one's is shifted by 8, the low one's
    added.
 
-   Single rows (`rows`) go as in affine_avx2.c, 32 bytes at a time: q's planes are that wide, and memory is the limit,
+   Single rows (`rows`) go as in affine_avx2_rows.c, 32 bytes at a time: q's planes are that wide, and memory is the limit,
    not arithmetic. Masked loads end a row.
 
    Panels (`pack`, `tile`): 32 output rows lie side by side in two vectors of 16 words, of four codes each; a word of

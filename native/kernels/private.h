@@ -129,6 +129,9 @@ struct xd_cpu {
 
 /* As xd_isa's round_row; AVX-512 has no better way (round_avx2.c). */
 void xd_round_row_avx2(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da);
+/* AVX2's affine_rows (affine_avx2_rows.c). */
+void xd_affine_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                         const xd_row *row, float *y);
 
 /* NULL where the compiler or this processor lacks it. */
 const xd_isa *xd_isa_portable(void);

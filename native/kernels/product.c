@@ -16,7 +16,7 @@
 enum { FEW_FROM = 4, PANEL_FROM = 13, PANEL_ALONE_FROM = 4 };
 _Static_assert(PANEL_ALONE_FROM <= FEW_FROM, "few_rows calls affine_few from FEW_FROM on");
 enum { BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
-enum { FIRST_CODES = 4096, FIRST_NUMBERS = 512 }; /* bytes: as far as affine_avx2.c asks ahead, and their share */
+enum { FIRST_CODES = 4096, FIRST_NUMBERS = 512 }; /* bytes: as far as affine_avx2_rows.c asks ahead, and their share */
 
 typedef struct {
   const xd_product *p;

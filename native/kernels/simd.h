@@ -32,7 +32,11 @@ XD_INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 XD_INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
 XD_INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); } /* a * b + c */
 XD_INLINE vf vf_load_bf16(const uint16_t *p) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+  /* Both halves are loaded with all eight, so that one shuffle places them: widening and shifting are three steps. */
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+  const __m256i upper = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 8, 9, -1, -1, 10,
+                                         11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, upper));
 }
 XD_INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 XD_INLINE void vf_store_bf16(uint16_t *p, vf a) {

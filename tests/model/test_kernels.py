@@ -57,6 +57,13 @@ def same_bits(a: mx.array, b: mx.array) -> bool:
 # Products.
 
 
+class GeGLU(nn.Module):
+    """Not the activation that one operation of the experts has."""
+
+    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
+        return nn.gelu(gate) * x
+
+
 class Affine:
     """A packed random weight [num_experts, num_out, width], and what it stands for."""
 
@@ -360,6 +367,66 @@ def test_wrong_attention_is_refused(native: Kernels) -> None:
     ):
         with pytest.raises(ValueError) as refusal:
             native.attention(*arrays, scale=1.0, **options)
+        assert words in str(refusal.value)
+
+
+# Experts as one operation.
+
+
+def quantized_glu(bits: tuple[int, int, int] = (2, 4, 8), dtype: mx.Dtype = mx.bfloat16) -> SwitchGLU:
+    """Five experts, 128 wide and 192 inside; up, gate and down have each its own bits."""
+    glu = SwitchGLU(128, 192, 5, bias=False)
+    for name, number in zip(("up_proj", "gate_proj", "down_proj"), bits, strict=True):
+        glu[name] = glu[name].to_quantized(group_size=32 if name == "up_proj" else 64, bits=number)
+    glu.set_dtype(dtype)
+    return glu
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_experts_in_one_operation_are_the_bits_of_four(native: Kernels, dtype: mx.Dtype) -> None:
+    glu = quantized_glu(dtype=dtype)
+    use_native_kernels(glu, native)
+    for num_tokens in (1, 3, 40):
+        x = mx.random.normal((2, num_tokens, 128)).astype(dtype)
+        ids = mx.random.randint(0, 5, (2, num_tokens, 3)).astype(mx.uint32)
+        with replaced(native_functions(native)):
+            up, gate = (glu[name](x[..., None, None, :], ids) for name in ("up_proj", "gate_proj"))
+            wanted = glu.down_proj(glu.activation(up, gate), ids).squeeze(-2)
+            one, narrow = glu(x, ids), glu(x[1:, 1:], ids[1:, 1:])
+        assert same_bits(one, wanted)
+        assert same_bits(narrow, wanted[1:, 1:])  # also of views, and of no rows at all
+
+
+def test_experts_that_do_not_fit_one_operation_stay_four(native: Kernels) -> None:
+    def is_one(glu: Any) -> bool:
+        use_native_kernels(glu, native)
+        return hasattr(glu, "_kernels")
+
+    assert is_one(quantized_glu())
+    biased, other, mixed = SwitchGLU(64, 64, 2, bias=True), quantized_glu(), quantized_glu()
+    nn.quantize(biased, group_size=32, bits=4)
+    other.activation = GeGLU()
+    mixed.down_proj.set_dtype(mx.float32)
+    assert not any(is_one(glu) for glu in (biased, other, mixed, SwitchGLU(64, 64, 2)))
+
+
+def test_experts_that_cannot_be_are_refused(native: Kernels) -> None:
+    glu = quantized_glu()
+    up, gate, down = (
+        (m["weight"], m["scales"], m["biases"], m.group_size, m.bits)
+        for m in (glu.up_proj, glu.gate_proj, glu.down_proj)
+    )
+    x, ids = mx.zeros((2, 128), mx.bfloat16), mx.zeros((2, 3), mx.uint32)
+    for arguments, words in (
+        ((x, ids.astype(mx.float32), up, gate, down), "ids are float32"),
+        ((x[:, :64], ids, up, gate, down), "x is (2,64)"),
+        ((x, ids.reshape(6)[:5], up, gate, down), "with ids (5)"),
+        ((x, ids, up, gate, up), "and down"),
+        ((x, ids, up, tuple(part[:4] for part in gate[:3]) + gate[3:], down), "gate"),
+        ((x, ids, (*up[:4], 3), gate, down), "3 bits"),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            native.experts(*arguments, activation="silu")
         assert words in str(refusal.value)
 
 

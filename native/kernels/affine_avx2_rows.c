@@ -1,0 +1,244 @@
+/* affine_avx2_rows.c: single rows of x against weight rows, with AVX2.
+
+   8 groups of one weight row at a time. Their sums lie across lanes; one to six additions of two vectors'
+   halves bring one group's sum into each lane, which is the order that private.h asks for. In 16 bits where a whole group's sum
+   fits, which saves widening each block. Where rows end with half of 8 groups, two of them share the last step. */
+
+#if defined(__x86_64__)
+
+#include "avx2.h"
+#include "floats.h"
+#include "simd.h"
+#include "affine_avx2.h"
+
+/* 16-bit sums of codes times digits, for one block of 32 bytes of 2- or 4-bit codes. */
+XD_INLINE __m256i block_sum(__m256i block, int bits, const int8_t *q) {
+  if (bits == 4)
+    return _mm256_add_epi16(_mm256_maddubs_epi16(plane(block, 4, 0), load(q)),
+                            _mm256_maddubs_epi16(plane(block, 4, 1), load(q + 32)));
+  /* The odd planes stay where they are, four times as large, and are shifted once, as sums: one shift instead of three. */
+  const __m256i four_times = _mm256_set1_epi8(12), upper = _mm256_srli_epi16(block, 4);
+  __m256i even = _mm256_add_epi16(_mm256_maddubs_epi16(plane(block, 2, 0), load(q)),
+                                  _mm256_maddubs_epi16(plane(upper, 2, 0), load(q + 64)));
+  __m256i odd = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(block, four_times), load(q + 32)),
+                                 _mm256_maddubs_epi16(_mm256_and_si256(upper, four_times), load(q + 96)));
+  return _mm256_add_epi16(even, _mm256_srai_epi16(odd, 2));
+}
+
+/* Does a group's sum fit 16 bits? At 4 bits 64 * 15 * 127 would not, but by_group ends with two numbers, each of half. */
+XD_INLINE int is_narrow(int bits, int group_size, int two_digits) {
+  return !two_digits && (bits == 2 || (bits == 4 && group_size <= 64));
+}
+
+/* Sums of `num` blocks (1, 2 or 4) of 32 code bytes which belong to the same groups; of 16 bits if `narrow`, else of 32. */
+XD_INLINE __m256i blocks_sum(const uint8_t *codes, int bits, int num, int two_digits, int narrow, const int8_t *q,
+                             int64_t lo_at) {
+  const int plane_bytes = 32 * 8 / bits;
+  if (bits == 8) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < num; i++) {
+      __m256i block = load(codes + 32 * i), even = _mm256_and_si256(block, _mm256_set1_epi16(255));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, load(q + 64 * i)));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(block, 8), load(q + 64 * i + 32)));
+    }
+    return sum;
+  }
+  __m256i block = load(codes), hi = block_sum(block, bits, q), lo = hi;
+  if (two_digits) lo = block_sum(block, bits, q + lo_at);
+  for (int i = 1; i < num; i++) {
+    block = load(codes + 32 * i);
+    hi = _mm256_add_epi16(hi, block_sum(block, bits, q + plane_bytes * i));
+    if (two_digits) lo = _mm256_add_epi16(lo, block_sum(block, bits, q + lo_at + plane_bytes * i));
+  }
+  if (narrow) return hi;
+  __m256i one = _mm256_madd_epi16(two_digits ? lo : hi, _mm256_set1_epi16(1));
+  return two_digits ? _mm256_add_epi32(one, _mm256_madd_epi16(hi, _mm256_set1_epi16(256))) : one;
+}
+
+/* Four vectors a to d of sums, of 32 bits or, if `narrow`, of 16: each one's numbers in 16 bytes are added up, and a, b, c, d lie
+   there in 32 bits. `vphaddw` does it in fewer instructions, of which Zen 3 begins 0.7 a cycle: 4 to 7 % slower at 4 bits. */
+XD_INLINE __m256i sums_of_four(const __m256i *v, int narrow) {
+  if (!narrow) {
+    const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+    const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  }
+  const __m256i ab = _mm256_add_epi16(_mm256_unpacklo_epi16(v[0], v[1]), _mm256_unpackhi_epi16(v[0], v[1]));
+  const __m256i cd = _mm256_add_epi16(_mm256_unpacklo_epi16(v[2], v[3]), _mm256_unpackhi_epi16(v[2], v[3]));
+  const __m256i twice = _mm256_add_epi16(_mm256_unpacklo_epi32(ab, cd), _mm256_unpackhi_epi32(ab, cd)); /* a b c d a b c d */
+  const __m256i side_by_side = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  return _mm256_madd_epi16(_mm256_shuffle_epi8(twice, side_by_side), _mm256_set1_epi16(1));
+}
+
+/* One sum of 32 bits a group, in order, from the sums of the blocks that hold 8 groups of `group_bytes`. */
+XD_INLINE __m256i by_group(const __m256i *v, int group_bytes, int narrow) {
+  if (group_bytes == 8) { /* two blocks of four groups */
+    const __m256i sums = narrow ? _mm256_madd_epi16(_mm256_hadd_epi16(v[0], v[1]), _mm256_set1_epi16(1))
+                                : _mm256_hadd_epi32(v[0], v[1]);
+    return _mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
+  }
+  const __m256i low = sums_of_four(v, narrow);
+  if (group_bytes == 16) /* four blocks of two groups */
+    return _mm256_permutevar8x32_epi32(low, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i high = sums_of_four(v + 4, narrow);
+  return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+/* The blocks of 4 groups, of which `num_bytes` exist; the others are zero. Gives their number: 1, 2 or 4. */
+XD_INLINE int four_groups(const uint8_t *codes, int bits, int group_size, int two_digits, const int8_t *q,
+                          int64_t lo_at, int num_bytes, __m256i *v) {
+  const int group_bytes = group_size * bits / 8, at_once = group_bytes > 32 ? group_bytes : 32;
+  const int q_step = at_once * (bits == 8 ? 2 : 8 / bits), count = 4 * group_bytes / at_once;
+  const int narrow = is_narrow(bits, group_size, two_digits);
+#pragma GCC unroll 4
+  for (int i = 0; i < count; i++)
+    v[i] = i * at_once < num_bytes
+               ? blocks_sum(codes + i * at_once, bits, at_once / 32, two_digits, narrow, q + i * q_step, lo_at)
+               : _mm256_setzero_si256();
+  return count;
+}
+
+/* The sums of 8 groups: four at `codes`, whose digits lie at `q`, and four at `others`, `others_q`; of these
+   `num_bytes` and `others_bytes` exist. */
+XD_INLINE __m256i eight_groups(const uint8_t *codes, const uint8_t *others, int bits, int group_size, int two_digits,
+                               const int8_t *q, const int8_t *others_q, int64_t lo_at, int num_bytes, int others_bytes) {
+  __m256i v[8];
+  const int half = four_groups(codes, bits, group_size, two_digits, q, lo_at, num_bytes, v);
+  four_groups(others, bits, group_size, two_digits, others_q, lo_at, others_bytes, v + half);
+  return by_group(v, group_size * bits / 8, is_narrow(bits, group_size, two_digits));
+}
+
+XD_INLINE vf accumulate(vf acc, __m256i sums, vf scales, vf biases, const float *d, const float *da) {
+  acc = vf_fma(vf_mul(scales, vf_load(d)), _mm256_cvtepi32_ps(sums), acc);
+  return vf_fma(biases, vf_load(da), acc);
+}
+
+/* The groups after the last full eight: read to the end of the row, never beyond. */
+XD_INLINE vf last_groups(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                         const void *scales, const void *biases, int64_t at, int g, const xd_row *row, vf acc) {
+  const int left = a->groups - g, num_bytes = left * group_size * bits / 8, half = group_size * bits / 2;
+  _Alignas(32) uint8_t padded[1024];
+  prefetch(codes + AHEAD, num_bytes);
+  if (num_bytes % 32) {
+    memcpy(padded, codes, (size_t)num_bytes);
+    memset(padded + num_bytes, 0, 32);
+    codes = padded;
+  }
+  const int64_t q_group = group_size * (bits == 8 ? 2 : 1), lo_at = a->q_bytes / 2;
+  const int8_t *q = row->q + g * q_group, *later = q + 4 * q_group;
+  __m256i sums =
+      left > 4 ? eight_groups(codes, codes + half, bits, group_size, two_digits, q, later, lo_at, half, num_bytes - half)
+               : eight_groups(codes, codes, bits, group_size, two_digits, q, q, lo_at, num_bytes, 0);
+  const vf s = numbers_at(scales, a->dtype, at + g, left), b = numbers_at(biases, a->dtype, at + g, left);
+  return accumulate(acc, sums, s, b, row->d + g, row->da + g);
+}
+
+/* Four scales or biases of one weight row, then four of another. */
+XD_INLINE vf two_fours(const void *from, int dtype, int64_t first, int64_t second) {
+  if (dtype == XD_FLOAT32) {
+    const float *p = from;
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + first)), _mm_loadu_ps(p + second), 1);
+  }
+  const uint16_t *p = from;
+  const __m128i halves = _mm_unpacklo_epi64(_mm_loadu_si64(p + first), _mm_loadu_si64(p + second));
+  return dtype == XD_BFLOAT16 ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16))
+                              : _mm256_cvtph_ps(halves);
+}
+
+/* The last four groups of two weight rows in one step: one row's in lanes 0 to 3, where they belong, the other's in 4 to 7. */
+XD_INLINE void last_fours(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *const *codes,
+                          const void *scales, const void *biases, const int64_t *at, const xd_row *row, vf *lanes) {
+  const int num_bytes = group_size * bits / 2, g = a->groups - 4;
+  const int8_t *q = row->q + (int64_t)g * group_size * (bits == 8 ? 2 : 1);
+  prefetch(codes[0] + AHEAD, num_bytes);
+  prefetch(codes[1] + AHEAD, num_bytes);
+  __m256i sums =
+      eight_groups(codes[0], codes[1], bits, group_size, two_digits, q, q, a->q_bytes / 2, num_bytes, num_bytes);
+  const vf s = two_fours(scales, a->dtype, at[0], at[1]), b = two_fours(biases, a->dtype, at[0], at[1]);
+  const vf d = _mm256_broadcast_ps((const __m128 *)(row->d + g)), da = _mm256_broadcast_ps((const __m128 *)(row->da + g));
+  vf acc = _mm256_permute2f128_ps(lanes[0], lanes[1], 0x20);
+  acc = vf_fma(vf_mul(s, d), _mm256_cvtepi32_ps(sums), acc);
+  acc = vf_fma(b, da, acc);
+  lanes[0] = _mm256_blend_ps(lanes[0], acc, 0x0f);
+  lanes[1] = _mm256_permute2f128_ps(acc, lanes[1], 0x31);
+}
+
+/* The lanes of one weight row, all but the groups after the last full eight. */
+XD_INLINE vf row_lanes(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                       const void *scales, const void *biases, int64_t at, const xd_row *row) {
+  const int code_step = group_size * bits, half = code_step / 2, q_step = 8 * group_size * (bits == 8 ? 2 : 1);
+  const int64_t lo_at = a->q_bytes / 2;
+  const int8_t *q = row->q;
+  vf acc = vf_set(0);
+  for (int g = 0; g + 8 <= a->groups; g += 8, codes += code_step, q += q_step) {
+    prefetch(codes + AHEAD, code_step);
+    const int8_t *later = q + q_step / 2;
+    __m256i sums = eight_groups(codes, codes + half, bits, group_size, two_digits, q, later, lo_at, half, half);
+    const vf s = vf_load_any(scales, a->dtype, at + g), b = vf_load_any(biases, a->dtype, at + g);
+    acc = accumulate(acc, sums, s, b, row->d + g, row->da + g);
+  }
+  return acc;
+}
+
+/* Add the groups after the last full eight to the lanes of `num` <= 8 weight rows. */
+XD_INLINE void add_last(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                        const void *scales, const void *biases, int64_t first, int num, const xd_row *row, vf lanes[8]) {
+  const int left = a->groups % 8, g = a->groups - left;
+  const int64_t skip = (int64_t)g * group_size * bits / 8;
+  if (left == 4)
+    for (int i = 0; i < num; i += 2) { /* without a partner it is its own: lanes[num] is nobody's */
+      const int64_t n = first + i, other = i + 1 < num ? n + 1 : n;
+      const uint8_t *both[2] = {codes + n * a->code_bytes + skip, codes + other * a->code_bytes + skip};
+      const int64_t at[2] = {n * a->groups + g, other * a->groups + g};
+      last_fours(a, bits, group_size, two_digits, both, scales, biases, at, row, lanes + i);
+    }
+  else if (left)
+    for (int i = 0; i < num; i++) {
+      const int64_t n = first + i;
+      lanes[i] = last_groups(a, bits, group_size, two_digits, codes + n * a->code_bytes + skip, scales, biases,
+                             n * a->groups, g, row, lanes[i]);
+    }
+}
+
+/* The lanes of 8 weight rows are added up at once. */
+XD_INLINE void all_rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                        const void *scales, const void *biases, int num_out, const xd_row *row, float *y) {
+  for (int first = 0; first < num_out; first += 8) {
+    const int num = num_out - first < 8 ? num_out - first : 8;
+    vf lanes[8], sums;
+    float all[8];
+    for (int i = 0; i < 8; i++) lanes[i] = vf_set(0);
+    for (int i = 0; i < num; i++) {
+      const int64_t n = first + i;
+      lanes[i] = row_lanes(a, bits, group_size, two_digits, codes + n * a->code_bytes, scales, biases, n * a->groups, row);
+    }
+    add_last(a, bits, group_size, two_digits, codes, scales, biases, first, num, row, lanes);
+    sums = vf_sum8(lanes);
+    vf_store(num == 8 ? y + first : all, sums);
+    for (int i = 0; i < num && num < 8; i++) y[first + i] = all[i];
+  }
+}
+
+/* Twice, as in a loop that knows the numbers' format nobody asks for it at each step: 3 to 8 % less time at 2 bits. Not at 4: there
+   it is faster in the cache and 5 to 10 % slower in memory (bench/LOG.md). */
+XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits, const uint8_t *codes,
+                    const void *scales, const void *biases, int num_out, const xd_row *row, float *y) {
+  xd_affine known = *a;
+  if (bits == 2 && a->dtype == XD_BFLOAT16) {
+    known.dtype = XD_BFLOAT16;
+    all_rows(&known, bits, group_size, two_digits, codes, scales, biases, num_out, row, y);
+  } else {
+    all_rows(&known, bits, group_size, two_digits, codes, scales, biases, num_out, row, y);
+  }
+}
+
+#include "affine_formats.inc.h"
+
+void xd_affine_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                         const xd_row *row, float *y) {
+  any_rows(a, codes, scales, biases, num_out, row, y);
+}
+
+#include "target_end.h"
+#endif
