@@ -30,8 +30,8 @@ class _Reply:
 class Replies:
     """What one leader has to answer. `cancel` tells it that nobody waits for a request any longer.
 
-    An event goes on in the task that heard it: a queue, and a task that waits there, took 10 of a token's 140 us. So a
-    request's `take` never waits, and what it raises ends that request alone.
+    An event goes on in the task that heard it: a queue, and a task that waits there, took a tenth of the instructions
+    of a token. So a request's `take` never waits, and what it raises ends that request alone.
     """
 
     def __init__(self, cancel: Callable[[Cancel], None]) -> None:
