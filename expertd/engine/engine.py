@@ -91,6 +91,7 @@ class Engine:
     _num_sequences: int = 0
     _num_preempted: int = 0  # not told yet
     _besides: float = 0.0  # the part of a step's time, under `sequences`, in which this rank tells of tokens
+    _is_alone: bool = True  # the last step took no other rank
     _has_decoded: bool = False  # since the last chunk of a prompt
     _has_met: bool = False  # in this epoch
 
@@ -148,7 +149,7 @@ class Engine:
         except TransportError:
             self._delivery.tell()
             raise
-        if self.idle or len(self._fractions) == 1:  # else while the others compute the next step
+        if self.idle or self._is_alone:  # else while the others compute the next step
             self._delivery.tell()
 
     def _advance(self) -> None:
@@ -462,6 +463,7 @@ class Engine:
         start = time.monotonic()
         logits = self._runner.lead(plan, meanwhile=self._delivery.tell)
         seconds, waited_s = time.monotonic() - start, start - begin
+        self._is_alone = plan.split.name == "solo"
         if plan.homes and plan.decode:
             self._besides += BESIDES_WEIGHT * (self._delivery.told_s / seconds - self._besides)
         self._planner.took(work, plan.split.name, plan.num_tokens, seconds, waited_s)

@@ -30,8 +30,10 @@ def test_the_others_get_the_next_plan_before_the_texts_are_made() -> None:
     assert [type(e) for e in bench.events] == [Started, *[Token] * 4, Done]
 
 
-def test_one_rank_tells_at_once() -> None:
-    bench = Bench()
+@pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.5)])
+def test_a_rank_that_computes_alone_tells_at_once(shares: tuple[float, ...]) -> None:
+    bench = Bench(shares=shares)
+    bench.begin("solo", shares)
     told = _told_at_plans(bench)
     bench.ask("a", "prompt", "xyz")
     bench.finish()
