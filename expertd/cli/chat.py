@@ -76,7 +76,7 @@ class Chat:
                         click.echo(piece.translate(CONTROL), nl=False)
                         sys.stdout.flush()
         except KeyboardInterrupt:
-            pass
+            pass  # it ends the answer; what came of it stays
         except ExpertdError:
             self.turns.pop()
             click.echo("\n" if answer else "", nl=False)

@@ -232,4 +232,4 @@ async def close(writer: asyncio.StreamWriter) -> None:
     except TimeoutError:
         writer.transport.abort()
     except OSError:
-        pass
+        pass  # the other end was faster: it is closed

@@ -195,7 +195,7 @@ async def _take_calls(
                 await loop.sock_sendall(sock, WELCOME)
                 met[host] = sock
         except (OSError, Stranger):  # a TimeoutError is an OSError
-            pass
+            pass  # dropped below; whoever is expected has until the deadline to come
         finally:
             if sock not in met.values():
                 sock.close()
