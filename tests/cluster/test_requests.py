@@ -167,3 +167,16 @@ def test_who_leaves_is_given_nothing_more() -> None:
         assert asked.task.cancelled() and asked.taken == EVENTS[:1] and asked.cancelled == [Cancel("r")]
 
     finish(main())
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_when_the_leader_is_gone_it_is_said_whether_another_may_go_on(lost: bool) -> None:
+    async def main() -> None:
+        asked = Asked()
+        await asyncio.sleep(0)
+        asked.replies.fail("gone", lost)
+        with pytest.raises(ClusterError, match=r"^gone$") as raised:
+            await asked.task
+        assert isinstance(raised.value, LeaderLost) is lost and asked.cancelled == []
+
+    finish(main())

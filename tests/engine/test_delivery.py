@@ -1,10 +1,11 @@
 """When tokens are told: beside the next step where others compute it, and never too late."""
 
 import time
+from pathlib import Path
 
 import pytest
 
-from expertd.engine.messages import Cancel, Done, Message, Started, Token
+from expertd.engine.messages import Cancel, Done, Message, Observe, Started, Token
 from expertd.engine.plan import Plan
 from tests.engine.scripted import END, Bench, break_off
 
@@ -70,6 +71,18 @@ def test_what_was_chosen_is_told_when_an_epoch_ends() -> None:
         assert bench.text("a") == "x"
         bench.begin() if ends == "begin" else bench.engine.abandon("gone")
         assert bench.text("a") == "xy", ends
+
+
+def test_what_was_chosen_is_told_before_windows_are_read(tmp_path: Path) -> None:
+    bench = Bench(shares=(0.5, 0.5))
+    told: list[str] = []
+    bench.runner.before_windows = lambda plan: told.append(bench.text("a"))
+    bench.ask("a", "prompt", "xyz")
+    for _ in range(3):
+        bench.engine.step()
+    bench.engine.take(Observe("w", [[1]], str(tmp_path / "w")))
+    bench.finish()
+    assert told == ["xy"] and bench.text("a") == "xyz"
 
 
 def test_a_cancelled_request_ends_after_its_tokens() -> None:
