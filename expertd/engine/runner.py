@@ -13,27 +13,33 @@ where a chunk would leave other bits (Model.one_by_one).
 
 Under `sequences` each sequence has a home, the rank that alone computes it. The others get its tokens with the plans
 and keep them (SequenceCache.pending), so that a step of any other split only has to read first what is pending.
+
+What rank 0 alone has computed the others need not read, if rank 0 sends them its keys and values (`Rows`), where that
+is faster (copies.py).
 """
 
 import functools
 import operator
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
 
 import mlx.core as mx
 
+from expertd.engine.copies import FRAMES_BESIDE, Copies
 from expertd.engine.messages import Load, Stats
 from expertd.engine.meter import Meter
-from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, WindowsPlan, decode_plan
-from expertd.errors import TransportError
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, Rows, Told, WindowsPlan, decode_plan
+from expertd.errors import RemoteProtocolError, TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
 from expertd.model.cache_files import CacheFiles
 from expertd.model.caches import MERGED, Piece, SequenceCache
 from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Model, cache_bytes
+from expertd.model.rows import pack_rows, put_rows, row_bytes
 from expertd.split.cut import StepSplit
 
 T = TypeVar("T")
@@ -67,6 +73,10 @@ class Runner:
         self._model, self._link, self.caches = model, link, caches
         self._files = files
         self._untold: list[Plan] = []
+        self._told: dict[
+            int, int
+        ] = {}  # how many tokens the others have of a sequence in steps that are untold
+        self._copies = Copies(model.read_s)
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
@@ -114,8 +124,12 @@ class Runner:
         pending = [i for i in known if self.caches[i].pending]
         if self._is_untold(plan) or not (pending or self._untold):
             return
-        self._tell_untold(pending)
-        self._read_pending(pending)
+        if self._untold:
+            self._tell_untold()
+        self._copy_pending(pending)
+        if left := [i for i in pending if self.caches[i].pending]:
+            self._tell(CatchUp([], left))
+            self._read_pending(left)
         self._tell(CatchUp([]))  # it is taken when the one before is done
 
     def num_behind(self, sequence_ids: list[int]) -> int:
@@ -139,15 +153,25 @@ class Runner:
             if len(self._untold) >= CATCH_UP_STEPS:
                 self._tell_untold()
             meanwhile()
+            told = {i: self._num_told(i) for i in plan.sequence_ids}
             logits = self._execute(plan)
             self._untold.append(plan)
+            self._told = told | self._told
             return logits
         self.catch_up(plan)
+        if plan.spare:
+            plan = self._copy_spare(plan)
         self._tell(plan)
         meanwhile()
         logits = self._execute(plan)
         self._note_told(plan)
         return logits
+
+    def _copy_spare(self, plan: Plan) -> Plan:
+        """Send to the others what they would read beside this step, if that pays: then they need not."""
+        before = self.num_behind(plan.sequence_ids)
+        self._copy_pending(plan.sequence_ids, FRAMES_BESIDE)
+        return replace(plan, spare=0) if self.num_behind(plan.sequence_ids) < before else plan
 
     def _is_untold(self, plan: Plan) -> bool:
         if (
@@ -161,11 +185,66 @@ class Runner:
         known = [self.caches[i] for i in plan.sequence_ids if i not in plan.started]
         return all(cache.forgets for cache in known)
 
-    def _tell_untold(self, pending: list[int] | None = None) -> None:
+    def _num_told(self, sequence_id: int) -> int:
+        """How many tokens of a sequence all others have; -1 if its home, another rank, has more."""
+        cache = self.caches.get(sequence_id)
+        if cache is None:
+            return 0
+        return -1 if cache.pending and cache.home else cache.num_shared
+
+    def _tell_untold(self) -> None:
         steps, self._untold = self._untold, []
-        self._tell(CatchUp(steps, pending or []))
+        told, self._told = self._told, {}
+        told = {i: start for i, start in told.items() if i in self.caches}
+        nums = [len(self.caches[i]) - start for i, start in told.items()]
+        sizes = [row_bytes(self.caches[i].layers) for i in told]
+        copied = min(told.values(), default=-1) >= 0 and self._copies.pay(nums, max(sizes))
+        self._tell(CatchUp(steps, copied=copied))
+        if copied:
+            left = [
+                i
+                for i, start in told.items()
+                if self._copy(i, start, len(self.caches[i])) < len(self.caches[i])
+            ]
+            if left:
+                self._tell(CatchUp([], left))
         for step in steps:
             self._note_told(step)
+
+    def _copy(self, sequence_id: int, start: int, stop: int, max_frames: int | None = None) -> int:
+        """Rank 0: send rows of tokens `start` to `stop` to the others, as long as that pays; gives how far it came."""
+        layers = self.caches[sequence_id].layers
+        size = row_bytes(layers)
+        room, num_frames = self._copies.frame_tokens(size), 0
+        while start < stop and num_frames != max_frames and self._copies.pay([stop - start], size):
+            began, num = time.monotonic(), min(room, stop - start)
+            self._tell(Rows(sequence_id, start, num, pack_rows(layers, start, start + num)))
+            self._copies.took(time.monotonic() - began)
+            start, num_frames = start + num, num_frames + 1
+        return start
+
+    def _copy_pending(self, sequence_ids: list[int], max_frames: int | None = None) -> None:
+        """Rank 0: send what is pending of these sequences, if this is their home; `max_frames` of each."""
+        for cache, sequence_id in [(self.caches[i], i) for i in sequence_ids]:
+            if cache.pending and cache.home == 0 and cache.forgets:
+                start = cache.num_shared
+                cache.num_shared = self._copy(sequence_id, start, start + cache.num_pending, max_frames)
+                cache.take_tokens(cache.num_shared - start)
+
+    def _take_rows(self, rows: Rows) -> None:
+        """Other ranks: what `_copy` sent. Raises RemoteProtocolError when it does not fit what is here."""
+        cache = self.caches.get(rows.rows_of)
+        here, pending = (0, 0) if cache is None else (len(cache), cache.num_pending)
+        if cache is None or here != rows.start or not 0 < rows.num_tokens <= pending:
+            raise RemoteProtocolError(
+                f"rank 0 sent {rows.num_tokens} rows from token {rows.start} on, of sequence {rows.rows_of}, "
+                f"of which {here} tokens are here and {pending} pending"
+            )
+        put_rows(cache.layers, rows.start, rows.num_tokens, rows.arrays)
+        for piece in cache.take_tokens(rows.num_tokens):
+            cache.extend(piece.tokens, piece.decode)
+        cache.num_shared = len(cache)
+        cache.evaluate()
 
     def _note_told(self, plan: Plan) -> None:
         for sequence_id in [] if plan.homes else plan.sequence_ids:
@@ -190,7 +269,7 @@ class Runner:
             loads=[Load(layer, chosen) for layer, chosen in self._model.expert_load.take()],
         )
 
-    def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting | Lacking) -> None:
+    def _tell(self, plan: Told) -> None:
         if self._link.num_ranks > 1:
             self._link.send_frame(plan.encode())
 
@@ -206,8 +285,13 @@ class Runner:
             self._lack(plan)
         elif isinstance(plan, WindowsPlan):
             self._observe(plan)
+        elif isinstance(plan, Rows):
+            self._take_rows(plan)
         elif isinstance(plan, CatchUp):
-            self._redo(plan.steps)
+            if plan.copied:
+                self._note_untold(plan.steps)
+            else:
+                self._redo(plan.steps)
             self._read_pending(plan.sequence_ids)
         else:
             self._execute(plan)
@@ -232,6 +316,20 @@ class Runner:
                 whole.tokens[0].extend(tokens)
         for whole in last.values():
             self._execute(whole)
+        for sequence_id in {i for step in steps for i in step.settled} & self.caches.keys():
+            self.caches[sequence_id].settle()
+
+    def _note_untold(self, steps: list[Plan]) -> None:
+        """Let what steps appended be pending, of caches that are still in use after all of them."""
+        for step in steps:
+            for sequence_id in step.released:
+                self.caches.pop(sequence_id, None)
+            for sequence_id, tokens in zip(step.sequence_ids, step.tokens, strict=True):
+                if sequence_id in step.started:
+                    self.caches[sequence_id] = SequenceCache(self._model.new_cache())
+                cache = self.caches[sequence_id]
+                cache.home = 0
+                cache.add_pending([Piece(tokens, step.decode)])
         for sequence_id in {i for step in steps for i in step.settled} & self.caches.keys():
             self.caches[sequence_id].settle()
 

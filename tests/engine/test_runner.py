@@ -44,6 +44,7 @@ class FakeModel:
     """The logits are those of the next number."""
 
     one_by_one = False
+    read_s = 0.0
 
     def __init__(self) -> None:
         self.layers: list[FakeLayer] = []
