@@ -76,7 +76,7 @@ class Runner:
         self._told: dict[
             int, int
         ] = {}  # how many tokens the others have of a sequence in steps that are untold
-        self._copies = Copies(model.read_s)
+        self._copies = Copies(model.read_s, 0 if isinstance(link, MlxLink) else link.slot_bytes)
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph

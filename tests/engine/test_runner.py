@@ -78,7 +78,7 @@ class FakeModel:
 class FakeMailbox:
     """Brings frames, takes frames, and may break."""
 
-    rank = 0
+    rank = slot_bytes = 0
 
     def __init__(self, num_ranks: int, frames: list[bytes | None]) -> None:
         self.num_ranks, self.frames = num_ranks, frames

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
-from expertd.engine import copies as copies_module
 from expertd.engine import drafts as drafts_module
 from expertd.engine import engine as engine_module
 from expertd.engine.copies import Copies
@@ -76,7 +75,7 @@ class Counting(Runner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._copies = WildCopies(0.0)
+        self._copies = WildCopies(0.0, 6400)  # a few tokens
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         self.num_meetings += 1
@@ -102,7 +101,6 @@ def serve(
     """Tokens and log-probabilities of every request, by checkpoint; {} from followers."""
     engine_module.MAX_BEHIND, engine_module.SPARE = 24, 6
     engine_module.BESIDES_WEIGHT = 0.0  # homes by the seed, not by the clock
-    copies_module.FRAME_BYTES = 6000  # a few tokens
     WildCopies.random.seed(seed)
     lengths = random.Random(seed)
     drafts_module.pick_length = lambda rate, cost_s: lengths.choice([0, 0, 0, 3])
