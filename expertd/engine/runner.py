@@ -188,7 +188,7 @@ class Runner:
     def _tell_all(self, plan: Plan) -> None:
         """Tell of what rank 0 did alone, and let all read what some did alone, before a step that is told.
 
-        A plan of `solo` goes with it, as nobody has to wait for that. With another split, all have it when this returns.
+        A plan of `solo` goes with it: nobody has to wait. With another split all have it when this returns.
         """
         known = [] if plan.homes else [i for i in plan.sequence_ids if i in self.caches]
         pending = [i for i in known if self.caches[i].pending]

@@ -203,7 +203,7 @@ def test_when_nothing_is_to_do_the_others_catch_up() -> None:
 
 @pytest.mark.parametrize("forked", [False, True])
 def test_what_is_over_is_not_read_unless_another_begins_with_it(forked: bool) -> None:
-    leader, led, box = make()
+    leader, _, box = make()
     steps = [Plan([1, 2], [[i], [i + 50]], True, SOLO, [] if i else [2], []) for i in range(40, 43)]
     start = Plan([2], [[50]], False, SPLIT, [2], [])
     forks = [(3, 1, 6)] if forked else []
