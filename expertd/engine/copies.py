@@ -28,14 +28,13 @@ class Copies:
         """How many tokens' rows a frame holds; 0 if none or if there are no rows."""
         return self._frame_bytes // row_bytes if row_bytes else 0
 
-    def pay(self, nums: list[int], row_bytes: int) -> bool:
-        """Whether so many tokens of some sequences should be copied."""
+    def pay(self, num_tokens: int, row_bytes: int) -> bool:
+        """Whether so many tokens of a sequence should be copied."""
         room = self.frame_tokens(row_bytes)
         if not (room and self._read_s):
             return False
         frame_s = median(self._frames_s) if self._frames_s else 0.0
-        num_frames = sum(-(-num // room) for num in nums)
-        return TIMES_FASTER * frame_s * num_frames <= self._read_s * sum(nums)
+        return TIMES_FASTER * frame_s * -(-num_tokens // room) <= self._read_s * num_tokens
 
     def took(self, seconds: float) -> None:
         """Note one frame."""

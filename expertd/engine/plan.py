@@ -59,12 +59,11 @@ class WindowsPlan:
 @dataclass(frozen=True)
 class CatchUp:
     """Decode steps that rank 0 has taken alone, in order, for the others to do what they leave in the caches; then each
-    rank reads what it lacks of the sequences `sequence_ids`. With `copied` what the steps appended becomes pending, and
-    Rows follow."""
+    rank reads what it lacks of the sequences `sequence_ids`, and carries out what is `following`: one plan, or none."""
 
     steps: list[Plan]
     sequence_ids: list[int] = field(default_factory=list)
-    copied: bool = False
+    following: list[Plan] = field(default_factory=list)
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -5,7 +5,7 @@ import random
 import msgpack
 import pytest
 
-from expertd.engine.plan import CatchUp, Meeting, Plan, Rows, WindowsPlan, decode_plan
+from expertd.engine.plan import Meeting, Plan, Rows, WindowsPlan, decode_plan
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
@@ -45,7 +45,6 @@ def test_meetings_come_back_as_they_were() -> None:
 def test_rows_come_back_as_they_were() -> None:
     rows = Rows(2**60, 7, 2, [("BF16", [1, 2, 2, 64], bytes(range(256)) * 2), ("U32", [1, 2, 2, 0], b"")])
     assert decode_plan(rows.encode()) == rows
-    assert decode_plan(CatchUp([PLANS[0]], [3], copied=True).encode()) == CatchUp([PLANS[0]], [3], True)
     values = msgpack.unpackb(rows.encode())
     for wrong in (
         {"arrays": [["F32", [1]]]},

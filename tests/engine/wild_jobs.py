@@ -64,7 +64,7 @@ class WildCopies(Copies):
 
     random = random.Random()
 
-    def pay(self, nums: list[int], row_bytes: int) -> bool:
+    def pay(self, num_tokens: int, row_bytes: int) -> bool:
         return self.frame_tokens(row_bytes) > 0 and self.random.random() < 0.6
 
 
@@ -75,7 +75,7 @@ class Counting(Runner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._copies = WildCopies(0.0, 6400)  # a few tokens
+        self._copies = WildCopies(0.0, 6400)  # of a few tokens
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         self.num_meetings += 1
@@ -88,10 +88,8 @@ class Counting(Runner):
         super()._tell_lacking(sequence_id, chunk)
 
     def _tell(self, plan: Told) -> None:
-        if isinstance(plan, Rows):
-            TOLD["rows"] += 1
-        elif isinstance(plan, CatchUp) and (plan.steps or plan.sequence_ids):
-            TOLD["copied" if plan.copied else "read"] += 1
+        TOLD["copied"] += isinstance(plan, Rows)
+        TOLD["read"] += isinstance(plan, CatchUp) and bool(plan.sequence_ids)
         super()._tell(plan)
 
 
@@ -195,7 +193,7 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
         assert ("decode", "sequences") in planner.taken
         assert ("prefill", "sequences") in planner.taken
     forgets = SequenceCache(model.new_cache()).forgets
-    assert len(TOLD) == 3 or num_ranks == 1 or not forgets, TOLD
+    assert min(TOLD.values()) > 0 or num_ranks == 1 or not forgets, TOLD
     TOLD.clear()
     if forgets and not model.one_by_one:
         assert num_ranks == 1 or "check" in {kind for kind, _ in planner.taken}
