@@ -86,7 +86,8 @@ def _leaves(layers: list[Any]) -> Iterator[Any]:
 
 
 def _arrays(layer: Any) -> list[mx.array]:
-    return [] if layer.keys is None else [a for _, a in tree_flatten((layer.keys, layer.values))]  # type: ignore[misc]
+    flat: Any = [] if layer.keys is None else tree_flatten((layer.keys, layer.values))
+    return [array for _, array in flat]
 
 
 def _row(code: str, shape: list[int], data: bytes, count: int) -> mx.array:

@@ -317,6 +317,14 @@ def test_a_failed_step_is_taken_back() -> None:
         assert model.caches == [[5, 6, 7, 8], [9]]
 
 
+def test_what_is_pending_is_taken_as_it_was_computed() -> None:
+    cache = SequenceCache([])
+    cache.add_pending([Piece([1, 2, 3], False), Piece([4], True), Piece([5], True)])
+    assert cache.take_tokens(2) == [Piece([1, 2], False)]
+    assert cache.take_tokens(2) == [Piece([3], False), Piece([4], True)]
+    assert (cache.pending, cache.num_pending) == ([Piece([5], True)], 1)
+
+
 def test_ranks_meet_at_what_all_have() -> None:
     """The leader is a step ahead with one sequence and alone in having another; a third has left the leader."""
     leads: Caches = {}
