@@ -16,7 +16,7 @@ for a token of gpt-oss-20b these are 3 MB, beside the GB of weights that it read
 
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,6 +221,15 @@ class SequenceCache:
         return [None if _forgets(layer) else _handles(layer.state) for layer in self.layers]
 
 
+def leaves(layers: Iterable[Any]) -> Iterator[Any]:
+    """The caches that lists of caches hold, one by one."""
+    for layer in layers:
+        if isinstance(layer, CacheList):
+            yield from leaves(layer.caches)
+        else:
+            yield layer
+
+
 def rotates(layer: Any) -> bool:
     """Whether a layer's cache keeps single tokens in another order than chunks of them, and so changes sums.
 
@@ -246,9 +255,7 @@ def has_room(layer: Any, dtype: mx.Dtype) -> bool:
 
 def _forgets(layer: Any) -> bool:
     """Whether a layer's cache can forget any number of its last tokens."""
-    if isinstance(layer, CacheList):
-        return all(map(_forgets, layer.caches))
-    return isinstance(layer, KVCache | QuantizedKVCache)
+    return all(isinstance(leaf, KVCache | QuantizedKVCache) for leaf in leaves([layer]))
 
 
 def _go_back(layer: Any, length: int, kept: Any) -> None:

@@ -4,15 +4,14 @@ They are the numbers themselves, so the other rank has the bits that it would ha
 any number of their last tokens are made of such rows (SequenceCache.forgets); windows and recurrent states are not.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.models.cache import CacheList
 
 from expertd.errors import RemoteProtocolError
+from expertd.model.caches import leaves
 
 # As a safetensors header names them, with the integers as which NumPy carries what it does not know.
 DTYPES = {
@@ -29,13 +28,13 @@ Packed = tuple[str, list[int], bytes]
 
 def row_bytes(layers: list[Any]) -> int:
     """What a token takes in the caches of all layers; 0 if they have none yet."""
-    arrays = [array for layer in _leaves(layers) for array in _arrays(layer)]
+    arrays = [array for layer in leaves(layers) for array in _arrays(layer)]
     return sum(array.nbytes // array.shape[2] for array in arrays)
 
 
 def pack_rows(layers: list[Any], start: int, stop: int) -> list[Packed]:
     """The rows of tokens `start` to `stop`, layer by layer; their arrays are evaluated by this."""
-    arrays = [array for layer in _leaves(layers) for array in _arrays(layer)]
+    arrays = [array for layer in leaves(layers) for array in _arrays(layer)]
     rows = [mx.contiguous(array[..., start:stop, :]) for array in arrays]
     mx.eval(rows)
     return [(CODES[row.dtype], list(row.shape), bytes(bytes_of(row))) for row in rows]
@@ -47,15 +46,15 @@ def put_rows(layers: list[Any], start: int, count: int, packed: list[Packed]) ->
     Raises RemoteProtocolError, and changes nothing, when they are not rows of caches like these.
     """
     rows = [_row(*of_one, count) for of_one in packed]
-    leaves, taken = list(_leaves(layers)), []
-    for layer in leaves:
+    found, taken = list(leaves(layers)), []
+    for layer in found:
         num_arrays = 2 * (3 if hasattr(layer, "bits") else 1)
         mine, rows = rows[:num_arrays], rows[num_arrays:]
         _check(layer, mine, num_arrays, start)
         taken.append(mine)
     if rows:
-        raise RemoteProtocolError(f"rows of {len(rows)} more arrays than {len(leaves)} layers have")
-    for layer, mine in zip(leaves, taken, strict=True):
+        raise RemoteProtocolError(f"rows of {len(rows)} more arrays than {len(found)} layers have")
+    for layer, mine in zip(found, taken, strict=True):
         names = [f"{half}.{i}" for half in (0, 1) for i in range(3)] if len(mine) == 6 else ["0", "1"]
         pair: Any = tree_unflatten(list(zip(names, mine, strict=True)))
         held = pair if layer.keys is None else (layer.keys, layer.values)
@@ -75,14 +74,6 @@ def array_of(code: str, shape: list[int], data: bytes | memoryview) -> mx.array:
     numbers = np.frombuffer(data, carried) if len(data) else np.zeros(0, carried)
     array = mx.array(numbers.reshape(shape))
     return array.view(dtype) if dtype == mx.bfloat16 else array
-
-
-def _leaves(layers: list[Any]) -> Iterator[Any]:
-    for layer in layers:
-        if isinstance(layer, CacheList):
-            yield from _leaves(layer.caches)
-        else:
-            yield layer
 
 
 def _arrays(layer: Any) -> list[mx.array]:

@@ -139,6 +139,13 @@ def _is_here(runner: Runner, sequence_id: int) -> bool:
     return cache is not None and not (cache.pending and cache.home)
 
 
+def _ask(engine: Engine, name: str, max_tokens: int) -> None:
+    # The one that is alone has three tokens to choose from, so that drafts are often right.
+    bias = tuple((token, 100.0) for token in b"abc" if "alone" in name)
+    sampling = Sampling(temperature=0.7, seed=5, logit_bias=bias)
+    engine.take(Submit(name, name, sampling=sampling, max_tokens=max_tokens, ignore_end=True, logprobs=2))
+
+
 def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
     events: list[Message] = []
     engine = _engine(model, events)
@@ -151,12 +158,7 @@ def _lead(runner: Runner, model: Model, seed: int) -> list[Any]:
     while pending or not engine.idle:
         for request in [r for r in pending if r[0] <= step]:
             pending.remove(request)
-            # The one that is alone has three tokens to choose from, so that drafts are often right.
-            name, bias = request[1], tuple((token, 100.0) for token in b"abc" if "alone" in request[1])
-            sampling = Sampling(temperature=0.7, seed=5, logit_bias=bias)
-            engine.take(
-                Submit(name, name, sampling=sampling, max_tokens=request[2], ignore_end=True, logprobs=2)
-            )
+            _ask(engine, request[1], request[2])
         if num_ranks > 1:
             engine.kv = SHORT if step in SHORT_AT else KvBudget()
         engine.step()
