@@ -71,6 +71,8 @@ SEND_TIMEOUT_S = 30.0
 # What caches of finished requests may take unless the user says otherwise.
 # The mailbox is sent before the Begin that speaks of it.
 MAILBOX_TIMEOUT_S = 5.0
+# Who asks again within this time finds the other ranks as they were; then they catch up with this one.
+QUIET_S = 0.1
 # How often a leader that works says what it did: as often as people look, and nothing beside a second's steps.
 REPORT_S = 1.0
 
@@ -244,12 +246,14 @@ class Rank:
         block = self._leads and self._engine.idle
         try:
             while True:
-                message = self._control.inbox.get(block, IDLE_S)
+                message = self._control.inbox.get(block, QUIET_S if self._engine.is_ahead else IDLE_S)
                 block = False
                 if isinstance(message, Begin):
                     return message
                 self._take(message)
         except queue.Empty:
+            if block:
+                self._engine.rest()
             return None
 
     def _wait_begin(self) -> Begin:

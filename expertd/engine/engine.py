@@ -105,6 +105,16 @@ class Engine:
         return not self._open and not self._to_observe
 
     @property
+    def is_ahead(self) -> bool:
+        """Whether the other ranks lack what this one computed alone."""
+        return self._runner is not None and self._runner.is_ahead
+
+    def rest(self) -> None:
+        """When there was nothing to do for a while: let the others catch up. Raises TransportError as `step` does."""
+        if self._runner:
+            self._runner.rest()
+
+    @property
     def most_tokens(self) -> int:
         """Of a prompt and its answer."""
         return self.kv.most_tokens(self.context_length)
@@ -458,11 +468,10 @@ class Engine:
     def _run(self, plan: Plan, work: Work) -> mx.array | None:
         """Carry out a plan, on every rank; the planner learns what it took."""
         assert self._runner is not None
-        begin = time.monotonic()
-        self._runner.catch_up(plan)
         start = time.monotonic()
         logits = self._runner.lead(plan, meanwhile=self._delivery.tell)
-        seconds, waited_s = time.monotonic() - start, start - begin
+        waited_s = self._runner.waited_s
+        seconds = time.monotonic() - start - waited_s
         self._is_alone = plan.split.name == "solo"
         if plan.homes and plan.decode:
             self._besides += BESIDES_WEIGHT * (self._delivery.told_s / seconds - self._besides)

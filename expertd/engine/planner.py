@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import NamedTuple
 
 from expertd.engine.messages import Choice
 
@@ -39,8 +40,7 @@ TRIAL_BUDGET = 0.005
 ALARM = 1.5
 
 
-@dataclass(frozen=True, order=True)
-class Work:
+class Work(NamedTuple):
     """Steps that are compared with each other: up to `num_tokens` tokens, a power of two, and more than half of it."""
 
     kind: str  # "decode", "prefill", "prompts" (several short ones) or "check" (of a draft)
@@ -58,26 +58,32 @@ class Work:
 class _Record:
     """What is known of one work's candidates; `choice` is the best by now, and takes `pace_s` seconds a step.
 
-    `costs` are multiples of the pace, of the choice and of those that have ENOUGH trials.
+    `costs` are multiples of the pace, of the choice and of those that have ENOUGH trials; `savings` is one as well. A
+    step of the choice is the usual case and does next to nothing: what it costs comes on top of a step of 2 ms.
     """
 
     candidates: tuple[str, ...]
     choice: str = "solo"
-    pace_s: float = 0.0
-    savings_s: float = 0.0
+    savings: float = 0.0
     num_steps: int = 0
     num_alarmed: int = 0  # trials of solo that need not be saved for
     announced: str = ""
     costs: dict[str, float] = field(init=False)
-    tried_at: dict[str, int] = field(init=False)  # in steps
+    _tried_long_ago: str = ""  # of all but the choice
+    _tried_at: dict[str, int] = field(init=False)  # in steps
     _trials: dict[str, deque[float]] = field(init=False)
     _recent_s: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     _calm_pace_s: float = math.inf  # the least since the last alarm
 
     def __post_init__(self) -> None:
         self.costs = {self.choice: 1.0}
-        self.tried_at = dict.fromkeys(self.candidates, 0)
+        self._tried_at = dict.fromkeys(self.candidates, 0)
         self._trials = {name: deque(maxlen=WINDOW) for name in self.candidates}
+        self._note_trial(self.choice)
+
+    @property
+    def pace_s(self) -> float:
+        return median(self._recent_s) if self._recent_s else 0.0
 
     @property
     def is_paced(self) -> bool:
@@ -87,45 +93,67 @@ class _Record:
     def is_measured(self) -> bool:
         return self.is_paced and len(self.costs) == len(self.candidates)
 
+    def next_trial(self) -> str:
+        """The candidate that the next step should try instead of the choice, "" for none."""
+        if self.num_alarmed or len(self.costs) < len(self.candidates):
+            if self.num_steps % 2:
+                return ""
+            return "solo" if self.num_alarmed else self._least_tried
+        oldest = self._tried_long_ago
+        if not oldest or self.savings < self.costs[oldest] - 1:
+            return ""
+        # A trial that costs nothing waits as well, so that the choice keeps being measured.
+        return oldest if self.is_paced and self.num_steps - self._tried_at[oldest] > WINDOW else ""
+
     @property
-    def least_tried(self) -> str:
-        """Of those that have no cost yet, "" if all have."""
+    def _least_tried(self) -> str:
+        """Of those that have no cost yet."""
         unknown = [name for name in self.candidates if name not in self.costs]
-        return min(unknown, key=lambda name: len(self._trials[name]), default="")
+        return min(unknown, key=lambda name: len(self._trials[name]))
 
-    @property
-    def tried_long_ago(self) -> str:
-        """Of all but the choice, "" if there is no other."""
-        others = [name for name in self.candidates if name != self.choice]
-        return min(others, key=self.tried_at.__getitem__, default="")
-
-    def add(self, name: str, seconds: float) -> None:
-        self.tried_at[name] = self.num_steps
+    def add(self, name: str, seconds: float, waited_s: float) -> None:
+        """Note what a step took. Part of its time is put aside for trials, or pays for the trial that it was."""
         if name == self.choice:
+            if self.is_measured:
+                self.savings += TRIAL_BUDGET
             self._recent_s.append(seconds)
-            self.pace_s = median(self._recent_s)
-            self._calm_pace_s = min(self._calm_pace_s, self.pace_s)
-            if name != "solo" and self.pace_s > ALARM * self._calm_pace_s:
-                self._calm_pace_s, self.num_alarmed = self.pace_s, ENOUGH
-        elif self.pace_s:
+            if name != "solo":
+                self._watch_link()
+        elif pace_s := self.pace_s:
+            if self.is_measured and not (name == "solo" and self.num_alarmed):
+                dearest = max(self.costs.values()) - 1
+                self.savings = min(self.savings, dearest) - max(0.0, (waited_s + seconds) / pace_s - 1)
             if name == "solo" and self.num_alarmed:
                 self.num_alarmed -= 1
             trials = self._trials[name]
-            trials.append(seconds / self.pace_s)
+            trials.append(seconds / pace_s)
             if len(trials) >= ENOUGH:
                 self.costs[name] = median(trials)
+            self._note_trial(name)
+
+    def _watch_link(self) -> None:
+        pace_s = self.pace_s
+        self._calm_pace_s = min(self._calm_pace_s, pace_s)
+        if pace_s > ALARM * self._calm_pace_s:
+            self._calm_pace_s, self.num_alarmed = pace_s, ENOUGH
+
+    def _note_trial(self, name: str) -> None:
+        self._tried_at[name] = self.num_steps
+        others = [other for other in self.candidates if other != self.choice]
+        self._tried_long_ago = min(others, key=self._tried_at.__getitem__, default="")
 
     def choose(self, name: str) -> None:
         """Let `name` be the choice; what each takes is the same as before."""
-        unit = self.costs[name]
-        self._trials[self.choice] = deque((1 / value for value in self._trials[name]), maxlen=WINDOW)
+        unit, pace_s, before = self.costs[name], self.pace_s * self.costs[name], self.choice
+        self._trials[before] = deque((1 / value for value in self._trials[name]), maxlen=WINDOW)
         for other in self.candidates:
-            if other not in (name, self.choice):
+            if other not in (name, before):
                 self._trials[other] = deque((value / unit for value in self._trials[other]), maxlen=WINDOW)
         self.costs = {other: cost / unit for other, cost in self.costs.items()}
-        self.choice, self.pace_s, self.num_alarmed = name, self.pace_s * unit, 0
-        self._recent_s = deque([self.pace_s] * ENOUGH, maxlen=WINDOW)
-        self._calm_pace_s = self.pace_s
+        self.choice, self.savings, self.num_alarmed = name, self.savings / unit, 0
+        self._recent_s = deque([pace_s] * ENOUGH, maxlen=WINDOW)
+        self._calm_pace_s = pace_s
+        self._note_trial(before)
 
 
 class Planner:
@@ -143,7 +171,7 @@ class Planner:
             return self._fixed
         record = self._record(work)
         record.num_steps += 1
-        return _next_trial(record) or record.choice
+        return record.next_trial() or record.choice
 
     def cost_s(self, work: Work) -> float | None:
         """What a step of this work takes by the present choice; None if that is not known yet."""
@@ -164,10 +192,10 @@ class Planner:
             return
         if work.kind != "decode":  # bound by arithmetic: twice the tokens, twice the time
             seconds *= work.num_tokens / num_tokens
+        record.add(split, seconds, waited_s)
+        if record.choice == record.announced == split or self._fixed:
+            return  # nothing new is known of the others
         if record.is_measured:
-            _save(record, split, seconds, waited_s)
-        record.add(split, seconds)
-        if record.is_measured and not self._fixed:
             self._settle(work, record)
 
     def news(self) -> list[Choice]:
@@ -208,27 +236,6 @@ class Planner:
             record.announced = record.choice
             shown = {name: round(1e3 * record.pace_s * record.costs[name], 3) for name in record.candidates}
             self._news.append(Choice(str(work), record.choice, _reason(record.choice, shown), shown))
-
-
-def _next_trial(record: _Record) -> str:
-    """The candidate that the next step should try instead of the choice, "" for none."""
-    if record.num_steps % 2 == 0 and (record.num_alarmed or record.least_tried):
-        return "solo" if record.num_alarmed else record.least_tried
-    oldest = record.tried_long_ago
-    if not oldest or not record.is_measured:
-        return ""
-    # A trial that costs nothing waits as well, so that the choice keeps being measured.
-    waited = record.num_steps - record.tried_at[oldest] > WINDOW
-    return oldest if waited and record.savings_s >= record.pace_s * (record.costs[oldest] - 1) else ""
-
-
-def _save(record: _Record, split: str, seconds: float, waited_s: float) -> None:
-    """Put a part of this step's time aside for trials, or pay for the trial that it was."""
-    if split == record.choice:
-        dearest_s = record.pace_s * (max(record.costs.values()) - 1)
-        record.savings_s = min(record.savings_s + TRIAL_BUDGET * seconds, dearest_s)
-    elif split != "solo" or not record.num_alarmed:
-        record.savings_s -= max(0.0, waited_s + seconds - record.pace_s)
 
 
 def _reason(choice: str, costs_ms: dict[str, float]) -> str:

@@ -7,33 +7,41 @@ is dropped everywhere, and its sequence is read again. Unless whole sequences ma
 keeps what it has and goes on with it as its home, and the others get the tokens that they lack (`Lacking`).
 
 Under `solo` nobody needs the other ranks, and a group must not be slower than rank 0 alone: on one host they would
-take memory bandwidth from it. So rank 0 takes decode steps without a word, and lets the others catch up before the
-next step that needs them, or after CATCH_UP_STEPS. They then read many tokens at once, which is cheap, or decode them
-where a chunk would leave other bits (Model.one_by_one).
+take memory bandwidth from it. So rank 0 takes decode steps without a word, and lets the others catch up when it has
+nothing to do, before the next step that is told, or when a new leader would have to read for RECOVER_S. They then read
+many tokens at once, which is cheap, or decode them where a chunk would leave other bits (Model.one_by_one). Of a
+sequence that is over and that nobody will begin with, they are told nothing.
 
 Under `sequences` each sequence has a home, the rank that alone computes it. The others get its tokens with the plans
-and keep them (SequenceCache.pending), so that a step of any other split only has to read first what is pending.
+and keep them (SequenceCache.pending), so that a step of any other split only has to read first what is pending. Of a
+sequence whose home is rank 0 they need not read it, if rank 0 sends its keys and values (`Rows`), where that is faster
+(copies.py).
 """
 
 import functools
+import math
 import operator
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TypeVar
 
 import mlx.core as mx
 
+from expertd.engine.copies import FRAMES_BESIDE, Copies
 from expertd.engine.messages import Load, Stats
 from expertd.engine.meter import Meter
-from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, WindowsPlan, decode_plan
-from expertd.errors import TransportError
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, Rows, Told, WindowsPlan, decode_plan
+from expertd.errors import RemoteProtocolError, TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
 from expertd.model.cache_files import CacheFiles
 from expertd.model.caches import MERGED, Piece, SequenceCache
 from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Model, cache_bytes
+from expertd.model.rows import pack_rows, put_rows, row_bytes
 from expertd.split.cut import StepSplit
 
 T = TypeVar("T")
@@ -50,12 +58,21 @@ MAX_OFFERED = 4096
 # Tokens of one frame at most, and one piece more: as many as surely fit a slot.
 MAX_LACKING = 100_000
 
-# When rank 0 dies, what the others have not caught up with is read from the transcripts: a small chunk.
+# When rank 0 dies, what the others have not caught up with is read from the transcripts. By what steps took, that may
+# last so long, a tenth of what the death costs anyway (1.5 s until it is noticed); at most a chunk, and never less than
+# so many steps: 32 steps of a token, read every 32, disturbed rank 0 by 1 % of its time, 12 ms of reading each.
+RECOVER_S = 0.1
 CATCH_UP_STEPS = 32
 
 SOLO = StepSplit("solo", (1.0,))
 
 Caches = dict[int, SequenceCache]  # by sequence
+
+
+def _without(step: Plan, sequence_ids: AbstractSet[int]) -> Plan:
+    """The step without the tokens of these sequences."""
+    kept = [(i, t) for i, t in zip(step.sequence_ids, step.tokens, strict=True) if i not in sequence_ids]
+    return replace(step, sequence_ids=[i for i, _ in kept], tokens=[tokens for _, tokens in kept])
 
 
 class Runner:
@@ -67,6 +84,10 @@ class Runner:
         self._model, self._link, self.caches = model, link, caches
         self._files = files
         self._untold: list[Plan] = []
+        self._num_untold = 0  # tokens
+        self._read_s = math.inf  # what it takes to read a token again, as fast as it went in this epoch
+        self.waited_s = 0.0  # for each other, before the last step
+        self._copies = Copies(model.read_s, 0 if isinstance(link, MlxLink) else link.slot_bytes)
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
@@ -108,16 +129,6 @@ class Runner:
         cache.home, cache.uneven = 0, True
         cache.add_pending(map(Piece, lacking.tokens, lacking.decode))
 
-    def catch_up(self, plan: Plan) -> None:
-        """Rank 0, before a step that takes all ranks: wait until all have what some did alone. Else it does nothing."""
-        known = [] if plan.homes else [i for i in plan.sequence_ids if i in self.caches]
-        pending = [i for i in known if self.caches[i].pending]
-        if self._is_untold(plan) or not (pending or self._untold):
-            return
-        self._tell_untold(pending)
-        self._read_pending(pending)
-        self._tell(CatchUp([]))  # it is taken when the one before is done
-
     def num_behind(self, sequence_ids: list[int]) -> int:
         """Rank 0: how many tokens of these sequences only their homes have."""
         known = [self.caches[i] for i in sequence_ids if i in self.caches]
@@ -130,26 +141,39 @@ class Runner:
         Raises TransportError when a rank failed; nothing of that step may be used.
         """
         began = time.monotonic()
-        logits = self._lead(plan, meanwhile)
-        self._meter.took(plan, time.monotonic() - began)
-        return logits
-
-    def _lead(self, plan: Plan, meanwhile: Callable[[], None]) -> mx.array | None:
-        if self._is_untold(plan):
-            if len(self._untold) >= CATCH_UP_STEPS:
-                self._tell_untold()
-            meanwhile()
-            logits = self._execute(plan)
-            self._untold.append(plan)
-            return logits
-        self.catch_up(plan)
-        self._tell(plan)
+        told = not self._is_alone(plan)
+        if told:
+            self._tell_all(plan)
+        start = time.monotonic()
+        self.waited_s = start - began
+        if plan.spare:
+            plan = self._copy_spare(plan)
+        if told and plan.split.name != "solo":
+            self._tell(plan)
         meanwhile()
         logits = self._execute(plan)
-        self._note_told(plan)
+        if told:
+            self._note_told(plan)
+        else:
+            self._note_untold(plan)
+        seconds = time.monotonic() - start
+        if plan.decode == self._model.one_by_one:
+            self._read_s = min(self._read_s, seconds / plan.num_tokens)
+        self._meter.took(plan, seconds)
         return logits
 
-    def _is_untold(self, plan: Plan) -> bool:
+    def rest(self) -> None:
+        """Rank 0, when there is nothing to do: let the others catch up."""
+        if self._untold:
+            self._tell(CatchUp(self._take_untold()))
+
+    @property
+    def is_ahead(self) -> bool:
+        """Rank 0: whether the others have to catch up."""
+        return bool(self._untold)
+
+    def _is_alone(self, plan: Plan) -> bool:
+        """Whether rank 0 takes a step without a word."""
         if (
             not plan.decode
             or plan.forks
@@ -161,16 +185,86 @@ class Runner:
         known = [self.caches[i] for i in plan.sequence_ids if i not in plan.started]
         return all(cache.forgets for cache in known)
 
-    def _tell_untold(self, pending: list[int] | None = None) -> None:
-        steps, self._untold = self._untold, []
-        self._tell(CatchUp(steps, pending or []))
+    def _note_untold(self, plan: Plan) -> None:
+        self._untold.append(plan)
+        self._num_untold += plan.num_tokens
+        allowed = min(MERGED, RECOVER_S / self._read_s)
+        if len(self._untold) >= CATCH_UP_STEPS and self._num_untold >= allowed:
+            self.rest()
+
+    def _tell_all(self, plan: Plan) -> None:
+        """Tell of what rank 0 did alone, and let all read what some did alone, before a step that is told.
+
+        A plan of `solo` goes with it: nobody has to wait. With another split all have it when this returns.
+        """
+        known = [] if plan.homes else [i for i in plan.sequence_ids if i in self.caches]
+        self._copy_pending(known)
+        pending = [i for i in known if self.caches[i].pending]
+        over = set(plan.released) - {source for _, source, _ in plan.forks}
+        untold, is_solo = self._take_untold(over), plan.split.name == "solo"
+        if not (pending or untold):
+            if is_solo:
+                self._tell(plan)
+            return
+        self._tell(CatchUp(untold, pending, [plan] if is_solo else []))
+        self._read_pending(pending)
+        if not is_solo:
+            self._tell(CatchUp([]))  # it is taken when the one before is done
+
+    def _take_untold(self, over: AbstractSet[int] = frozenset()) -> list[Plan]:
+        """What the others are to be told, without the tokens of sequences that are `over`, if they know these."""
+        steps, self._untold, self._num_untold = self._untold, [], 0
         for step in steps:
             self._note_told(step)
+        over = over - {i for step in steps for i in step.started}
+        return [_without(step, over) for step in steps] if over else steps
 
     def _note_told(self, plan: Plan) -> None:
         for sequence_id in [] if plan.homes else plan.sequence_ids:
             if cache := self.caches.get(sequence_id):
                 cache.share()
+
+    def _copy_pending(self, sequence_ids: list[int], max_frames: int | None = None) -> None:
+        """Rank 0: send what is pending of these sequences, if this is their home; `max_frames` of each."""
+        for sequence_id in sequence_ids:
+            cache = self.caches[sequence_id]
+            if cache.pending and cache.home == 0 and cache.forgets:
+                start = cache.num_shared
+                cache.num_shared = self._copy(sequence_id, start, start + cache.num_pending, max_frames)
+                cache.take_tokens(cache.num_shared - start)
+
+    def _copy(self, sequence_id: int, start: int, stop: int, max_frames: int | None) -> int:
+        """Rank 0: send rows of tokens `start` to `stop` to the others, as long as that pays; gives how far it came."""
+        layers = self.caches[sequence_id].layers
+        size = row_bytes(layers)
+        room, num_frames = self._copies.frame_tokens(size), 0
+        while start < stop and num_frames != max_frames and self._copies.pay(stop - start, size):
+            began, num = time.monotonic(), min(room, stop - start)
+            self._tell(Rows(sequence_id, start, num, pack_rows(layers, start, start + num)))
+            self._copies.took(time.monotonic() - began)
+            start, num_frames = start + num, num_frames + 1
+        return start
+
+    def _copy_spare(self, plan: Plan) -> Plan:
+        """Rank 0: send the others what they would read beside this step, if that pays: then they need not."""
+        before = self.num_behind(plan.sequence_ids)
+        self._copy_pending(plan.sequence_ids, FRAMES_BESIDE)
+        return replace(plan, spare=0) if self.num_behind(plan.sequence_ids) < before else plan
+
+    def _take_rows(self, rows: Rows) -> None:
+        """Other ranks: what `_copy` sent. Raises RemoteProtocolError when it does not fit what is here."""
+        cache = self.caches.get(rows.rows_of)
+        here, pending = (0, 0) if cache is None else (len(cache), cache.num_pending)
+        if cache is None or here != rows.start or not 0 < rows.num_tokens <= pending:
+            raise RemoteProtocolError(
+                f"rank 0 sent {rows.num_tokens} rows from token {rows.start} on, of sequence {rows.rows_of}, "
+                f"of which {here} tokens are here and {pending} pending"
+            )
+        put_rows(cache.layers, rows.start, rows.num_tokens, rows.arrays)
+        for piece in cache.take_tokens(rows.num_tokens):
+            cache.extend(piece.tokens, piece.decode)
+        cache.num_shared = len(cache)
+        cache.evaluate()
 
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
         """Rank 0: as `lead`, for whole windows; Model.observe says what it gives."""
@@ -190,7 +284,7 @@ class Runner:
             loads=[Load(layer, chosen) for layer, chosen in self._model.expert_load.take()],
         )
 
-    def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting | Lacking) -> None:
+    def _tell(self, plan: Told) -> None:
         if self._link.num_ranks > 1:
             self._link.send_frame(plan.encode())
 
@@ -206,9 +300,13 @@ class Runner:
             self._lack(plan)
         elif isinstance(plan, WindowsPlan):
             self._observe(plan)
+        elif isinstance(plan, Rows):
+            self._take_rows(plan)
         elif isinstance(plan, CatchUp):
             self._redo(plan.steps)
             self._read_pending(plan.sequence_ids)
+            for following in plan.following:
+                self._execute(following)
         else:
             self._execute(plan)
 

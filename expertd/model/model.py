@@ -63,6 +63,7 @@ class Model:
         self._replayed: set[bool] = set()  # whether steps of one sequence (False) and of several (True) are
         self._no_logits = mx.zeros((0, 0))  # [0, vocab], of the model's type, from the first decode step on
         self.one_by_one = False  # whether a token's bits depend on how many were computed with it
+        self.read_s = 0.0  # what reading a token took when this was tried
         self.expert_load = ExpertLoad()
         self._kv_bits = kv_bits
         if kv_bits:
@@ -248,7 +249,9 @@ class Model:
     def _try_reading(self, num_prefilled: int) -> mx.array:
         """Logits after NUM_TRIED tokens and one more, of which the first `num_prefilled` are read in one chunk."""
         cache, solo = self.new_cache(), StepSplit("solo", (1.0,))
+        start = time.monotonic()
         self.prefill(list(range(num_prefilled)), cache, solo)
+        self.read_s = (time.monotonic() - start) / num_prefilled
         return [self.decode([token], [cache], solo) for token in range(num_prefilled, NUM_TRIED + 1)][-1]
 
     def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, Taps]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -28,6 +28,8 @@ SUBMIT = Submit("r", prompt="x")
 class FakeModel:
     """Knows the rank of its link, None without one."""
 
+    read_s = 0.0
+
     def __init__(self) -> None:
         self.attached: list[int | None] = []
 
@@ -41,6 +43,8 @@ class FakeEngine:
     idle = True
 
     def __init__(self) -> None:
+        self.is_ahead = False
+        self.rest: Callable[[], None] = lambda: None
         self.calls: list[Any] = []
         self.reports: list[Stats] = []
 
@@ -124,6 +128,17 @@ def test_idle_leader_notices_a_begin_at_once(bench: Bench, monkeypatch: pytest.M
     assert bench.engine.calls == [("begin", "auto", (0.5, 0.5)), SUBMIT]
     assert bench.model.attached == [None, 0]
     assert bench.sent == []
+
+
+def test_idle_leader_lets_the_others_catch_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "IDLE_S", LIMIT_S)
+    monkeypatch.setattr("expertd.cluster.rank.QUIET_S", 0.001)
+    second, too_late = Begin(2, 1, "auto", (0.5, 0.5), ""), Begin(3, 1, "auto", (0.5, 0.5), "")
+    bench.engine.is_ahead = True
+    bench.engine.rest = lambda: bench.inbox.put(second)
+    timer = bench.after(SOON_S, too_late)
+    assert bench.rank._live(bench.begin(1, 0, 2)) is second
+    timer.cancel()
 
 
 def test_leader_reports_what_is_new(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

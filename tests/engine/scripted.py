@@ -86,6 +86,7 @@ class ScriptedRunner:
 
     def __init__(self, scripts: dict[str, list[int]], caches: dict[int, ScriptedCache]) -> None:
         self.plans: list[Plan] = []
+        self.waited_s = 0.0
         self.caches = caches
         self.num_meetings = 0
         self.scripts = scripts
@@ -129,9 +130,6 @@ class ScriptedRunner:
 
     def save(self, sequence_id: int) -> None:
         assert sequence_id in self.caches
-
-    def catch_up(self, plan: Plan) -> None:
-        pass
 
     def can_cut(self, sequence_id: int) -> bool:
         return True

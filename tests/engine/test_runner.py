@@ -1,5 +1,7 @@
 """Every rank carries out the leader's plans in the same way; a broken group gives no logits."""
 
+import itertools
+import time
 from typing import Any, cast
 
 import mlx.core as mx
@@ -39,11 +41,22 @@ class FakeLayer(KVCache):  # type: ignore[misc]
     def offset(self, length: int) -> None:
         del self.tokens[length:]
 
+    @property
+    def state(self) -> list[int]:
+        return self.tokens[:]
+
+    @classmethod
+    def from_state(cls, state: list[int]) -> "FakeLayer":
+        layer = cls()
+        layer.tokens = state
+        return layer
+
 
 class FakeModel:
     """The logits are those of the next number."""
 
     one_by_one = False
+    read_s = 0.0
 
     def __init__(self) -> None:
         self.layers: list[FakeLayer] = []
@@ -77,7 +90,7 @@ class FakeModel:
 class FakeMailbox:
     """Brings frames, takes frames, and may break."""
 
-    rank = 0
+    rank = slot_bytes = 0
 
     def __init__(self, num_ranks: int, frames: list[bytes | None]) -> None:
         self.num_ranks, self.frames = num_ranks, frames
@@ -144,7 +157,6 @@ def test_solo_steps_are_told_before_the_next_that_takes_all(one_by_one: bool) ->
     ]  # fmt: skip
     assert [decode_plan(frame) for frame in box.sent] == PLANS[:1]
     together = Plan([3, 1], [[32], [12]], True, SPLIT, [], [])
-    leader.catch_up(together)
     leader.lead(together)
     assert [decode_plan(frame) for frame in box.sent[1:]] == [CatchUp(ALONE), CatchUp([]), together]
     follower, followed, _ = make(frames=list(box.sent))
@@ -165,14 +177,66 @@ def test_a_prompt_is_read_by_all_at_once_though_solo() -> None:
     assert [decode_plan(frame) for frame in box.sent] == [plan]
 
 
-def test_others_are_never_far_behind() -> None:
+def test_a_solo_prompt_waits_for_nobody() -> None:
+    leader, led, box = make()
+    prompt = Plan([4], [[40, 41]], False, SOLO, [4], [])
+    for plan in [PLANS[0], *ALONE, prompt]:
+        leader.lead(plan)
+    assert [decode_plan(frame) for frame in box.sent] == [PLANS[0], CatchUp(ALONE, [], [prompt])]
+    follower, followed, _ = make(frames=list(box.sent))
+    for _ in box.sent:
+        follower.follow()
+    assert led.caches[-1] == followed.caches[-1] == [40, 41]
+    assert followed.caches[0] == led.caches[0]
+
+
+def test_when_nothing_is_to_do_the_others_catch_up() -> None:
     leader, _, box = make()
     leader.lead(PLANS[0])
-    steps = [Plan([1], [[i]], True, SOLO, [], []) for i in range(2 * CATCH_UP_STEPS + 1)]
+    assert not leader.is_ahead
+    leader.lead(ALONE[0])
+    assert leader.is_ahead
+    leader.rest()
+    leader.rest()
+    assert not leader.is_ahead
+    assert [decode_plan(frame) for frame in box.sent[1:]] == [CatchUp(ALONE[:1])]
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_what_is_over_is_not_read_unless_another_begins_with_it(forked: bool) -> None:
+    leader, _, box = make()
+    steps = [Plan([1, 2], [[i], [i + 50]], True, SOLO, [] if i else [2], []) for i in range(40, 43)]
+    start = Plan([2], [[50]], False, SPLIT, [2], [])
+    forks = [(3, 1, 6)] if forked else []
+    following = Plan([2] + [3] * forked, [[99]] + [[7]] * forked, True, SPLIT, [], [1], [1], forks)
+    for plan in [PLANS[0], start, *steps, following]:
+        leader.lead(plan)
+    follower, followed, _ = make(frames=list(box.sent))
+    for _ in box.sent:
+        follower.follow()
+    assert followed.caches == [[5, 6, 7, 40, 41, 42] if forked else [5, 6, 7], [50, 90, 91, 92, 99]]
+    if forked:
+        assert follower.caches[3].layers[0].tokens == [5, 6, 7, 40, 41, 42, 7]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "one_by_one", "num_steps"),
+    [(0.003, False, 100), (1e-6, False, 512), (1.0, False, CATCH_UP_STEPS), (0.0019, True, 53)],
+)
+def test_others_are_never_far_behind(
+    step_s: float, one_by_one: bool, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they lack is read in a tenth of a second: a chunk as the first one, of three tokens, or one by one."""
+    leader, led, box = make()
+    led.one_by_one = one_by_one
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: step_s * next(ticks))
+    leader.lead(PLANS[0])
+    steps = [Plan([1], [[i]], True, SOLO, [], []) for i in range(2 * num_steps + 1)]
     for step in steps:
         leader.lead(step)
-    told = [CatchUp(steps[:CATCH_UP_STEPS]), CatchUp(steps[CATCH_UP_STEPS:-1])]
-    assert [decode_plan(frame) for frame in box.sent[1:]] == told
+    told = [decode_plan(frame) for frame in box.sent[1:]]
+    assert told == [CatchUp(steps[:num_steps]), CatchUp(steps[num_steps:-1])]
 
 
 def test_ranks_meet_at_what_was_told() -> None:
@@ -251,6 +315,14 @@ def test_a_failed_step_is_taken_back() -> None:
         with pytest.raises(LinkDown):
             runner.lead(plan)
         assert model.caches == [[5, 6, 7, 8], [9]]
+
+
+def test_what_is_pending_is_taken_as_it_was_computed() -> None:
+    cache = SequenceCache([])
+    cache.add_pending([Piece([1, 2, 3], False), Piece([4], True), Piece([5], True)])
+    assert cache.take_tokens(2) == [Piece([1, 2], False)]
+    assert cache.take_tokens(2) == [Piece([3], False), Piece([4], True)]
+    assert (cache.pending, cache.num_pending) == ([Piece([5], True)], 1)
 
 
 def test_ranks_meet_at_what_all_have() -> None:
