@@ -144,10 +144,12 @@ class Runner:
         told = not self._is_alone(plan)
         if told:
             self._tell_all(plan)
-        start = time.monotonic()
-        self.waited_s = start - began
+        elif self._is_far_ahead:  # now, not after the step: a failure would leave its tokens in the caches
+            self.rest()
         if plan.spare:
             plan = self._copy_spare(plan)
+        start = time.monotonic()
+        self.waited_s = start - began
         if told and plan.split.name != "solo":
             self._tell(plan)
         meanwhile()
@@ -188,9 +190,12 @@ class Runner:
     def _note_untold(self, plan: Plan) -> None:
         self._untold.append(plan)
         self._num_untold += plan.num_tokens
+
+    @property
+    def _is_far_ahead(self) -> bool:
+        """Whether a new leader would have to read for RECOVER_S."""
         allowed = min(MERGED, RECOVER_S / self._read_s)
-        if len(self._untold) >= CATCH_UP_STEPS and self._num_untold >= allowed:
-            self.rest()
+        return len(self._untold) >= CATCH_UP_STEPS and self._num_untold >= allowed
 
     def _tell_all(self, plan: Plan) -> None:
         """Tell of what rank 0 did alone, and let all read what some did alone, before a step that is told.

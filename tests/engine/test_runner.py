@@ -96,10 +96,13 @@ class FakeMailbox:
         self.num_ranks, self.frames = num_ranks, frames
         self.sent: list[bytes] = []
         self.failure: Exception | None = None
+        self.lost: Exception | None = None  # when something is sent
         self.answers: list[bytes] = []
         self.other = b""  # rank's answer
 
     def send_frame(self, frame: bytes) -> None:
+        if self.lost:
+            raise self.lost
         self.sent.append(frame)
 
     def wait_frame(self, idle_s: float) -> bytes | None:
@@ -237,6 +240,20 @@ def test_others_are_never_far_behind(
         leader.lead(step)
     told = [decode_plan(frame) for frame in box.sent[1:]]
     assert told == [CatchUp(steps[:num_steps]), CatchUp(steps[num_steps:-1])]
+
+
+def test_a_step_that_cannot_be_told_has_not_happened() -> None:
+    """Nor one whose predecessors cannot: no token of it is in a cache."""
+    leader, led, box = make()
+    leader.lead(PLANS[0])
+    with pytest.raises(LinkDown):
+        for token in range(1000):
+            before = list(led.caches[0])
+            if token == CATCH_UP_STEPS:
+                box.lost = LinkDown("rank 1: over")
+            leader.lead(Plan([1], [[token]], True, SOLO, [], []))
+    assert token >= CATCH_UP_STEPS
+    assert led.caches[0] == before and len(leader.caches[1]) == len(before)
 
 
 def test_ranks_meet_at_what_was_told() -> None:
