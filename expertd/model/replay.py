@@ -67,7 +67,8 @@ class _Layer:
     @property
     def offset(self) -> mx.array:
         self._recorder.asked.append(self._number)
-        return self._recorder.offsets
+        offsets: mx.array = self._recorder.offsets
+        return offsets
 
     @property
     def bits(self) -> int:
@@ -183,7 +184,8 @@ class Tape:
             layers[layer][index] = state
         for layer, num_tokens in self._advances:
             layers[layer].advance(num_tokens)
-        return arrays[0]
+        logits: mx.array = arrays[0]
+        return logits
 
     def _offsets(self, layers: Sequence[Together], num_sequences: int) -> mx.array:
         offsets = layers[self._asked[0]].offsets() if self._asked else [0] * num_sequences

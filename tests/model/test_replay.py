@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import mixtral
+from mlx_lm.models.cache import KVCache
 
 from expertd.link.mailbox import Mailbox
 from expertd.model import replay
 from expertd.model.caches import SequenceCache
 from expertd.model.model import Model
-from expertd.model.replay import Tapes
+from expertd.model.replay import Recorder, Tape, Tapes
 from expertd.model.together import Together
 from expertd.native import _graph
 from expertd.native._graph import placeholder
@@ -160,6 +161,18 @@ def test_layers_of_unlike_lengths_are_left_to_python(model: Model) -> None:
     assert same([found], [in_python(model, Model._decode, [5, 6], others, SOLO, None)])
 
 
+def test_a_step_with_a_mask_is_left_to_python(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches, others = filled(model, 2), filled(model, 2)
+    model._decode([5, 6], caches, SOLO, None)
+    in_python(model, Model._decode, [5, 6], others, SOLO, None)
+    first_key = mx.array([[[[False, True, True, True, True]]]])
+    monkeypatch.setattr(KVCache, "make_mask", lambda *_, **__: first_key)
+    before = model._tapes.num_built
+    found = model._decode([5, 6], caches, SOLO, None)
+    assert model._tapes.num_built == before
+    assert same([found], [in_python(model, Model._decode, [5, 6], others, SOLO, None)])
+
+
 def test_a_recurrent_layer_without_a_state_is_left_to_python(tmp_path: Path) -> None:
     """A prompt of one token; the next step is replayed again."""
     model = load(make_tiny(tmp_path / "tiny", "qwen3_next"), "native")
@@ -223,6 +236,18 @@ def test_a_family_that_looks_is_not_recorded(
     assert same(decoded(model, False), wanted)
     assert model._tapes.num_built == before
     assert "steps of 2 under solo are built in Python (" in caplog.text
+
+
+@pytest.mark.parametrize("num_attentions", [0, 2])
+def test_each_layer_attends_once(num_attentions: int) -> None:
+    recorder = Recorder([Together([KVCache()])], 1)
+    rows, owner = mx.ones((1, 2, 1, 16)), SimpleNamespace(attend=None)
+    keys, values = recorder.layers[0].update_and_fetch(rows, rows)
+    with recorder.attention((owner, "attend")):
+        for _ in range(num_attentions):
+            rows = owner.attend(rows, keys, values)
+    with pytest.raises(ValueError, match="not one attention"):
+        Tape(recorder, rows)
 
 
 def test_a_step_that_gives_other_logits_is_not_replayed(
