@@ -23,7 +23,8 @@ warnings.filterwarnings("ignore", "Editable installation")
 graph = Extension(
     "expertd.native._graph",
     sources=[
-        f"native/{name}.cpp" for name in ("graph", "exchange", "kernel_ops", "attention_ops", "nanobind_all")
+        f"native/{name}.cpp"
+        for name in ("graph", "exchange", "kernel_ops", "attention_ops", "replay", "nanobind_all")
     ],
     depends=["native/graph.h", "native/kernel_ops.h", "native/kernels/kernels.h", "native/kernels/ops.h"],
     language="c++",

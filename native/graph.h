@@ -22,5 +22,6 @@ void* scratch(size_t bytes, mx::cpu::CommandEncoder& encoder);
 // What each file adds to the module.
 void bind_exchange(nb::module_& m);
 void bind_kernels(nb::module_& m);
+void bind_replay(nb::module_& m);
 
 }  // namespace xd

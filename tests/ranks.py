@@ -53,13 +53,22 @@ def start_rank(
     )
 
 
+def _others(ranks: Sequence["subprocess.Popen[str]"]) -> str:
+    """What ranks behind one that failed have said: it may have been their failure."""
+    for process in ranks:
+        process.terminate()
+    return "".join(f"\nand another:\n{process.communicate()[1][-3000:]}" for process in ranks)
+
+
 def results_of(ranks: Sequence["subprocess.Popen[str]"], timeout_s: float = 120) -> list[Any]:
     """Wait for ranks and give what they gave."""
     results = []
     try:
         for rank, process in enumerate(ranks):
             out, err = process.communicate(timeout=timeout_s)
-            assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{err[-3000:]}"
+            assert process.returncode == 0, (
+                f"rank {rank} ended with {process.returncode}:\n{err[-3000:]}{_others(ranks[rank + 1 :])}"
+            )
             results.append(json.loads(out.splitlines()[-1]))
     finally:
         for process in ranks:

@@ -99,7 +99,21 @@ class Lacking:
         return msgspec.msgpack.encode(self)
 
 
-Told = Plan | WindowsPlan | CatchUp | Meeting | Lacking
+@dataclass(frozen=True)
+class Rows:
+    """The keys and values of the next `num_tokens` pending tokens, from token `start` on, of a sequence whose home is
+    rank 0: the others put them into their caches instead of reading the tokens (model/rows.py)."""
+
+    rows_of: int
+    start: int
+    num_tokens: int
+    arrays: list[tuple[str, list[int], bytes]]
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+
+Told = Plan | WindowsPlan | CatchUp | Meeting | Lacking | Rows
 
 
 def decode_plan(frame: bytes) -> Told:
@@ -118,6 +132,7 @@ def decode_plan(frame: bytes) -> Told:
 _KINDS: dict[str, type[Told]] = {
     "lengths": Meeting,
     "sequence_id": Lacking,
+    "rows_of": Rows,
     "steps": CatchUp,
     "windows": WindowsPlan,
 }

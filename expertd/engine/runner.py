@@ -13,7 +13,9 @@ many tokens at once, which is cheap, or decode them where a chunk would leave ot
 sequence that is over and that nobody will begin with, they are told nothing.
 
 Under `sequences` each sequence has a home, the rank that alone computes it. The others get its tokens with the plans
-and keep them (SequenceCache.pending), so that a step of any other split only has to read first what is pending.
+and keep them (SequenceCache.pending), so that a step of any other split only has to read first what is pending. Of a
+sequence whose home is rank 0 they need not read it, if rank 0 sends its keys and values (`Rows`), where that is faster
+(copies.py).
 """
 
 import functools
@@ -28,16 +30,18 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from expertd.engine.copies import FRAMES_BESIDE, Copies
 from expertd.engine.messages import Load, Stats
 from expertd.engine.meter import Meter
-from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, WindowsPlan, decode_plan
-from expertd.errors import TransportError
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, Rows, Told, WindowsPlan, decode_plan
+from expertd.errors import RemoteProtocolError, TransportError
 from expertd.link.mailbox import Mailbox
 from expertd.model.adapter import Taps
 from expertd.model.cache_files import CacheFiles
 from expertd.model.caches import MERGED, Piece, SequenceCache
 from expertd.model.mlx_link import MlxLink
 from expertd.model.model import Model, cache_bytes
+from expertd.model.rows import pack_rows, put_rows, row_bytes
 from expertd.split.cut import StepSplit
 
 T = TypeVar("T")
@@ -83,6 +87,7 @@ class Runner:
         self._num_untold = 0  # tokens
         self._read_s = math.inf  # what it takes to read a token again, as fast as it went in this epoch
         self.waited_s = 0.0  # for each other, before the last step
+        self._copies = Copies(model.read_s, 0 if isinstance(link, MlxLink) else link.slot_bytes)
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
@@ -141,6 +146,8 @@ class Runner:
             self._tell_all(plan)
         start = time.monotonic()
         self.waited_s = start - began
+        if plan.spare:
+            plan = self._copy_spare(plan)
         if told and plan.split.name != "solo":
             self._tell(plan)
         meanwhile()
@@ -191,6 +198,7 @@ class Runner:
         A plan of `solo` goes with it: nobody has to wait. With another split all have it when this returns.
         """
         known = [] if plan.homes else [i for i in plan.sequence_ids if i in self.caches]
+        self._copy_pending(known)
         pending = [i for i in known if self.caches[i].pending]
         over = set(plan.released) - {source for _, source, _ in plan.forks}
         untold, is_solo = self._take_untold(over), plan.split.name == "solo"
@@ -216,6 +224,48 @@ class Runner:
             if cache := self.caches.get(sequence_id):
                 cache.share()
 
+    def _copy_pending(self, sequence_ids: list[int], max_frames: int | None = None) -> None:
+        """Rank 0: send what is pending of these sequences, if this is their home; `max_frames` of each."""
+        for sequence_id in sequence_ids:
+            cache = self.caches[sequence_id]
+            if cache.pending and cache.home == 0 and cache.forgets:
+                start = cache.num_shared
+                cache.num_shared = self._copy(sequence_id, start, start + cache.num_pending, max_frames)
+                cache.take_tokens(cache.num_shared - start)
+
+    def _copy(self, sequence_id: int, start: int, stop: int, max_frames: int | None) -> int:
+        """Rank 0: send rows of tokens `start` to `stop` to the others, as long as that pays; gives how far it came."""
+        layers = self.caches[sequence_id].layers
+        size = row_bytes(layers)
+        room, num_frames = self._copies.frame_tokens(size), 0
+        while start < stop and num_frames != max_frames and self._copies.pay(stop - start, size):
+            began, num = time.monotonic(), min(room, stop - start)
+            self._tell(Rows(sequence_id, start, num, pack_rows(layers, start, start + num)))
+            self._copies.took(time.monotonic() - began)
+            start, num_frames = start + num, num_frames + 1
+        return start
+
+    def _copy_spare(self, plan: Plan) -> Plan:
+        """Rank 0: send the others what they would read beside this step, if that pays: then they need not."""
+        before = self.num_behind(plan.sequence_ids)
+        self._copy_pending(plan.sequence_ids, FRAMES_BESIDE)
+        return replace(plan, spare=0) if self.num_behind(plan.sequence_ids) < before else plan
+
+    def _take_rows(self, rows: Rows) -> None:
+        """Other ranks: what `_copy` sent. Raises RemoteProtocolError when it does not fit what is here."""
+        cache = self.caches.get(rows.rows_of)
+        here, pending = (0, 0) if cache is None else (len(cache), cache.num_pending)
+        if cache is None or here != rows.start or not 0 < rows.num_tokens <= pending:
+            raise RemoteProtocolError(
+                f"rank 0 sent {rows.num_tokens} rows from token {rows.start} on, of sequence {rows.rows_of}, "
+                f"of which {here} tokens are here and {pending} pending"
+            )
+        put_rows(cache.layers, rows.start, rows.num_tokens, rows.arrays)
+        for piece in cache.take_tokens(rows.num_tokens):
+            cache.extend(piece.tokens, piece.decode)
+        cache.num_shared = len(cache)
+        cache.evaluate()
+
     def lead_windows(self, plan: WindowsPlan) -> tuple[mx.array, Taps]:
         """Rank 0: as `lead`, for whole windows; Model.observe says what it gives."""
         self._tell(plan)
@@ -234,7 +284,7 @@ class Runner:
             loads=[Load(layer, chosen) for layer, chosen in self._model.expert_load.take()],
         )
 
-    def _tell(self, plan: Plan | WindowsPlan | CatchUp | Meeting | Lacking) -> None:
+    def _tell(self, plan: Told) -> None:
         if self._link.num_ranks > 1:
             self._link.send_frame(plan.encode())
 
@@ -250,6 +300,8 @@ class Runner:
             self._lack(plan)
         elif isinstance(plan, WindowsPlan):
             self._observe(plan)
+        elif isinstance(plan, Rows):
+            self._take_rows(plan)
         elif isinstance(plan, CatchUp):
             self._redo(plan.steps)
             self._read_pending(plan.sequence_ids)

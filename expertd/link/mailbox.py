@@ -68,7 +68,8 @@ class Mailbox:
         if (made_for := lib.xd_mailbox_num_ranks(box)) != num_ranks:  # C trusts our lists to have this length
             self.close()
             raise ClusterError(f"mailbox: rank {rank} found room for {made_for} ranks, wanted {num_ranks}")
-        self._frame = ffi.new("char[]", lib.xd_mailbox_slot_bytes(box))
+        self.slot_bytes: int = lib.xd_mailbox_slot_bytes(box)
+        self._frame = ffi.new("char[]", self.slot_bytes)
         self.function = int(ffi.cast("uintptr_t", ffi.addressof(lib, "xd_mailbox_exchange")))
         self.address = int(ffi.cast("uintptr_t", box))
 

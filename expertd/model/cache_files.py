@@ -25,9 +25,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import ArraysCache, CacheList
 
-from expertd.checkpoint.shards import TensorEntry, read_header
+from expertd.checkpoint.shards import read_header
 from expertd.errors import CheckpointError
 from expertd.model.caches import SequenceCache
+from expertd.model.rows import CODES, array_of, bytes_of
 
 # Fewer tokens are read about as fast as a file.
 MIN_TOKENS = 64
@@ -36,12 +37,6 @@ MAX_WAITING = 4
 NAME = re.compile(r"[0-9a-f]{15}\.safetensors", re.ASCII)
 # Above the numbers that leaders give, which have 60 bits.
 FIRST_ID = 1 << 60
-# What MLX keeps in caches, with the integers as which NumPy carries what it does not know.
-DTYPES = {
-    "F32": (mx.float32, np.float32), "F16": (mx.float16, np.float16), "BF16": (mx.bfloat16, np.uint16),
-    "U32": (mx.uint32, np.uint32), "I32": (mx.int32, np.int32),
-}  # fmt: skip
-CODES = {dtype: code for code, (dtype, _) in DTYPES.items()}
 # Of a shard's bytes, at so many places, so many go into the key: two checkpoints of one shape differ everywhere.
 NUM_SAMPLES, SAMPLE_BYTES = 16, 4096
 
@@ -250,7 +245,7 @@ def _check_numbers(layer: Any, like: Any, length: int) -> None:
 
 def write(path: Path, values: Values, key: str) -> None:
     """Write values, whose arrays are evaluated, as a file that appears whole or not at all. Raises OSError."""
-    arrays = {name: _bytes_of(value) for name, value in values.items() if isinstance(value, mx.array)}
+    arrays = {name: bytes_of(value) for name, value in values.items() if isinstance(value, mx.array)}
     shapes = {name: (CODES[values[name].dtype], list(values[name].shape)) for name in arrays}
     scalars = {name: value for name, value in values.items() if name not in arrays}
     about = {"key": key, "sha256": _sha256(arrays, shapes), "scalars": scalars}
@@ -282,7 +277,10 @@ def load_cache(path: Path, key: str, like: SequenceCache) -> SequenceCache:
     shapes = {name: (entries[name].dtype, list(entries[name].shape)) for name in found}
     if about["sha256"] != _sha256(found, shapes):
         raise ValueError("its bytes are not those that were written")
-    arrays = {name: _array_of(entries[name], of_one) for name, of_one in found.items()}
+    arrays = {
+        name: array_of(entries[name].dtype, list(entries[name].shape), of_one)
+        for name, of_one in found.items()
+    }
     return _cache_of({**about["scalars"], **arrays}, like)
 
 
@@ -291,16 +289,3 @@ def _sha256(arrays: dict[str, memoryview], shapes: dict[str, tuple[str, list[int
     for name in sorted(arrays):
         digest.update(arrays[name])
     return digest.hexdigest()
-
-
-def _bytes_of(array: mx.array) -> memoryview:
-    """An evaluated array's bytes, where they lie."""
-    code = CODES[array.dtype]
-    seen: Any = np.asarray(array.view(mx.uint16) if code == "BF16" else array)
-    return memoryview(seen.reshape(-1).view(np.uint8))
-
-
-def _array_of(entry: TensorEntry, data: memoryview) -> mx.array:
-    dtype, carried = DTYPES[entry.dtype]
-    array = mx.array(np.frombuffer(data, carried).reshape(entry.shape))
-    return array.view(dtype) if dtype == mx.bfloat16 else array

@@ -126,6 +126,18 @@ class SequenceCache:
         tokens = [token for piece in taken for token in piece.tokens]
         return [Piece(tokens[at : at + MERGED], False) for at in range(0, len(tokens), MERGED)]
 
+    def take_tokens(self, count: int) -> list[Piece]:
+        """Take the first `count` tokens out of `pending`, in pieces as they were computed, or in parts of these."""
+        taken: list[Piece] = []
+        self.num_pending -= count
+        while count:
+            piece = self.pending.pop(0)
+            if len(piece.tokens) > count:
+                self.pending.insert(0, Piece(piece.tokens[count:], piece.decode))
+            taken.append(Piece(piece.tokens[:count], piece.decode))
+            count -= len(taken[-1].tokens)
+        return taken
+
     def lengths(self) -> list[int]:
         """The numbers of tokens, above 0, that it is or was made ready to be cut to, longest first."""
         shared = {self.num_shared} if self.forgets else set()

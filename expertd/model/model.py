@@ -18,6 +18,7 @@ from expertd.model.exchange import Link
 from expertd.model.kernels import Kernels
 from expertd.model.kv_bits import FUNCTION, narrowed, require_narrow
 from expertd.model.load import ExpertLoad
+from expertd.model.replay import Recorder, Tapes
 from expertd.model.swap import native_functions, replaced
 from expertd.model.tiles import one_thread_a_product
 from expertd.model.together import Padded, Together, ragged_attention
@@ -58,8 +59,11 @@ class Model:
         self.splits = [*divide(self._model, self._state), "sequences"]
         self._taps: Taps | None = None
         self._together: type[Together] | None = None
+        self._tapes = Tapes(self._record)
+        self._replayed: set[bool] = set()  # whether steps of one sequence (False) and of several (True) are
         self._no_logits = mx.zeros((0, 0))  # [0, vocab], of the model's type, from the first decode step on
         self.one_by_one = False  # whether a token's bits depend on how many were computed with it
+        self.read_s = 0.0  # what reading a token took when this was tried
         self.expert_load = ExpertLoad()
         self._kv_bits = kv_bits
         if kv_bits:
@@ -68,6 +72,7 @@ class Model:
         if not wide:
             self._together = self._choose_together()
             self.one_by_one = self._try_one_by_one()
+            self._choose_replayed()
         self.load_s = time.monotonic() - start
 
     def require(self, split: str) -> None:
@@ -84,6 +89,7 @@ class Model:
         Caches that an earlier link filled must be evaluated first (SequenceCache.evaluate): their graph may call it.
         """
         self._state.link = link
+        self._tapes.clear()
 
     def new_cache(self) -> Cache:
         """An empty cache for one sequence, of the kinds that the family's layers need."""
@@ -132,8 +138,11 @@ class Model:
     def _decode(
         self, tokens: list[int], caches: list[Cache], split: StepSplit, counts: list[int] | None
     ) -> mx.array:
+        replayed = self._replay(tokens, caches, split) if (len(tokens) > 1) in self._replayed else None
         if not tokens:
             logits = self._no_logits
+        elif replayed is not None:
+            logits = replayed
         elif len(tokens) > 1 and self._together:
             logits = self._forward_together(tokens, caches, split, self._together)
         else:
@@ -156,9 +165,24 @@ class Model:
         self, tokens: list[int], caches: list[Cache], split: StepSplit, kind: type[Together]
     ) -> mx.array:
         self._state.begin(split)
-        layers = [kind(list(of_layer), self._append_attention) for of_layer in zip(*caches, strict=True)]
+        layers = self._side_by_side(caches, kind)
         with replaced(self._functions), ragged_attention(*ATTENTION):
             logits: mx.array = self._model(mx.array(tokens)[:, None], cache=layers)[:, 0]
+        return logits
+
+    def _side_by_side(self, caches: list[Cache], kind: type[Together]) -> list[Together]:
+        return [kind(list(of_layer), self._append_attention) for of_layer in zip(*caches, strict=True)]
+
+    def _replay(self, tokens: list[int], caches: list[Cache], split: StepSplit) -> mx.array | None:
+        """The graph of logits [num_sequences, vocab], built without Python; None if it cannot be."""
+        if not tokens or self._state.choices is not None:
+            return None
+        return self._tapes.build(tokens, self._side_by_side(caches, Together), split)
+
+    def _record(self, recorder: Recorder, split: StepSplit) -> mx.array:
+        self._state.begin(split)
+        with replaced(self._functions), ragged_attention(*ATTENTION), recorder.attention(*ATTENTION):
+            logits: mx.array = self._model(recorder.tokens[:, None], cache=recorder.layers)[:, 0]
         return logits
 
     def _choose_together(self) -> type[Together] | None:
@@ -188,6 +212,30 @@ class Model:
         self._together = kind
         return self.decode([3, 1], caches, solo)
 
+    def _choose_replayed(self) -> None:
+        """Find out whether steps can be built from tapes: those of several sequences, and those of one.
+
+        Tried, not looked up: they must give the bits that they give without; a line in the log, if not.
+        """
+        if self._together is not Together:
+            return
+        wanted = self._try_steps()
+        self._replayed = {False, True}
+        one, two, again = (
+            mx.array_equal(*pair).item() for pair in zip(wanted, self._try_steps(), strict=True)
+        )
+        self._replayed = ({False} if one and again else set()) | ({True} if two else set())
+        if len(self._replayed) < 2:
+            _log.info("steps built from tapes give other logits: of one %s, of two %s", one and again, two)
+        self._tapes.clear()
+
+    def _try_steps(self) -> list[mx.array]:
+        """Logits of one sequence, of two, and of one again."""
+        solo, caches = StepSplit("solo", (1.0,)), [self.new_cache(), self.new_cache()]
+        for prompt, cache in zip(([1, 2, 3], [2]), caches, strict=True):
+            self.prefill(prompt, cache, solo)
+        return [self._decode([3, 1][:num], caches[:num], solo, None) for num in (1, 2, 1)]
+
     def _try_one_by_one(self) -> bool:
         """Whether tokens decoded one by one leave other bits than the same tokens in a chunk.
 
@@ -201,7 +249,9 @@ class Model:
     def _try_reading(self, num_prefilled: int) -> mx.array:
         """Logits after NUM_TRIED tokens and one more, of which the first `num_prefilled` are read in one chunk."""
         cache, solo = self.new_cache(), StepSplit("solo", (1.0,))
+        start = time.monotonic()
         self.prefill(list(range(num_prefilled)), cache, solo)
+        self.read_s = (time.monotonic() - start) / num_prefilled
         return [self.decode([token], [cache], solo) for token in range(num_prefilled, NUM_TRIED + 1)][-1]
 
     def observe(self, tokens: mx.array, split: StepSplit) -> tuple[mx.array, Taps]:

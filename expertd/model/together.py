@@ -100,7 +100,10 @@ class Together:
     @property
     def offset(self) -> mx.array:
         """How many tokens each sequence has, int32 [num_sequences]."""
-        return mx.array([cache.offset for cache in self._caches], dtype=mx.int32)
+        return mx.array(self.offsets(), dtype=mx.int32)
+
+    def offsets(self) -> list[int]:
+        return [cache.offset for cache in self._caches]
 
     @property
     def bits(self) -> int:

@@ -28,6 +28,8 @@ SUBMIT = Submit("r", prompt="x")
 class FakeModel:
     """Knows the rank of its link, None without one."""
 
+    read_s = 0.0
+
     def __init__(self) -> None:
         self.attached: list[int | None] = []
 

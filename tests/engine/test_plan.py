@@ -5,7 +5,7 @@ import random
 import msgpack
 import pytest
 
-from expertd.engine.plan import Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine.plan import Meeting, Plan, Rows, WindowsPlan, decode_plan
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
@@ -40,6 +40,20 @@ def test_meetings_come_back_as_they_were() -> None:
     ):
         with pytest.raises(RemoteProtocolError):
             decode_plan(msgpack.packb(wrong))
+
+
+def test_rows_come_back_as_they_were() -> None:
+    rows = Rows(2**60, 7, 2, [("BF16", [1, 2, 2, 64], bytes(range(256)) * 2), ("U32", [1, 2, 2, 0], b"")])
+    assert decode_plan(rows.encode()) == rows
+    values = msgpack.unpackb(rows.encode())
+    for wrong in (
+        {"arrays": [["F32", [1]]]},
+        {"arrays": [["F32", [1], 5]]},
+        {"start": "x"},
+        {"num_tokens": None},
+    ):
+        with pytest.raises(RemoteProtocolError):
+            decode_plan(msgpack.packb(values | wrong))
 
 
 def test_frame_of_a_whole_prefill_chunk_fits_a_slot() -> None:

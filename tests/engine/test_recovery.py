@@ -31,7 +31,7 @@ CHUNK = 16
 class FlakyLink:
     """Two ranks, of which the other one is played: it breaks every so many steps, and then has what `remains` says."""
 
-    rank, num_ranks = 0, 2
+    rank, num_ranks, slot_bytes = 0, 2, 0
 
     def __init__(self, num_steps: int, remains: str) -> None:
         self._steps_left, self._remains = num_steps, remains

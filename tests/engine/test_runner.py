@@ -56,6 +56,7 @@ class FakeModel:
     """The logits are those of the next number."""
 
     one_by_one = False
+    read_s = 0.0
 
     def __init__(self) -> None:
         self.layers: list[FakeLayer] = []
@@ -89,7 +90,7 @@ class FakeModel:
 class FakeMailbox:
     """Brings frames, takes frames, and may break."""
 
-    rank = 0
+    rank = slot_bytes = 0
 
     def __init__(self, num_ranks: int, frames: list[bytes | None]) -> None:
         self.num_ranks, self.frames = num_ranks, frames
@@ -314,6 +315,14 @@ def test_a_failed_step_is_taken_back() -> None:
         with pytest.raises(LinkDown):
             runner.lead(plan)
         assert model.caches == [[5, 6, 7, 8], [9]]
+
+
+def test_what_is_pending_is_taken_as_it_was_computed() -> None:
+    cache = SequenceCache([])
+    cache.add_pending([Piece([1, 2, 3], False), Piece([4], True), Piece([5], True)])
+    assert cache.take_tokens(2) == [Piece([1, 2], False)]
+    assert cache.take_tokens(2) == [Piece([3], False), Piece([4], True)]
+    assert (cache.pending, cache.num_pending) == ([Piece([5], True)], 1)
 
 
 def test_ranks_meet_at_what_all_have() -> None:
