@@ -10,6 +10,8 @@ prompt begins like another.
 
 With --inside there is no HTTP: the groups are opened by this process, on the core of rank 0, as on two machines of one
 core each. That is what two ranks do for many streams; with HTTP on the same two cores, server and client are in it too.
+Beside them two groups of one rank that know nothing of each other get half of the streams each: what the cores of this
+machine give when both are busy, and no split can beat.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from expertd.cli.signals import run_until_signal
 from expertd.cluster.supervisor import Cluster
 from expertd.config import GroupConfig
 from expertd.engine.messages import Submit, Token
-from expertd.errors import ClusterError, ExpertdError
+from expertd.errors import ClusterError, ConfigError, ExpertdError
 from expertd.topology.machine import describe_machine, own_cores, summarize
 
 LOAD_TIMEOUT_S = 300.0
@@ -62,7 +64,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     try:
         folder = find_checkpoint(arguments.checkpoint)
-        rows = _rows(folder, arguments.kernels.split(","), arguments.rival)
+        rows = _rows(folder, arguments.kernels.split(","), arguments.rival, arguments.inside)
         if arguments.inside:
             run_until_signal(_measure_inside(rows, folder, arguments))
         else:
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rows(folder: Path, kernels: list[str], rival: bool) -> list[Row]:
+def _rows(folder: Path, kernels: list[str], rival: bool, inside: bool) -> list[Row]:
     ports = iter(free_ports(2 * len(kernels) + 1))
     rows = []
     for name in kernels:
@@ -101,6 +103,8 @@ def _rows(folder: Path, kernels: list[str], rival: bool) -> list[Row]:
             command = ["expertd", "serve", str(folder), "--ranks", str(ranks), "--kernels", name]
             command += ["--no-speculate", "--prefix-cache", "0", *(["--pin"] if ranks > 1 else [])]
             rows.append(_row(f"{ranks} rank(s), {name}", command, ranks, next(ports)))
+        if inside:
+            rows.append(Row(f"2 apart, {name}", [], [], 0))
     if rival:
         rows.append(_row("mlx_lm.server", ["mlx_lm", "server", "--model", str(folder)], 1, next(ports)))
     return rows
@@ -132,29 +136,45 @@ def _measure(rows: list[Row], folder: Path, num_streams: int, tokens: int, repea
 
 
 async def _measure_inside(rows: list[Row], folder: Path, arguments: argparse.Namespace) -> None:
-    kernels = arguments.kernels.split(",")
-    groups = [
-        with_ranks(GroupConfig(str(folder), kernels=name), ranks, "auto")
-        for name in kernels
-        for ranks in (1, 2)
-    ]
+    bases = [GroupConfig(str(folder), kernels=name) for name in arguments.kernels.split(",")]
+    groups = [groups for base in bases for groups in _groups(base)]
     if cores := own_cores(1):  # each machine has one core, and this process is on the first machine
         os.sched_setaffinity(0, cores)
     async with AsyncExitStack() as stack:
-        clusters = [await stack.enter_async_context(Cluster.open(group)) for group in groups]
-        turns = list(zip(rows, clusters, strict=True))
+
+        async def opened(group: GroupConfig) -> Cluster:
+            return await stack.enter_async_context(Cluster.open(group))
+
+        turns = [
+            (row, [await opened(group) for group in of_row]) for row, of_row in zip(rows, groups, strict=True)
+        ]
         for repeat in range(arguments.repeats + 1):
-            for row, cluster in turns if repeat % 2 == 0 else reversed(turns):
+            for row, clusters in turns if repeat % 2 == 0 else reversed(turns):
                 began = time.monotonic()
                 asked = [
-                    Submit(f"{row.name} {repeat} {i}", prompt, max_tokens=arguments.tokens, ignore_end=True)
+                    (
+                        Submit(
+                            f"{row.name} {repeat} {i}", prompt, max_tokens=arguments.tokens, ignore_end=True
+                        ),
+                        i,
+                    )
                     for i, prompt in enumerate(_prompts(arguments.streams))
                 ]
-                firsts = await asyncio.gather(*(_first_token(cluster, submit, began) for submit in asked))
+                firsts = await asyncio.gather(
+                    *(_first_token(clusters[i % len(clusters)], submit, began) for submit, i in asked)
+                )
                 if repeat:
                     seconds = time.monotonic() - began
                     row.tokens_per_s.append(arguments.streams * arguments.tokens / seconds)
                     row.first_token_s += firsts
+
+
+def _groups(base: GroupConfig) -> list[list[GroupConfig]]:
+    """For each row with these kernels the groups that share its streams. Raises ConfigError without two cores."""
+    if len(cores := own_cores(2)) < 2:
+        raise ConfigError("bench streams --inside: wanted two cores, on a system that can pin processes.")
+    one, two = with_ranks(base, 1, "auto"), with_ranks(base, 2, "auto")
+    return [[one], [two], [replace(one, cpus=((core,),)) for core in cores]]
 
 
 async def _first_token(cluster: Cluster, submit: Submit, began: float) -> float:

@@ -12,10 +12,12 @@ Solo is always a candidate, the first choice of all, and wins ties: another spli
 and than the present choice by as much. So a split that measured slower than solo is never chosen.
 
 Something must be measured before it can be chosen, and a trial of a slow split is time lost. Until every candidate has
-ENOUGH samples, every other step is a trial. After that a trial has to be saved for: each step puts TRIAL_BUDGET of its
-time aside, and the candidate that was tried longest ago is tried again when its expected excess is there. So trials
-cost at most that part of the time however slow a link has become, and one that has become fast is noticed. But when a
-split that needs the link gets slower by ALARM, solo is tried at once, ENOUGH times: never slower than one machine.
+ENOUGH samples, two of three steps are trials: before one that follows solo the other ranks have to do what solo's step
+did, which takes as long as that (with one in two, sixteen streams began with twelve such waits). After that a trial has
+to be saved for: each step puts TRIAL_BUDGET of its time aside, and the candidate that was tried longest ago is tried
+again when its expected excess is there. So trials cost at most that part of the time however slow a link has become,
+and one that has become fast is noticed. But when a split that needs the link gets slower by ALARM, solo is tried at
+once, ENOUGH times: never slower than one machine.
 
 Only steps of real requests are measured. Trials of an idle engine were tried: a processor that has just been idle,
 with a server starting beside it, took 6 ms for a step that takes 2 ms in a stream, and the choices were wrong.
@@ -95,10 +97,10 @@ class _Record:
 
     def next_trial(self) -> str:
         """The candidate that the next step should try instead of the choice, "" for none."""
-        if self.num_alarmed or len(self.costs) < len(self.candidates):
-            if self.num_steps % 2:
-                return ""
-            return "solo" if self.num_alarmed else self._least_tried
+        if self.num_alarmed:
+            return "" if self.num_steps % 2 else "solo"
+        if len(self.costs) < len(self.candidates):
+            return "" if self.num_steps % 3 == 1 else self._least_tried
         oldest = self._tried_long_ago
         if not oldest or self.savings < self.costs[oldest] - 1:
             return ""
