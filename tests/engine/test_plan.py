@@ -5,7 +5,7 @@ import random
 import msgpack
 import pytest
 
-from expertd.engine.plan import Meeting, Plan, Rows, WindowsPlan, decode_plan
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, Rows, WindowsPlan, decode_plan
 from expertd.errors import RemoteProtocolError
 from expertd.split.cut import StepSplit
 
@@ -100,8 +100,14 @@ def test_missing_fields_are_refused() -> None:
 def test_mutated_frames_parse_or_are_refused() -> None:
     rng = random.Random(5)
     num_refused = 0
+    others = [
+        Rows(1, 7, 2, [("BF16", [1, 2, 2, 4], bytes(range(32))), ("U32", [1, 2, 2, 0], b"")]),
+        CatchUp([PLANS[1]], [3], [PLANS[0]]),
+        Lacking(5, [[1, 2], [3]], [False, True]),
+        Meeting({7: [3, 2]}, {7: [2**32 - 1, 7]}, apart=True),
+    ]
     for _ in range(3000):
-        data = bytearray(rng.choice(PLANS[:2]).encode())
+        data = bytearray(rng.choice([*PLANS[:2], *others]).encode())
         for _ in range(rng.randint(1, 3)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         try:
