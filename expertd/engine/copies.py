@@ -12,7 +12,7 @@ from statistics import median
 TIMES_FASTER = 8
 # Of a slot, which holds a frame, for rows: types and shapes of 2 arrays in 100 layers need 3 KiB.
 FOR_ROWS = 15 / 16
-# Frames beside a step of a stream whose other ranks are behind: 1 ms over Thunderbolt 5.
+# Frames beside one step, of all streams that other ranks lack: 1 ms over Thunderbolt 5.
 FRAMES_BESIDE = 4
 
 
@@ -23,6 +23,7 @@ class Copies:
         """`read_s`: what a rank needs to read a token; `slot_bytes`: what a frame may have, 0 for no frames."""
         self._read_s, self._frame_bytes = read_s, int(slot_bytes * FOR_ROWS)
         self._frames_s: deque[float] = deque(maxlen=7)
+        self.num_frames = 0
 
     def frame_tokens(self, row_bytes: int) -> int:
         """How many tokens' rows a frame holds; 0 if none or if there are no rows."""
@@ -39,3 +40,4 @@ class Copies:
     def took(self, seconds: float) -> None:
         """Note one frame."""
         self._frames_s.append(seconds)
+        self.num_frames += 1

@@ -229,25 +229,27 @@ class Runner:
             if cache := self.caches.get(sequence_id):
                 cache.share()
 
-    def _copy_pending(self, sequence_ids: list[int], max_frames: int | None = None) -> None:
-        """Rank 0: send what is pending of these sequences, if this is their home; `max_frames` of each."""
+    def _copy_pending(self, sequence_ids: list[int], max_frames: float = math.inf) -> None:
+        """Rank 0: send what is pending of these sequences, if this is their home, in `max_frames` in all."""
+        last = self._copies.num_frames + max_frames
         for sequence_id in sequence_ids:
             cache = self.caches[sequence_id]
             if cache.pending and cache.home == 0 and cache.forgets:
                 start = cache.num_shared
-                cache.num_shared = self._copy(sequence_id, start, start + cache.num_pending, max_frames)
+                cache.num_shared = self._copy(sequence_id, start, start + cache.num_pending, last)
                 cache.take_tokens(cache.num_shared - start)
 
-    def _copy(self, sequence_id: int, start: int, stop: int, max_frames: int | None) -> int:
-        """Rank 0: send rows of tokens `start` to `stop` to the others, as long as that pays; gives how far it came."""
+    def _copy(self, sequence_id: int, start: int, stop: int, last: float) -> int:
+        """Rank 0: send rows of tokens `start` to `stop` to the others, as long as that pays, up to frame `last` of this
+        epoch; gives how far it came."""
         layers = self.caches[sequence_id].layers
         size = row_bytes(layers)
-        room, num_frames = self._copies.frame_tokens(size), 0
-        while start < stop and num_frames != max_frames and self._copies.pay(stop - start, size):
+        room = self._copies.frame_tokens(size)
+        while start < stop and self._copies.num_frames < last and self._copies.pay(stop - start, size):
             began, num = time.monotonic(), min(room, stop - start)
             self._tell(Rows(sequence_id, start, num, pack_rows(layers, start, start + num)))
             self._copies.took(time.monotonic() - began)
-            start, num_frames = start + num, num_frames + 1
+            start += num
         return start
 
     def _copy_spare(self, plan: Plan) -> Plan:

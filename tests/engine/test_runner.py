@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
-from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, WindowsPlan, decode_plan
+from expertd.engine import runner as runner_module
+from expertd.engine.plan import CatchUp, Lacking, Meeting, Plan, Rows, WindowsPlan, decode_plan
 from expertd.engine.runner import CATCH_UP_STEPS, MASK_BYTES, Caches, Runner
 from expertd.errors import LinkDown, RemoteProtocolError
 from expertd.link.mailbox import Mailbox
@@ -119,9 +120,13 @@ class FakeMailbox:
 
 
 def make(
-    num_ranks: int = 2, frames: list[bytes | None] | None = None, caches: Caches | None = None
+    num_ranks: int = 2,
+    frames: list[bytes | None] | None = None,
+    caches: Caches | None = None,
+    slot_bytes: int = 0,
 ) -> tuple[Runner, Any, Any]:
     model, box = FakeModel(), FakeMailbox(num_ranks, frames or [])
+    box.slot_bytes, model.read_s = slot_bytes, 1000.0
     return Runner(cast(Model, model), cast(Mailbox, box), {} if caches is None else caches), model, box
 
 
@@ -340,6 +345,23 @@ def test_what_is_pending_is_taken_as_it_was_computed() -> None:
     assert cache.take_tokens(2) == [Piece([1, 2], False)]
     assert cache.take_tokens(2) == [Piece([3], False), Piece([4], True)]
     assert (cache.pending, cache.num_pending) == ([Piece([5], True)], 1)
+
+
+def test_only_a_few_frames_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many streams the others lack; what is sent they do not read."""
+    monkeypatch.setattr(runner_module, "row_bytes", lambda layers: 100)
+    monkeypatch.setattr(runner_module, "pack_rows", lambda layers, start, stop: [])
+    caches: Caches = {1: SequenceCache([FakeLayer()]), 2: SequenceCache([FakeLayer()])}
+    for cache in caches.values():
+        cache.home, cache.tokens = 0, [0] * 25
+        cache.add_pending([Piece([0] * 25, False)])
+    leader, _, box = make(caches=caches, slot_bytes=1100)  # ten tokens a frame
+    halves = StepSplit("sequences", (0.5, 0.5))
+    leader.lead(Plan([1, 2], [[1], [1]], True, halves, [], [], homes=[0, 0], spare=8))
+    *rows, plan = [decode_plan(frame) for frame in box.sent]
+    assert rows == [Rows(1, 0, 10, []), Rows(1, 10, 10, []), Rows(1, 20, 5, []), Rows(2, 0, 10, [])]
+    assert isinstance(plan, Plan) and plan.spare == 0
+    assert (caches[1].num_pending, caches[2].num_pending) == (1, 16)  # and this step's own
 
 
 def test_ranks_meet_at_what_all_have() -> None:
