@@ -56,7 +56,7 @@ def start_rank(
 def _others(ranks: Sequence["subprocess.Popen[str]"]) -> str:
     """What ranks behind one that failed have said: it may have been their failure."""
     for process in ranks:
-        process.terminate()
+        process.kill()
     return "".join(f"\nand another:\n{process.communicate()[1][-3000:]}" for process in ranks)
 
 

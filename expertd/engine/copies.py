@@ -19,9 +19,9 @@ FRAMES_BESIDE = 4
 class Copies:
     """What frames of rows took in this epoch, as rank 0 sees it: a slow link holds the third one up."""
 
-    def __init__(self, read_s: float, slot_bytes: int) -> None:
-        """`read_s`: what a rank needs to read a token; `slot_bytes`: what a frame may have, 0 for no frames."""
-        self._read_s, self._frame_bytes = read_s, int(slot_bytes * FOR_ROWS)
+    def __init__(self, slot_bytes: int) -> None:
+        """`slot_bytes`: what a frame may have, 0 for no frames."""
+        self._frame_bytes = int(slot_bytes * FOR_ROWS)
         self._frames_s: deque[float] = deque(maxlen=7)
         self.num_frames = 0
 
@@ -29,13 +29,13 @@ class Copies:
         """How many tokens' rows a frame holds; 0 if none or if there are no rows."""
         return self._frame_bytes // row_bytes if row_bytes else 0
 
-    def pay(self, num_tokens: int, row_bytes: int) -> bool:
-        """Whether so many tokens of a sequence should be copied."""
+    def pay(self, num_tokens: int, row_bytes: int, read_s: float) -> bool:
+        """Whether so many tokens of a sequence should be copied, if a rank needs `read_s` to read one."""
         room = self.frame_tokens(row_bytes)
-        if not (room and self._read_s):
+        if not room:
             return False
         frame_s = median(self._frames_s) if self._frames_s else 0.0
-        return TIMES_FASTER * frame_s * -(-num_tokens // room) <= self._read_s * num_tokens
+        return TIMES_FASTER * frame_s * -(-num_tokens // room) <= read_s * num_tokens
 
     def took(self, seconds: float) -> None:
         """Note one frame."""

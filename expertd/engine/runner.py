@@ -60,7 +60,7 @@ MAX_LACKING = 100_000
 
 # When rank 0 dies, what the others have not caught up with is read from the transcripts. By what steps took, that may
 # last so long, a tenth of what the death costs anyway (1.5 s until it is noticed); at most a chunk, and never less than
-# so many steps: 32 steps of a token, read every 32, disturbed rank 0 by 1 % of its time, 12 ms of reading each.
+# so many steps: few tokens cost nearly as much to read as 32.
 RECOVER_S = 0.1
 CATCH_UP_STEPS = 32
 
@@ -85,9 +85,11 @@ class Runner:
         self._files = files
         self._untold: list[Plan] = []
         self._num_untold = 0  # tokens
-        self._read_s = math.inf  # what it takes to read a token again, as fast as it went in this epoch
+        self._read_s = (
+            model.read_s
+        )  # what it takes to read a token again, as fast as it went at load or since
         self.waited_s = 0.0  # for each other, before the last step
-        self._copies = Copies(model.read_s, 0 if isinstance(link, MlxLink) else link.slot_bytes)
+        self._copies = Copies(0 if isinstance(link, MlxLink) else link.slot_bytes)
         self._meter = Meter()
         self._waits: tuple[list[int], float] = ([], 0.0)  # those that were told
         if isinstance(link, MlxLink):  # nothing can be swapped outside a graph
@@ -244,11 +246,12 @@ class Runner:
         epoch; gives how far it came."""
         layers = self.caches[sequence_id].layers
         size = row_bytes(layers)
-        room = self._copies.frame_tokens(size)
-        while start < stop and self._copies.num_frames < last and self._copies.pay(stop - start, size):
+        copies = self._copies
+        room = copies.frame_tokens(size)
+        while start < stop and copies.num_frames < last and copies.pay(stop - start, size, self._read_s):
             began, num = time.monotonic(), min(room, stop - start)
             self._tell(Rows(sequence_id, start, num, pack_rows(layers, start, start + num)))
-            self._copies.took(time.monotonic() - began)
+            copies.took(time.monotonic() - began)
             start += num
         return start
 

@@ -63,7 +63,7 @@ class Model:
         self._replayed: set[bool] = set()  # whether steps of one sequence (False) and of several (True) are
         self._no_logits = mx.zeros((0, 0))  # [0, vocab], of the model's type, from the first decode step on
         self.one_by_one = False  # whether a token's bits depend on how many were computed with it
-        self.read_s = 0.0  # what reading a token took when this was tried
+        self.read_s = math.inf  # what reading a token took when this was tried, if it was
         self.expert_load = ExpertLoad()
         self._kv_bits = kv_bits
         if kv_bits:

@@ -228,7 +228,7 @@ class Tapes:
                 self.num_built += 1
                 return logits
         except NotThisStep:
-            pass
+            return None  # Python builds it
         return None
 
     def _made(self, num_sequences: int, layers: list[Together], split: StepSplit) -> Tape | None:

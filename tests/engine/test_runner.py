@@ -1,6 +1,7 @@
 """Every rank carries out the leader's plans in the same way; a broken group gives no logits."""
 
 import itertools
+import math
 import time
 from typing import Any, cast
 
@@ -57,7 +58,7 @@ class FakeModel:
     """The logits are those of the next number."""
 
     one_by_one = False
-    read_s = 0.0
+    read_s = math.inf
 
     def __init__(self) -> None:
         self.layers: list[FakeLayer] = []
@@ -126,7 +127,7 @@ def make(
     slot_bytes: int = 0,
 ) -> tuple[Runner, Any, Any]:
     model, box = FakeModel(), FakeMailbox(num_ranks, frames or [])
-    box.slot_bytes, model.read_s = slot_bytes, 1000.0
+    box.slot_bytes = slot_bytes
     return Runner(cast(Model, model), cast(Mailbox, box), {} if caches is None else caches), model, box
 
 

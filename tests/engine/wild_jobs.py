@@ -64,7 +64,7 @@ class WildCopies(Copies):
 
     random = random.Random()
 
-    def pay(self, num_tokens: int, row_bytes: int) -> bool:
+    def pay(self, num_tokens: int, row_bytes: int, read_s: float) -> bool:
         return self.frame_tokens(row_bytes) > 0 and self.random.random() < 0.6
 
 
@@ -75,7 +75,7 @@ class Counting(Runner):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._copies = WildCopies(0.0, 6400)  # of a few tokens
+        self._copies = WildCopies(6400)  # of a few tokens
 
     def _meet(self, meeting: Meeting) -> dict[int, int]:
         self.num_meetings += 1
