@@ -103,7 +103,7 @@ XD_INLINE __m256i two_in_one(__m256i a, __m256i b) {
    Without them 1.4 cycles a step more. */
 #define NOW(v) __asm__ volatile("" : "+x"(v))
 #define FORGET(p) __asm__ volatile("" : "+r"(p))
-enum { AHEAD_OF_TWO = 1536 }; /* bytes, of each of the two rows in turn */
+enum { AHEAD_OF_TWO = 2048 }; /* bytes, of each of the two rows in turn */
 
 /* Add the step whose products are `p` to its lanes; amid that multiply what lies at `next`. */
 XD_INLINE vf step(products *p, place next, numbers n, const factors *f, vf lanes) {
@@ -142,17 +142,27 @@ XD_INLINE vf two_rows(int64_t num_eights, int has_four, const weight_row *one, c
   return vf_add(left, _mm256_shuffle_ps(a, b, 0xee));
 }
 
-/* The other additions of four times two rows: those of the four ones, then of the twos. */
+/* The other additions of four times two rows, which stay in turn. */
 XD_INLINE vf add_up(const vf *two) {
   const vf a = vf_add(_mm256_shuffle_ps(two[0], two[1], 0x88), _mm256_shuffle_ps(two[0], two[1], 0xdd));
   const vf b = vf_add(_mm256_shuffle_ps(two[2], two[3], 0x88), _mm256_shuffle_ps(two[2], two[3], 0xdd));
-  const vf in_turn = vf_add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
-  return _mm256_permutevar8x32_ps(in_turn, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  return vf_add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-/* 2 * half weight rows, half a multiple of 4, in turn one of the first and one of the second half: memory gives more where two
-   parts of it are read at once. Two neighbours in turn are as good at 12 groups, but at 32 a quarter slower. */
-XD_INLINE void rows(const xd_affine *a, int has_four, const weight_row *first, int64_t half, const xd_row *row, float *y) {
+/* y of four pairs of weight rows from the n-th pair on. */
+XD_INLINE void store_pairs(vf in_turn, int64_t n, int64_t apart, float *y) {
+  if (apart == 1) {
+    vf_store(y + 2 * n, in_turn);
+    return;
+  }
+  const vf sums = _mm256_permutevar8x32_ps(in_turn, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+  _mm_storeu_ps(y + n, _mm256_castps256_ps128(sums));
+  _mm_storeu_ps(y + apart + n, _mm256_extractf128_ps(sums, 1));
+}
+
+/* `num` weight rows, a multiple of 8, in turn two that lie `apart`: 1, neighbours, or num / 2. */
+XD_INLINE void rows(const xd_affine *a, int has_four, const weight_row *first, int64_t num, int64_t apart, const xd_row *row,
+                    float *y) {
   factors f[MOST_GROUPS / XD_LANES];
   order_factors(a, row, f);
   const int8_t *q = row->q;
@@ -160,39 +170,39 @@ XD_INLINE void rows(const xd_affine *a, int has_four, const weight_row *first, i
   const place start = eight_at(first->codes, q, 0);
   products p = {{two_bits_sum(load(start.codes), q), two_bits_sum(load(start.codes + 32), q + 128),
                  two_bits_sum(load(start.others), q + 256), two_bits_sum(load(start.others + 32), q + 384)}};
-  for (int64_t n = 0; n < half; n += 4) {
+  const int64_t pairs = num / 2, between = apart == 1 ? 2 : 1;
+  for (int64_t n = 0; n < pairs; n += 4) {
     vf two[4];
     for (int64_t i = n; i < n + 4; i++) {
-      const weight_row w[2] = {row_at(first, groups, i), row_at(first, groups, half + i)};
-      const weight_row next = row_at(first, groups, i + 1 < half ? i + 1 : i); /* the last is followed by any */
+      const weight_row w[2] = {row_at(first, groups, i * between), row_at(first, groups, i * between + apart)};
+      const weight_row next = row_at(first, groups, (i + 1 < pairs ? i + 1 : i) * between); /* any after the last */
       two[i - n] = two_rows(groups / 8, has_four, &w[0], &w[1], next.codes, q, f, &p);
     }
-    const vf sums = add_up(two);
-    _mm_storeu_ps(y + n, _mm256_castps256_ps128(sums));
-    _mm_storeu_ps(y + half + n, _mm256_extractf128_ps(sums, 1));
+    store_pairs(add_up(two), n, apart, y);
   }
 }
 
-/* One function for each kind, so that a step need not ask. */
-static void rows_of_eights(const xd_affine *a, const weight_row *first, int64_t half, const xd_row *row, float *y) {
-  rows(a, 0, first, half, row, y);
+/* One function for each kind, so that a step need not ask. Memory gives more where two parts of it are read at once: rows of 2048
+   as neighbours take a quarter more time. Rows of 768 do not, and a few rows (product.c's few_rows) begin anew too often. */
+static void rows_of_eights(const xd_affine *a, const weight_row *first, int64_t num, const xd_row *row, float *y) {
+  rows(a, 0, first, num, num > XD_FEW_OUT ? num / 2 : 1, row, y);
 }
 
-static void rows_with_four(const xd_affine *a, const weight_row *first, int64_t half, const xd_row *row, float *y) {
-  rows(a, 1, first, half, row, y);
+static void rows_with_four(const xd_affine *a, const weight_row *first, int64_t num, const xd_row *row, float *y) {
+  rows(a, 1, first, num, 1, row, y);
 }
 
 int xd_two_bits_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                           const xd_row *row, float *y) {
   const weight_row first = {codes, scales, biases};
-  const int half = num_out / 8 * 4;
+  const int num = num_out / 8 * 8;
   if (a->bits != 2 || a->group_size != GROUP || a->two_digits || a->dtype != XD_BFLOAT16) return 0;
-  if (half == 0 || a->groups % 4 || a->groups < 8 || a->groups > MOST_GROUPS) return 0;
+  if (num == 0 || a->groups % 4 || a->groups < 8 || a->groups > MOST_GROUPS) return 0;
   if (a->groups % 8)
-    rows_with_four(a, &first, half, row, y);
+    rows_with_four(a, &first, num, row, y);
   else
-    rows_of_eights(a, &first, half, row, y);
-  return 2 * half;
+    rows_of_eights(a, &first, num, row, y);
+  return num;
 }
 
 #include "target_end.h"
