@@ -45,7 +45,7 @@ def start_rank(
     more = [json.dumps(args), json.dumps(mailbox_args or {})]
     return subprocess.Popen(
         [sys.executable, __file__, str(file), job, str(fd), str(rank), str(num_ranks), *more],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         pass_fds=[fd, *{value for name, value in args.items() if name.endswith("_fd")} - {fd}],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
