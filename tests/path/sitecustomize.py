@@ -1,8 +1,8 @@
-"""What every Python that the tests start does first: it sees to it that `import transformers` takes a second less.
+"""What every Python that the tests start does first: it sees to it that `import transformers` takes less.
 
 That package reads the text of its 1,700 model files, twice, to learn what is in them; every rank does so, and the tests
 start hundreds. Here the first process leaves what it learned in build/, and the others take it from there: the same
-names for 1.0 s of processor time less. Where the package has changed it is read again.
+names, and a rank imports for 1.3 s of processor time instead of 2.1. Where the package has changed it is read again.
 """
 
 import contextlib
