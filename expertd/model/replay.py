@@ -51,7 +51,9 @@ class _Hole:
 
     def fill(self, caches: Together, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         y = caches.attend(queries, keys, values, **self._options)
-        return self._attend(queries, *caches.update_and_fetch(keys, values), **self._options) if y is None else y
+        return (
+            self._attend(queries, *caches.update_and_fetch(keys, values), **self._options) if y is None else y
+        )
 
 
 class _Layer:

@@ -138,7 +138,9 @@ class Together:
         **others: Any,
     ) -> mx.array | None:
         """Append, and attend to all tokens, at once; None, with nothing changed, where that cannot be done."""
-        if self._append_attention is None or mask is not None or others:  # others: of quantized keys and values
+        if (
+            self._append_attention is None or mask is not None or others
+        ):  # others: of quantized keys and values
             return None
         return self._append_attention(self._caches, PLAIN, queries, keys, values, scale, sinks)
 

@@ -279,7 +279,11 @@ def test_wrong_appending_is_refused() -> None:
         (2, q[:1], r"attention: q is \(1,4,1,16\)"),
         (0, caches[:1], "append_attention: .* for 1 sequences"),
         (3, k[:, :1], r"attention: q is .* k \(2,1,1,16\) and v \(2,2,1,24\)"),
-        (4, v[..., :16], r"append_attention: values are \(1,2,256,24\) float32 with 3 tokens, for \(2,2,1,16\)"),
+        (
+            4,
+            v[..., :16],
+            r"append_attention: values are \(1,2,256,24\) float32 with 3 tokens, for \(2,2,1,16\)",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             NATIVE.append_attention(*good[:place], wrong, *good[place + 1 :])
