@@ -36,8 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _compilers(folder: Path) -> dict[str, str]:
-    """Compilers that read all that they should compile, but give what our own installation has: it was compiled by the same
-    setup.py, in two minutes. These tests ask what is in the wheel, and whether it works from there."""
+    """Compilers that read all that they should compile, but give what our own installation has: the same setup.py
+    compiled it, in two minutes. These tests ask what is in the wheel, and whether it works from there."""
     spec = importlib.util.find_spec("expertd.native._kernels")
     assert spec and spec.origin
     for name in ("cc", "c++"):
