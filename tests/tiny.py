@@ -325,13 +325,14 @@ def longcat_flash(w: Weights) -> Config:
     w.tensors[f"{layer}.mlp.router.e_score_correction_bias"] = w.draw(EXPERTS + 2, scale=0.05)
     for e in range(EXPERTS):
         w.mlp(f"{layer}.mlp.experts.{e}", INTER, GATE_UP_DOWN)
-    return common(
-        "longcat_flash", "LongcatFlashForCausalLM", 1, num_layers=1, attention_method="MLA", ffn_hidden_size=128,
+    config = common(
+        "longcat_flash", "LongcatFlashForCausalLM", 1, attention_method="MLA", ffn_hidden_size=128,
         expert_ffn_hidden_size=INTER, moe_topk=3, n_routed_experts=EXPERTS, zero_expert_num=2,
         zero_expert_type="identity", kv_lora_rank=kv_lora, q_lora_rank=32, qk_rope_head_dim=rope,
         qk_nope_head_dim=nope, v_head_dim=value, routed_scaling_factor=1.5, mla_scale_q_lora=True,
         mla_scale_kv_lora=True, attention_bias=False,
     )  # fmt: skip
+    return {**config, "num_layers": 1}
 
 
 FAMILIES: dict[str, Callable[[Weights], Config]] = {

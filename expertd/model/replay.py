@@ -202,16 +202,19 @@ def _hole(
     options: dict[str, Any],
 ) -> tuple[_Hole, list[mx.array]]:
     """The hole for such a call, and what it is filled with; TypeError where it is called with something else."""
-    mask, layer, given = options.get("mask"), keys.layer, [queries, *keys.appended]
-    is_latent = isinstance(mask, _Product)
-    fetched = [keys, values, mask.swapped.fetched] if is_latent else [keys, values]
-    wanted = (0, 0, 1) if is_latent else (0, 1)
-    if [(each.layer, each.which) for each in fetched] != [(layer, which) for which in wanted]:
-        raise TypeError("attention to keys and values of unlike layers")
-    if not is_latent:
-        return _Hole(layer, attend, options), given
+    mask, given = options.get("mask"), [queries, *keys.appended]
+    if not isinstance(mask, _Product):
+        _require([keys, values], (0, 1))
+        return _Hole(keys.layer, attend, options), given
+    _require([keys, values, mask.swapped.fetched], (0, 0, 1))
     others = {name: option for name, option in options.items() if name != "mask"}
-    return _LatentHole(layer, attend, others, mask.swapped.axes), [*given, mask.rows]
+    return _LatentHole(keys.layer, attend, others, mask.swapped.axes), [*given, mask.rows]
+
+
+def _require(fetched: list[_Fetched], which: tuple[int, ...]) -> None:
+    """Raise TypeError unless these are keys (0) and values (1) of one layer in this order."""
+    if [(each.layer, each.which) for each in fetched] != [(fetched[0].layer, place) for place in which]:
+        raise TypeError("attention to keys and values of unlike layers")
 
 
 class Tape:
