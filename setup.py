@@ -24,7 +24,15 @@ graph = Extension(
     "expertd.native._graph",
     sources=[
         f"native/{name}.cpp"
-        for name in ("graph", "exchange", "kernel_ops", "attention_ops", "replay", "nanobind_all")
+        for name in (
+            "graph",
+            "exchange",
+            "kernel_ops",
+            "attention_ops",
+            "cache_ops",
+            "replay",
+            "nanobind_all",
+        )
     ],
     depends=["native/graph.h", "native/kernel_ops.h", "native/kernels/kernels.h", "native/kernels/ops.h"],
     language="c++",

@@ -70,6 +70,7 @@ NB_MODULE(_graph, m) {
   m.doc() = "Operations of the MLX graph: the exchange between ranks, the CPU kernels, and graphs that are built again.";
   m.attr("built_for_mlx") =
       TEXT(MLX_VERSION_MAJOR) "." TEXT(MLX_VERSION_MINOR) "." TEXT(MLX_VERSION_PATCH);
+  xd::bind_caches(m);
   xd::bind_exchange(m);
   xd::bind_kernels(m);
   xd::bind_replay(m);

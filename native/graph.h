@@ -20,6 +20,7 @@ mx::array dense(const mx::array& a, mx::cpu::CommandEncoder& encoder);
 void* scratch(size_t bytes, mx::cpu::CommandEncoder& encoder);
 
 // What each file adds to the module.
+void bind_caches(nb::module_& m);
 void bind_exchange(nb::module_& m);
 void bind_kernels(nb::module_& m);
 void bind_replay(nb::module_& m);

@@ -463,9 +463,9 @@ void bind_kernels(nb::module_& m) {
            "activation(gate) * up; activations are numbered in native/kernels/ops.h.")
       .def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale"),
            nb::arg("mask") = nb::none(), nb::arg("sinks") = nb::none(), "As mx.fast.scaled_dot_product_attention.")
-      .def("append_attention", &append_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("keys"),
-           nb::arg("values"), nb::arg("lengths"), nb::arg("scale"), nb::arg("sinks") = nb::none(),
-           "One token of each of several sequences: [y, *keys, *values].");
+      .def("append_attention", &append_attention_to, nb::arg("caches"), nb::arg("kind"), nb::arg("q"), nb::arg("k"),
+           nb::arg("v"), nb::arg("scale"), nb::arg("sinks") = nb::none(),
+           "Append a token to each cache, all of class `kind` and with room, and attend to all; else None.");
 }
 
 }  // namespace xd

@@ -123,4 +123,12 @@ std::vector<mx::array> append_attention(const Kernels& kernels, const mx::array&
                                         const std::vector<mx::array>& values, const std::vector<int>& lengths,
                                         float scale, const std::optional<mx::array>& sinks);
 
+// cache_ops.cpp
+
+// The same to the caches themselves, all of the class `kind` (mlx-lm's KVCache) and with room: gives y. None, with
+// nothing changed, if they are not, or if q is of another type than k and v.
+std::optional<mx::array> append_attention_to(const Kernels& kernels, const nb::list& caches, nb::handle kind,
+                                             const mx::array& q, const mx::array& k, const mx::array& v, float scale,
+                                             const std::optional<mx::array>& sinks);
+
 }  // namespace xd

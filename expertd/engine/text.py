@@ -200,6 +200,8 @@ class StopStrings:
 
     def add(self, text: str) -> str:
         """Give the text that can no longer be part of a stop string; sets `found` when one is complete."""
+        if not self._stops:  # the usual case, for every token
+            return text
         text = self._held + text
         found = [(i + len(s), i, s) for s in self._stops if (i := text.find(s)) >= 0]
         if found:  # the first to be complete wins: the answer then depends on no token's boundaries

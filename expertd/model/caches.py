@@ -32,6 +32,9 @@ MAX_MARKS = 4
 # What was computed in many steps is read in chunks of so many tokens, the default of --prefill-chunk.
 MERGED = 512
 
+# The class of plain keys and values: what appending to one means is known, and done without mlx-lm's own calls.
+PLAIN = KVCache
+
 State = list[Any]  # of each layer; None where the layer forgets by itself
 
 
@@ -247,7 +250,7 @@ def rotates(layer: Any) -> bool:
 
 def has_room(layer: Any, dtype: mx.Dtype) -> bool:
     """Whether a layer's cache is plain keys and values of this type, whose buffers hold one more token."""
-    if type(layer) is not KVCache or layer.keys is None:
+    if type(layer) is not PLAIN or layer.keys is None:
         return False
     fits: bool = layer.offset < layer.keys.shape[2] and layer.keys.dtype == layer.values.dtype == dtype
     return fits

@@ -42,7 +42,7 @@ class Kernels:
     shapes or types do not fit.
 
     `rms_norm`, `rope` and `attention` are mx.fast's, called alike but for `stream`. `append_attention` is that of one
-    token of each of several sequences, whose keys and values become part of theirs (native/kernel_ops.h).
+    token of each of several sequences, whose keys and values become part of their caches (native/kernel_ops.h).
     """
 
     def __init__(self, isa: str, num_threads: int, activation_bits: int) -> None:
@@ -55,7 +55,7 @@ class Kernels:
         self.rms_norm: Callable[..., mx.array] = self._graph.rms_norm
         self.rope: Callable[..., mx.array] = self._graph.rope
         self.attention: Callable[..., mx.array] = self._graph.attention
-        self.append_attention: Callable[..., list[mx.array]] = self._graph.append_attention
+        self.append_attention: Callable[..., mx.array | None] = self._graph.append_attention
 
     def affine_product(
         self,

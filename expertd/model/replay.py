@@ -71,7 +71,10 @@ class _Hole:
         self.layer, self._attend, self._options = layer, attend, options
 
     def fill(self, caches: Together, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        return self._attend(queries, *caches.update_and_fetch(keys, values), **self._options)
+        y = caches.attend(queries, keys, values, **self._options)
+        return (
+            self._attend(queries, *caches.update_and_fetch(keys, values), **self._options) if y is None else y
+        )
 
 
 class _LatentHole(_Hole):

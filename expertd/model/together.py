@@ -8,8 +8,8 @@ again. Caches stay as mlx-lm makes them: a sequence joins or leaves between two 
 cut back, stored or thrown away by itself.
 
 Where our kernels attend, a layer's plain keys and values are not appended before attention asks for them: then one
-operation of the graph (`Kernels.append_attention`) does both for all sequences (`Appending`), and caches are left as
-mlx-lm's own calls would have left them.
+operation of the graph (`Kernels.append_attention`) does both for all sequences (`Appending`). Plain caches are changed
+without Python (native/cache_ops.cpp), and left as mlx-lm's own calls would have left them.
 
 Families with latent attention (DeepSeek's) fetch latents and rotated keys, and add a product with the latter,
 `rows @ keys.swapaxes(-1, -2)`, to the scores as a mask: a Ragged can do that much. Families that compute otherwise
@@ -22,10 +22,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from expertd.model.caches import has_room
+import expertd.native._graph as _graph
+from expertd.model.caches import PLAIN, has_room
 from expertd.model.swap import replaced
 
-AppendAttention = Callable[..., list[mx.array]]  # Kernels.append_attention
+AppendAttention = Callable[..., mx.array | None]  # Kernels.append_attention
 
 
 class Ragged:
@@ -60,28 +61,29 @@ class Appending:
     ) -> None:
         self._caches, self._keys, self._values, self._function = caches, keys, values, function
         self._done = False
-        for cache in caches:
-            cache.offset += 1
+        self._count(1)
 
     def attend(self, queries: mx.array, scale: float, sinks: mx.array | None = None) -> mx.array | None:
         """Append, and attend to all tokens; None if it is too late for that, or queries are of another type."""
-        caches = self._caches
         if self._done or queries.dtype != self._keys.dtype:
             return None
-        keys, values = [cache.keys for cache in caches], [cache.values for cache in caches]
-        lengths = [cache.offset - 1 for cache in caches]
-        y, *grown = self._function(queries, self._keys, self._values, keys, values, lengths, scale, sinks)
-        for cache, k, v in zip(caches, grown, grown[len(caches) :], strict=False):
-            cache.keys, cache.values = k, v
-        self._done = True
+        self._count(-1)
+        y = self._function(self._caches, PLAIN, queries, self._keys, self._values, scale, sinks)
+        if y is None:
+            self._count(1)
+        self._done = y is not None
         return y
+
+    def _count(self, num_tokens: int) -> None:
+        for cache in self._caches:
+            cache.offset += num_tokens
 
     def pairs(self) -> list[tuple[mx.array, mx.array]]:
         """Each sequence's keys and values, appended by mlx-lm if nobody has attended."""
         if not self._done:
             self._done = True
+            self._count(-1)
             for cache, k, v in zip(self._caches, _rows(self._keys), _rows(self._values), strict=True):
-                cache.offset -= 1
                 cache.update_and_fetch(k, v)
         return [cache.keys_and_values() for cache in self._caches]
 
@@ -134,7 +136,27 @@ class Together:
             return Appended(appending, 0), Appended(appending, 1)
         return self._append(keys, values)
 
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        sinks: mx.array | None = None,
+        mask: Any = None,
+        **others: Any,
+    ) -> mx.array | None:
+        """Append, and attend to all tokens, at once; None, with nothing changed, where that cannot be done."""
+        if (
+            self._append_attention is None or mask is not None or others
+        ):  # others: of quantized keys and values
+            return None
+        return self._append_attention(self._caches, PLAIN, queries, keys, values, scale, sinks)
+
     def _append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+        if appended := _graph.append(self._caches, PLAIN, keys, values):
+            return Ragged(appended[0]), Ragged(appended[1])
         rows = zip(self._caches, _rows(keys), _rows(values), strict=True)
         pairs = [cache.update_and_fetch(k, v) for cache, k, v in rows]
         return Ragged([k for k, _ in pairs]), Ragged([v for _, v in pairs])

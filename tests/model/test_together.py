@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+import expertd.native._graph as _graph
 from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
 from expertd.model.kernels import Kernels, open_kernels
@@ -29,14 +30,15 @@ def seed() -> None:
 
 
 class Counting:
-    """An append_attention that counts its calls."""
+    """An append_attention that counts how often it did that."""
 
     def __init__(self) -> None:
         self.num_calls = 0
 
-    def __call__(self, *args: Any) -> list[mx.array]:
-        self.num_calls += 1
-        return NATIVE.append_attention(*args)
+    def __call__(self, *args: Any) -> mx.array | None:
+        y = NATIVE.append_attention(*args)
+        self.num_calls += y is not None
+        return y
 
 
 def load(folder: Path, kernels: str = "native") -> Model:
@@ -138,6 +140,18 @@ def attended(
     return y
 
 
+def by_mlx_lm(caches: list[Any], rows: tuple[mx.array, ...], sinks: mx.array | None = None) -> mx.array:
+    """The same, of each sequence by itself, by its cache's own calls."""
+    parts = []
+    for i, cache in enumerate(caches):
+        queries, k, v = (row[i : i + 1] for row in rows)
+        keys, values = cache.update_and_fetch(k, v)
+        parts.append(NATIVE.attention(queries, keys, values, mask=None, scale=0.25, sinks=sinks))
+    y = mx.concatenate(parts)
+    mx.eval(y, [cache.state for cache in caches])
+    return y
+
+
 def rows_of(num_sequences: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array, ...]:
     shapes = [(num_sequences, 4, 1, 16), (num_sequences, 2, 1, 16), (num_sequences, 2, 1, 24)]
     return tuple(mx.random.normal(shape).astype(dtype) for shape in shapes)
@@ -162,11 +176,13 @@ def same_caches(some: list[KVCache], others: list[KVCache]) -> bool:
     return all(bool(mx.array_equal(a, b).item()) if isinstance(a, mx.array) else a == b for a, b in pairs)
 
 
+@pytest.mark.parametrize("function", [Counting(), None], ids=["one operation", "then attention"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_appending_at_once_is_appending_one_by_one(dtype: mx.Dtype) -> None:
-    """Step by step, to the last bit, in `y` and in the caches; with sinks, from views, and where the cache was cut."""
-    counting = Counting()
-    caches = [filled_kv(length, dtype) for length in (5, 1, 200)]
+def test_appending_at_once_is_appending_one_by_one(dtype: mx.Dtype, function: Counting | None) -> None:
+    """Step by step, to the last bit, in `y` and in the caches; with sinks, from views, where the cache was cut, and to
+    the last place of its buffer."""
+    before = function.num_calls if function else 0
+    caches = [filled_kv(length, dtype) for length in (5, 252, 200)]
     others = list(map(copied, caches))
     sinks = mx.random.normal((4,)).astype(dtype)
     for step in range(4):
@@ -176,21 +192,22 @@ def test_appending_at_once_is_appending_one_by_one(dtype: mx.Dtype) -> None:
         if step == 3:
             for cache in (caches[2], others[2]):
                 cache.trim(150)
-        y = attended(caches, rows, counting, sinks if step == 2 else None)
-        wanted = attended(others, rows, None, sinks if step == 2 else None)
+        y = attended(caches, rows, function, sinks if step == 2 else None)
+        wanted = by_mlx_lm(others, rows, sinks if step == 2 else None)
         assert y.dtype == dtype and bool(mx.array_equal(y, wanted).item()), step
         assert same_caches(caches, others), step
-    assert counting.num_calls == 4
+    assert function is None or function.num_calls - before == 4
 
 
 def address(array: mx.array) -> int:
     return int(np.array(array, copy=False).ctypes.data)
 
 
-def test_a_token_goes_into_memory_that_nobody_else_looks_at() -> None:
+@pytest.mark.parametrize("function", [Counting(), None], ids=["one operation", "then attention"])
+def test_a_token_goes_into_memory_that_nobody_else_looks_at(function: Counting | None) -> None:
     caches = [filled_kv(5), filled_kv(7)]
     before = [address(array) for cache in caches for array in cache.state[:2]]
-    attended(caches, rows_of(2), Counting())
+    attended(caches, rows_of(2), function)
     assert [address(array) for cache in caches for array in cache.state[:2]] == before
 
 
@@ -237,7 +254,7 @@ def test_what_cannot_be_appended_at_once_is_not(change: dict[str, Any]) -> None:
     rows = rows_of(2)
     y = attended(caches, rows, counting, look=change.get("look", False))
     assert counting.num_calls == 0
-    assert mx.array_equal(y, attended(others, rows)).item() and same_caches(caches, others)
+    assert mx.array_equal(y, by_mlx_lm(others, rows)).item() and same_caches(caches, others)
 
 
 def test_a_family_runs_out_of_room_and_goes_on(tmp_path: Path) -> None:
@@ -269,25 +286,38 @@ def test_a_family_runs_out_of_room_and_goes_on(tmp_path: Path) -> None:
 
 def test_wrong_appending_is_refused() -> None:
     q, k, v = rows_of(2)
-    keys, values = ([mx.zeros((1, 2, 8, width))] * 2 for width in (16, 24))
-    good: list[Any] = [q, k, v, keys, values, [3, 7], 0.25]
-    mx.eval(NATIVE.append_attention(*good))
+    caches = [filled_kv(3), filled_kv(7)]
+    good: list[Any] = [caches, KVCache, q, k, v, 0.25]
     for place, wrong, message in (
-        (0, q[:, :, :, :8], r"attention: q is \(2,4,1,8\), k \(2,2,1,16\)"),
-        (0, q[:1], r"attention: q is \(1,4,1,16\)"),
-        (0, q.astype(mx.float16), r"append_attention: q is \(2,4,1,16\) float16, k \(2,2,1,16\) float32"),
-        (3, keys[:1], "append_attention: .* for 1 sequences"),
-        (3, values, r"append_attention: keys are \(1,2,8,24\) float32 with 3 tokens, for \(2,2,1,16\)"),
+        (2, q[:, :, :, :8], r"attention: q is \(2,4,1,8\), k \(2,2,1,16\)"),
+        (2, q[:1], r"attention: q is \(1,4,1,16\)"),
+        (0, caches[:1], "append_attention: .* for 1 sequences"),
+        (3, k[:, :1], r"attention: q is .* k \(2,1,1,16\) and v \(2,2,1,24\)"),
         (
             4,
-            [a.astype(mx.bfloat16) for a in values],
-            "append_attention: values are .* bfloat16 with 3 tokens",
+            v[..., :16],
+            r"append_attention: values are \(1,2,256,24\) float32 with 3 tokens, for \(2,2,1,16\)",
         ),
-        (5, [3, 8], "append_attention: keys are .* with 8 tokens"),
-        (5, [-1, 7], "append_attention: keys are .* with -1 tokens"),
-        (5, [3], "append_attention: "),
     ):
         with pytest.raises(ValueError, match=message):
             NATIVE.append_attention(*good[:place], wrong, *good[place + 1 :])
     with pytest.raises(ValueError, match=r"attention: sinks are \(3\) for 4 heads"):
         NATIVE.append_attention(*good, mx.zeros((3,)))
+    with pytest.raises(ValueError, match="cannot be broadcast"):
+        _graph.append(caches, KVCache, k, v[..., :16])
+    assert [cache.offset for cache in caches] == [3, 7]
+    mx.eval(NATIVE.append_attention(*good))
+    assert [cache.offset for cache in caches] == [4, 8]
+
+
+def test_caches_that_are_not_plain_are_left_alone() -> None:
+    """One of two: full, empty, of another class or type, or with keys that are no array."""
+    q, k, v = rows_of(2)
+    odd = [filled_kv(256), KVCache(), RotatingKVCache(max_size=8), filled_kv(2, mx.float16), filled_kv(2)]
+    odd[-1].keys = (odd[-1].keys, odd[-1].keys)
+    plain = filled_kv(3)
+    for cache in odd:
+        assert NATIVE.append_attention([plain, cache], KVCache, q, k, v, 0.25) is None
+        assert _graph.append([plain, cache], KVCache, k, v) is None
+    assert NATIVE.append_attention([plain] * 2, KVCache, q.astype(mx.float16), k, v, 0.25) is None
+    assert _graph.append([], KVCache, k, v) is None and plain.offset == 3
