@@ -134,7 +134,7 @@ class Together:
         ):
             appending = Appending(self._caches, keys, values, self._append_attention)
             return Appended(appending, 0), Appended(appending, 1)
-        return self._append(keys, values)
+        return self.append(keys, values)
 
     def attend(
         self,
@@ -154,16 +154,13 @@ class Together:
             return None
         return self._append_attention(self._caches, PLAIN, queries, keys, values, scale, sinks)
 
-    def _append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+    def append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+        """As update_and_fetch, for those who compute with what they fetch before they attend."""
         if appended := _graph.append(self._caches, PLAIN, keys, values):
             return Ragged(appended[0]), Ragged(appended[1])
         rows = zip(self._caches, _rows(keys), _rows(values), strict=True)
         pairs = [cache.update_and_fetch(k, v) for cache, k, v in rows]
         return Ragged([k for k, _ in pairs]), Ragged([v for _, v in pairs])
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
-        """As update_and_fetch, for those who compute with what they fetch before they attend."""
-        return self._append(keys, values)
 
     def make_mask(self, num_tokens: int, **options: Any) -> Ragged | None:
         masks = [cache.make_mask(num_tokens, **options) for cache in self._caches]
@@ -192,7 +189,7 @@ class Padded(Together):
     """As Together, with keys and values of all sequences in one array, and a mask [num_sequences, 1, 1, num_keys]."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        ragged = self._append(keys, values)
+        ragged = self.append(keys, values)
         longest = max(part.shape[2] for part in ragged[0].parts)
         return tuple(
             mx.concatenate([_pad(part, longest - part.shape[2]) for part in each.parts]) for each in ragged

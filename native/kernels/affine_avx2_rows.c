@@ -5,7 +5,9 @@
    fits, which saves widening each block. Where rows end with half of 8 groups, two of them share the last step.
 
    Codes of 4 bits are computed faster than memory gives them, and memory gives more where two parts of it are read at once: a
-   row of the first half and one of the second are taken in turn, 8 groups of each. */
+   row of the first half and one of the second are taken in turn, 8 groups of each.
+
+   The format that decoding reads most has a loop of its own (affine_avx2_two_bits.c). */
 
 #if defined(__x86_64__)
 
@@ -19,13 +21,7 @@ XD_INLINE __m256i block_sum(__m256i block, int bits, const int8_t *q) {
   if (bits == 4)
     return _mm256_add_epi16(_mm256_maddubs_epi16(plane(block, 4, 0), load(q)),
                             _mm256_maddubs_epi16(plane(block, 4, 1), load(q + 32)));
-  /* The odd planes stay where they are, four times as large, and are shifted once, as sums: one shift instead of three. */
-  const __m256i four_times = _mm256_set1_epi8(12), upper = _mm256_srli_epi16(block, 4);
-  __m256i even = _mm256_add_epi16(_mm256_maddubs_epi16(plane(block, 2, 0), load(q)),
-                                  _mm256_maddubs_epi16(plane(upper, 2, 0), load(q + 64)));
-  __m256i odd = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(block, four_times), load(q + 32)),
-                                 _mm256_maddubs_epi16(_mm256_and_si256(upper, four_times), load(q + 96)));
-  return _mm256_add_epi16(even, _mm256_srai_epi16(odd, 2));
+  return two_bits_sum(block, q);
 }
 
 /* Does a group's sum fit 16 bits? At 4 bits 64 * 15 * 127 would not, but by_group ends with two numbers, each of half. */
@@ -331,7 +327,10 @@ XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits
 
 void xd_affine_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                          const xd_row *row, float *y) {
-  any_rows(a, codes, scales, biases, num_out, row, y);
+  const int done = xd_two_bits_rows_avx2(a, codes, scales, biases, num_out, row, y);
+  const int64_t skip = (int64_t)done * a->groups * (int64_t)xd_itemsize(a->dtype);
+  any_rows(a, codes + done * a->code_bytes, (const char *)scales + skip, (const char *)biases + skip, num_out - done, row,
+           y + done);
 }
 
 #include "target_end.h"

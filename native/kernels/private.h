@@ -132,6 +132,10 @@ void xd_round_row_avx2(const xd_affine *a, const float *x, int16_t *numbers, int
 /* AVX2's affine_rows (affine_avx2_rows.c). */
 void xd_affine_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                          const xd_row *row, float *y);
+/* The same for codes of 2 bits in groups of 64 with bfloat16 scales and one digit (affine_avx2_two_bits.c). Gives how many weight
+   rows it has computed, the first of them; the others, or all of a format that it does not know, are left. */
+int xd_two_bits_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                          const xd_row *row, float *y);
 
 /* NULL where the compiler or this processor lacks it. */
 const xd_isa *xd_isa_portable(void);

@@ -312,6 +312,19 @@ static void check_format(int bits, int group_size, int activation_bits) {
     check_negative_zero(bits, group_size, activation_bits);
 }
 
+/* The format that AVX2 has a loop of its own for, in sizes that this takes: 8 weight rows and more of 8 groups and more, with and
+   without half of 8 groups at their end. The last are longer than it takes. */
+static void check_two_bits(void) {
+    static const int groups[] = {8, 12, 24, 28, 260}, outs[] = {8, 19};
+    for (int i = 0; i < 5; i++)
+        for (int j = 0; j < 2; j++) {
+            weight w = weight_of(2, 64, 8, groups[i], XD_BFLOAT16, outs[j], 1);
+            snprintf(doing, sizeof doing, "2 bits by themselves, %d groups, %d out", groups[i], outs[j]);
+            for (int kind = 0; kind < KINDS; kind += XD_TILE_ROWS) check_functions(&w, kind);
+            free_weight(&w);
+        }
+}
+
 static void check_refusals(void) {
     char err[200] = "";
     xd_cpu *cpu;
@@ -341,6 +354,7 @@ int main(int argc, char **argv) {
         for (int j = 0; j < 3; j++)
             for (int activation_bits = 8; activation_bits <= 16; activation_bits += 8)
                 check_format(bits[i], group_sizes[j], activation_bits);
+    check_two_bits();
     check_refusals();
     for (int i = 0; i < num_isas; i++) xd_cpu_close(cpus[i][0]), xd_cpu_close(cpus[i][1]);
     printf("ok %016llx\n", (unsigned long long)digest);

@@ -113,10 +113,15 @@ def test_products_are_right(bits: int, group: int, activation_bits: int, rows: i
         assert np.linalg.norm(found - wanted) < ERROR[activation_bits] * np.linalg.norm(wanted), isa
 
 
-@pytest.mark.parametrize(("bits", "group", "activation_bits"), FORMATS)
-def test_a_row_has_its_bits_however_it_comes(bits: int, group: int, activation_bits: int) -> None:
-    """Alone and among others, by any threads, from any slice of the weights, on every instruction set."""
-    w = make_weight(bits, group)
+@pytest.mark.parametrize(
+    ("bits", "group", "activation_bits", "groups"), [(*form, 11) for form in FORMATS] + [(2, 64, 8, 12)]
+)
+def test_a_row_has_its_bits_however_it_comes(
+    bits: int, group: int, activation_bits: int, groups: int
+) -> None:
+    """Alone and among others, by any threads, from any slice of the weights, on every instruction set. Of 12 groups
+    rows of 2 bits end with half of eight, which they share."""
+    w = make_weight(bits, group, groups=groups)
     x = make_rows(64, w.codes.shape[2])
     ids = np.random.default_rng(1).integers(0, 3, (64, 2))
     with opened("portable") as cpu:
@@ -137,7 +142,7 @@ def test_a_row_has_its_bits_however_it_comes(bits: int, group: int, activation_b
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sums_fit(bits: int, group: int, activation_bits: int, sign: int) -> None:
     """All codes and all numbers of x as large as they can be; rows that end with half of eight groups."""
-    w = make_weight(bits, group, out=7, groups=12)
+    w = make_weight(bits, group, out=15, groups=12)
     w.codes[:, 1:] = (1 << bits) - 1
     x = narrowed(np.full((5, w.codes.shape[2]), sign * 1.5), BFLOAT16)
     with opened("portable") as cpu:
