@@ -27,16 +27,25 @@ def fabric(provider: Path, tmp_path: Path) -> Fabric:
 CALM = re.compile(
     r"(api|checkpoint|engine|model|native|quant|split|topology)/"
     r"|bench/test_(kernels|rival_speed|shapes|throughput)\.py"
-    r"|cli/test_(help|hosts|quality|service|talk|topology)\.py"
+    r"|cli/test_(commands|help|hosts|quality|service|talk|topology)\.py"
     r"|cluster/test_(assemble|copies|identity|memory|mlx_hosts|paths|prefix_files|provide|record|requests|tls)\.py"
     r"|link/test_(crc32c|swap|verbs)\.py"
-    r"|server/test_(anthropic|chat|door|page|parts|responses|sampling)\.py"
-    r"|test_(end_to_end|golden|layers|mistakes|packaging|readme|wire)\.py"
+    r"|server/test_(anthropic|app|chat|door|metrics|page|parts|responses|sampling|serve)\.py"
+    r"|test_(end_to_end|golden|layers|mistakes|packaging|readme|running|wire)\.py"
+)
+
+# With the longest tests: they begin, so that at the end no process waits for another one's.
+LONG = re.compile(
+    r"engine/test_wild|model/test_exact|native/test_(arm64|sanitized)|server/test_page|test_(readme|running)"
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        path = item.path.relative_to(Path(__file__).parent).as_posix()
-        if CALM.match(path) and not item.get_closest_marker("fault"):
+        if CALM.match(path_of(item)) and not item.get_closest_marker("fault"):
             item.add_marker("calm")
+    items.sort(key=lambda item: not LONG.match(path_of(item)))
+
+
+def path_of(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()

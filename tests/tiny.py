@@ -302,6 +302,39 @@ def qwen3(w: Weights) -> Config:
     return common("qwen3", "Qwen3ForCausalLM", 1, head_dim=16, attention_bias=False, rope_scaling=None)
 
 
+def longcat_flash(w: Weights) -> Config:
+    """Two attentions a layer, with a cache each."""
+    kv_lora, rope, nope, value = 32, 16, 16, 16
+    w.tensors["model.embed_tokens.weight"] = w.draw(VOCAB, HIDDEN, scale=1.0)
+    w.linear("lm_head", VOCAB, HIDDEN)
+    w.norm("model.norm", HIDDEN)
+    layer = "model.layers.0"
+    for i in range(2):
+        attn = f"{layer}.self_attn.{i}"
+        w.linear(f"{attn}.q_a_proj", 32, HIDDEN)
+        w.norm(f"{attn}.q_a_layernorm", 32)
+        w.linear(f"{attn}.q_b_proj", HEADS * (nope + rope), 32)
+        w.linear(f"{attn}.kv_a_proj_with_mqa", kv_lora + rope, HIDDEN)
+        w.norm(f"{attn}.kv_a_layernorm", kv_lora)
+        w.linear(f"{attn}.kv_b_proj", HEADS * (nope + value), kv_lora)
+        w.linear(f"{attn}.o_proj", HIDDEN, HEADS * value)
+        w.norm(f"{layer}.input_layernorm.{i}", HIDDEN)
+        w.norm(f"{layer}.post_attention_layernorm.{i}", HIDDEN)
+        w.mlp(f"{layer}.mlps.{i}", 128, GATE_UP_DOWN)
+    w.linear(f"{layer}.mlp.router.classifier", EXPERTS + 2, HIDDEN, gain=2)
+    w.tensors[f"{layer}.mlp.router.e_score_correction_bias"] = w.draw(EXPERTS + 2, scale=0.05)
+    for e in range(EXPERTS):
+        w.mlp(f"{layer}.mlp.experts.{e}", INTER, GATE_UP_DOWN)
+    config = common(
+        "longcat_flash", "LongcatFlashForCausalLM", 1, attention_method="MLA", ffn_hidden_size=128,
+        expert_ffn_hidden_size=INTER, moe_topk=3, n_routed_experts=EXPERTS, zero_expert_num=2,
+        zero_expert_type="identity", kv_lora_rank=kv_lora, q_lora_rank=32, qk_rope_head_dim=rope,
+        qk_nope_head_dim=nope, v_head_dim=value, routed_scaling_factor=1.5, mla_scale_q_lora=True,
+        mla_scale_kv_lora=True, attention_bias=False,
+    )  # fmt: skip
+    return {**config, "num_layers": 1}
+
+
 FAMILIES: dict[str, Callable[[Weights], Config]] = {
     "qwen3_moe": qwen3_moe,
     "mixtral": mixtral,
@@ -317,6 +350,7 @@ SPECIAL: dict[str, Callable[[Weights], Config]] = {
     "qwen3_moe_heads_of_32": qwen3_moe_heads_of_32,
     "qwen3_moe_heads_of_64": qwen3_moe_heads_of_64,
     "qwen3": qwen3,
+    "longcat_flash": longcat_flash,
 }
 
 

@@ -37,10 +37,31 @@ class NotThisStep(Exception):
 
 
 class _Fetched:
-    """The keys and values of all sequences, which only attention may have."""
+    """The keys (`which` 0) or values (1) of all sequences, which only attention may have.
 
-    def __init__(self, layer: int, keys: mx.array, values: mx.array) -> None:
-        self.layer, self.keys, self.values = layer, keys, values
+    Latent attention has a product with them as well (together.py): `rows @ values.swapaxes(-1, -2)`.
+    """
+
+    def __init__(self, layer: int, appended: tuple[mx.array, mx.array], which: int) -> None:
+        self.layer, self.appended, self.which = layer, appended, which
+
+    def swapaxes(self, *axes: int) -> "_Swapped":
+        return _Swapped(self, axes)
+
+
+class _Swapped:
+    def __init__(self, fetched: _Fetched, axes: tuple[int, ...]) -> None:
+        self.fetched, self.axes = fetched, axes
+
+    def __rmatmul__(self, rows: mx.array) -> "_Product":
+        return _Product(rows, self)
+
+
+class _Product:
+    """Rows @ what was fetched, which only attention may have, as its mask."""
+
+    def __init__(self, rows: mx.array, swapped: _Swapped) -> None:
+        self.rows, self.swapped = rows, swapped
 
 
 class _Hole:
@@ -54,6 +75,23 @@ class _Hole:
         return (
             self._attend(queries, *caches.update_and_fetch(keys, values), **self._options) if y is None else y
         )
+
+
+class _LatentHole(_Hole):
+    """Latent attention, whose keys are its values and whose mask is a product, of which it is given the rows."""
+
+    def __init__(
+        self, layer: int, attend: Callable[..., mx.array], options: dict[str, Any], axes: tuple[int, ...]
+    ) -> None:
+        super().__init__(layer, attend, options)
+        self._axes = axes
+
+    def fill(
+        self, caches: Together, queries: mx.array, keys: mx.array, values: mx.array, *rows: mx.array
+    ) -> mx.array:
+        latents, rotated = caches.append(keys, values)
+        mask = rotated.swapaxes(*self._axes).multiplied(*rows)
+        return self._attend(queries, latents, latents, mask=mask, **self._options)
 
 
 class _Layer:
@@ -83,18 +121,20 @@ class _Layer:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[_Fetched, _Fetched]:
         self._recorder.fetched.append(self._number)
-        fetched = _Fetched(self._number, keys, values)
-        return fetched, fetched
+        return _Fetched(self._number, (keys, values), 0), _Fetched(self._number, (keys, values), 1)
 
     def make_mask(self, num_tokens: int, **options: Any) -> None:
         self._recorder.masks.append((self._number, num_tokens, options))
         if self._together.make_mask(num_tokens, **options) is not None:
             raise ValueError("attention has a mask")
 
-    # A recurrent layer's.
+    # A recurrent layer's; a list of caches has caches.
 
-    def __getitem__(self, index: int) -> mx.array:
-        return self._recorder.state(self._number, index, self._together[index])
+    def __getitem__(self, index: int) -> "mx.array | _Layer":
+        now = self._together[index]
+        if isinstance(now, Together):
+            return self._recorder.part(self._number, index, now)
+        return self._recorder.state(self._number, index, now)
 
     def __setitem__(self, index: int, value: mx.array) -> None:
         self._recorder.states_after[self._number, index] = value
@@ -110,6 +150,7 @@ class Recorder:
         self.tokens = _graph.placeholder([num_sequences], mx.int32)
         self.offsets = _graph.placeholder([num_sequences], mx.int32)
         self.layers = [_Layer(self, number, together) for number, together in enumerate(layers)]
+        self.parts: list[tuple[int, int]] = []  # layer and index, for the numbers behind those of the layers
         self.asked: list[int] = []  # which layers for their lengths
         self.fetched: list[int] = []
         self.masks: list[tuple[int, int, dict[str, Any]]] = []
@@ -117,6 +158,13 @@ class Recorder:
         self.states_after: dict[tuple[int, int], mx.array] = {}
         self.advances: list[tuple[int, int]] = []
         self.holes: list[tuple[_Hole, list[mx.array], mx.array]] = []
+
+    def part(self, layer: int, index: int, together: Together) -> _Layer:
+        """One of a layer's caches, as if it were another layer's."""
+        place = (layer, index)
+        if place not in self.parts:
+            self.parts.append(place)
+        return _Layer(self, len(self.layers) + self.parts.index(place), together)
 
     def state(self, layer: int, index: int, now: Any) -> mx.array:
         """A recurrent layer's state, which the tape is given at the beginning."""
@@ -137,15 +185,39 @@ class Recorder:
 
     def _noted(self, attend: Callable[..., mx.array]) -> Callable[..., mx.array]:
         def note(queries: mx.array, keys: _Fetched, values: _Fetched, **options: Any) -> mx.array:
-            given = [queries, keys.keys, values.values]
-            if keys is not values or any(a.dtype != queries.dtype for a in given):
-                raise TypeError("attention to keys and values of unlike layers or types")
+            hole, given = _hole(attend, queries, keys, values, options)
+            if any(a.dtype != queries.dtype for a in given):
+                raise TypeError("attention to keys and values of unlike types")
             mx.eval([option for option in options.values() if isinstance(option, mx.array)])
-            y: mx.array = _graph.placeholder([*queries.shape[:-1], values.values.shape[-1]], queries.dtype)
-            self.holes.append((_Hole(keys.layer, attend, options), given, y))
+            width = values.appended[values.which].shape[-1]
+            y: mx.array = _graph.placeholder([*queries.shape[:-1], width], queries.dtype)
+            self.holes.append((hole, given, y))
             return y
 
         return note
+
+
+def _hole(
+    attend: Callable[..., mx.array],
+    queries: mx.array,
+    keys: _Fetched,
+    values: _Fetched,
+    options: dict[str, Any],
+) -> tuple[_Hole, list[mx.array]]:
+    """The hole for such a call, and what it is filled with; TypeError where it is called with something else."""
+    mask, given = options.get("mask"), [queries, *keys.appended]
+    if not isinstance(mask, _Product):
+        _require([keys, values], (0, 1))
+        return _Hole(keys.layer, attend, options), given
+    _require([keys, values, mask.swapped.fetched], (0, 0, 1))
+    others = {name: option for name, option in options.items() if name != "mask"}
+    return _LatentHole(keys.layer, attend, others, mask.swapped.axes), [*given, mask.rows]
+
+
+def _require(fetched: list[_Fetched], which: tuple[int, ...]) -> None:
+    """Raise TypeError unless these are keys (0) and values (1) of one layer in this order."""
+    if [(each.layer, each.which) for each in fetched] != [(fetched[0].layer, place) for place in which]:
+        raise TypeError("attention to keys and values of unlike layers")
 
 
 class Tape:
@@ -156,7 +228,8 @@ class Tape:
 
         Raises ValueError where it attended to a layer's keys twice, or never.
         """
-        self._asked, self._masks, self._advances = recorder.asked, recorder.masks, recorder.advances
+        self._parts, self._asked = recorder.parts, recorder.asked
+        self._masks, self._advances = recorder.masks, recorder.advances
         self._holes = [hole for hole, _, _ in recorder.holes]
         if sorted(recorder.fetched) != sorted({hole.layer for hole in self._holes}) or len(
             self._holes
@@ -174,6 +247,7 @@ class Tape:
 
         Raises NotThisStep, before anything was appended, where the model would have built another graph.
         """
+        layers = [*layers, *(layers[layer][index] for layer, index in self._parts)]
         given = [mx.array(tokens), self._offsets(layers, len(tokens)), *self._given_states(layers)]
         if any(
             layers[layer].make_mask(count, **options) is not None for layer, count, options in self._masks

@@ -11,8 +11,9 @@ Where our kernels attend, a layer's plain keys and values are not appended befor
 operation of the graph (`Kernels.append_attention`) does both for all sequences (`Appending`). Plain caches are changed
 without Python (native/cache_ops.cpp), and left as mlx-lm's own calls would have left them.
 
-Families with latent attention (DeepSeek's) compute with the keys on the way to attention. They meet `Padded`: one
-array, filled up to the longest sequence, whose padding a mask hides. Their latents are small, so the copy is.
+Families with latent attention (DeepSeek's) fetch latents and rotated keys, and add a product with the latter,
+`rows @ keys.swapaxes(-1, -2)`, to the scores as a mask: a Ragged can do that much. Families that compute otherwise
+with what they fetch meet `Padded`: one array, filled up to the longest sequence, whose padding a mask hides.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,6 +39,15 @@ class Ragged:
     @property
     def parts(self) -> list[Any]:
         return self._parts
+
+    def swapaxes(self, *axes: int) -> "Ragged":
+        return Ragged([part.swapaxes(*axes) for part in self.parts])
+
+    def multiplied(self, rows: mx.array) -> "Ragged":
+        """Rows [num_sequences, ...] @ this, each sequence's with its own."""
+        return Ragged([row @ part for row, part in zip(_rows(rows), self.parts, strict=True)])
+
+    __rmatmul__ = multiplied
 
 
 class Appending:
@@ -124,7 +134,7 @@ class Together:
         ):
             appending = Appending(self._caches, keys, values, self._append_attention)
             return Appended(appending, 0), Appended(appending, 1)
-        return self._append(keys, values)
+        return self.append(keys, values)
 
     def attend(
         self,
@@ -144,7 +154,8 @@ class Together:
             return None
         return self._append_attention(self._caches, PLAIN, queries, keys, values, scale, sinks)
 
-    def _append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+    def append(self, keys: mx.array, values: mx.array) -> tuple[Ragged, Ragged]:
+        """As update_and_fetch, for those who compute with what they fetch before they attend."""
         if appended := _graph.append(self._caches, PLAIN, keys, values):
             return Ragged(appended[0]), Ragged(appended[1])
         rows = zip(self._caches, _rows(keys), _rows(values), strict=True)
@@ -178,7 +189,7 @@ class Padded(Together):
     """As Together, with keys and values of all sequences in one array, and a mask [num_sequences, 1, 1, num_keys]."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        ragged = self._append(keys, values)
+        ragged = self.append(keys, values)
         longest = max(part.shape[2] for part in ragged[0].parts)
         return tuple(
             mx.concatenate([_pad(part, longest - part.shape[2]) for part in each.parts]) for each in ragged
@@ -191,6 +202,8 @@ class Padded(Together):
 
 def _rows(array: mx.array) -> list[mx.array]:
     """Its rows, [1, ...] each: a third of the time that Python takes to index them one by one."""
+    if array.shape[0] == 1:
+        return [array]
     rows: Any = mx.split(array, array.shape[0])  # MLX says that it gives one array
     return list(rows)
 
@@ -202,9 +215,19 @@ def _pad(part: mx.array, num_keys: int) -> mx.array:
 @contextmanager
 def ragged_attention(*functions: tuple[Any, str]) -> Iterator[None]:
     """Meanwhile these functions, mx.fast's attention and those with its arguments, take Ragged keys, values and masks,
-    and attend for each sequence by itself."""
-    with replaced([(owner, name, _ragged(getattr(owner, name))) for owner, name in functions]):
+    and attend for each sequence by itself; and an array may be multiplied with a Ragged."""
+    found = [(owner, name, _ragged(getattr(owner, name))) for owner, name in functions]
+    with replaced([*found, (mx.array, "__matmul__", _asking(mx.array.__matmul__))]):
         yield
+
+
+def _asking(stock: Callable[..., mx.array]) -> Callable[..., Any]:
+    """mx.array's product, as Python wants it: what is no array is asked for the product. MLX's raises TypeError."""
+
+    def multiply(x: mx.array, y: Any) -> Any:
+        return stock(x, y) if isinstance(y, mx.array) else NotImplemented
+
+    return multiply
 
 
 def _ragged(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:

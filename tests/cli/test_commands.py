@@ -136,6 +136,7 @@ def test_broken_pipe_is_quiet(start: Start, tmp_path: Path) -> None:
     assert process.wait(timeout=LIMIT_S) == 141 and process.stderr.read() == ""
 
 
+@pytest.mark.fault
 def test_terminal_ctrl_c_twice_forces(start: Start, tmp_path: Path) -> None:
     group_of(tmp_path, r0="deaf")
     env = {**os.environ, "STUB_KILL_AFTER_S": "60"}
@@ -222,6 +223,7 @@ def test_serve_starts_dead_ranks_again_and_loads_again_when_told(start: Start, t
     assert process.communicate(timeout=LIMIT_S)[1] == "" and process.returncode == 0 and not children()
 
 
+@pytest.mark.fault
 def test_killed_server_leaves_no_rank(start: Start, tmp_path: Path) -> None:
     process = start("serve", tmp_path, "--port", 0, "--ranks", 2)
     assert process.stdout

@@ -19,7 +19,7 @@ from expertd.model import replay
 from expertd.model.caches import SequenceCache
 from expertd.model.model import Model
 from expertd.model.replay import Recorder, Tape, Tapes
-from expertd.model.together import Together
+from expertd.model.together import Together, ragged_attention
 from expertd.native import _graph
 from expertd.native._graph import placeholder
 from expertd.split.cut import StepSplit
@@ -73,6 +73,7 @@ def same(found: list[Any], wanted: list[Any]) -> bool:
 
 CASES = [(family, kernels, 0) for family in FAMILIES for kernels in ("native", "mlx")]
 CASES += [("qwen3_moe_heads_of_64", "native", 4), ("qwen3_moe_heads_of_32", "mlx", 8)]
+CASES += [("longcat_flash", "native", 0)]  # a layer with two caches
 
 
 @pytest.mark.parametrize(("family", "kernels", "kv_bits"), CASES)
@@ -81,7 +82,7 @@ def test_a_replayed_step_is_the_step(family: str, kernels: str, kv_bits: int, tm
     before = model._tapes.num_built
     found = decoded(model)
     num_steps = len(COMPANY) + len(COMPANY[::3])
-    assert model._tapes.num_built - before == (0 if family.startswith("deepseek") else num_steps)
+    assert model._tapes.num_built - before == num_steps
     assert same(found, in_python(model, decoded))
 
 
@@ -236,6 +237,52 @@ def test_a_family_that_looks_is_not_recorded(
     assert same(decoded(model, False), wanted)
     assert model._tapes.num_built == before
     assert "steps of 2 under solo are built in Python (" in caplog.text
+
+
+LATENT = {
+    "a product": lambda rows, keys, values: (keys, keys, rows @ values.swapaxes(-1, -2)),
+    "keys and values": lambda rows, keys, values: (keys, values, None),
+}
+STRANGE = {
+    "values first": lambda rows, keys, values: (values, keys, None),
+    "keys as values, no product": lambda rows, keys, values: (keys, keys, None),
+    "values, and a product": lambda rows, keys, values: (keys, values, rows @ values.swapaxes(-1, -2)),
+    "a product with keys": lambda rows, keys, values: (keys, keys, rows @ keys.swapaxes(-1, -2)),
+    "no swap": lambda rows, keys, values: (keys, keys, rows @ values),
+    "from the left": lambda rows, keys, values: (keys, keys, values.swapaxes(-1, -2) @ rows),
+    "a sum": lambda rows, keys, values: (keys, keys, rows @ values.swapaxes(-1, -2) + 1),
+    "another type": lambda rows, keys, values: (
+        keys,
+        keys,
+        rows.astype(mx.float16) @ values.swapaxes(-1, -2),
+    ),
+    "a function": lambda rows, keys, values: (mx.take(keys, mx.array([0]), axis=2), values, None),
+    "a length": lambda rows, keys, values: (keys, values, mx.zeros(keys.shape[2])),
+}
+
+
+def attend_recorded(use: Any, number: int = 0) -> Tape:
+    """A tape of one layer's attention (of two layers'; `number` is whose keys come first) to what `use` makes."""
+    recorder = Recorder([Together([KVCache()]), Together([KVCache()])], 1)
+    rows, owner = mx.ones((1, 2, 1, 16)), SimpleNamespace(attend=None)
+    fetched = [layer.update_and_fetch(rows, rows) for layer in recorder.layers[: number + 1]]
+    with ragged_attention((owner, "attend")), recorder.attention((owner, "attend")):
+        queries, values, mask = use(rows, fetched[number][0], fetched[0][1])
+        y = owner.attend(rows, queries, values, mask=mask, scale=0.25)
+    return Tape(recorder, y)
+
+
+@pytest.mark.parametrize("use", LATENT.values(), ids=LATENT.keys())
+def test_what_attention_may_be_given(use: Any) -> None:
+    attend_recorded(use)
+    with pytest.raises(TypeError, match="unlike layers"):
+        attend_recorded(use, number=1)
+
+
+@pytest.mark.parametrize("use", STRANGE.values(), ids=STRANGE.keys())
+def test_what_was_fetched_is_for_nothing_else(use: Any) -> None:
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        attend_recorded(use)
 
 
 @pytest.mark.parametrize("num_attentions", [0, 2])
@@ -405,6 +452,7 @@ def wrong_steps(mailbox: Mailbox, model: Model) -> Iterator[str]:
 
 def test_splits_are_replayed(tmp_path: Path) -> None:
     folders = [
-        str(make_tiny(tmp_path / family, family, "bfloat16")) for family in ("qwen3_moe", "qwen3_next")
+        str(make_tiny(tmp_path / family, family, "bfloat16"))
+        for family in ("qwen3_moe", "qwen3_next", "deepseek_v3")
     ]
     assert run_ranks(Path(__file__), "decode_on_ranks", 2, {"folders": folders}) == [[], []]

@@ -14,7 +14,7 @@ from expertd.checkpoint.inspect import check_checkpoint
 from expertd.config import ACTIVATION_BITS
 from expertd.model.kernels import Kernels, open_kernels
 from expertd.model.model import Cache, Model
-from expertd.model.together import Padded, Together, ragged_attention
+from expertd.model.together import Padded, Ragged, Together, ragged_attention
 from expertd.split.cut import StepSplit
 from tests.tiny import FAMILIES, make_tiny
 
@@ -61,7 +61,22 @@ def token(step: int, sequence: int) -> int:
 def test_together_is_as_alone(family: str, kernels: str, tmp_path: Path) -> None:
     """The second sequence joins late, the first leaves early."""
     model = load(make_tiny(tmp_path / family, family), kernels)
-    assert model._together is (Padded if family.startswith("deepseek") else Together)
+    assert model._together is Together
+    decode_together(model, kernels == "native" and not family.startswith("deepseek"))
+
+
+def test_what_a_ragged_cannot_do_one_padded_array_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family that computes with the keys on the way to attention."""
+    monkeypatch.delattr(Ragged, "swapaxes")
+    model = load(make_tiny(tmp_path / "tiny", "deepseek_v3"))
+    assert model._together is Padded and not model._replayed
+    decode_together(model, at_once=False)
+
+
+def decode_together(model: Model, at_once: bool) -> None:
+    """Each sequence's logits are those that it gets alone; `at_once`: one operation appends and attends."""
     caches, counting = [filled(model, prompt) for prompt in PROMPTS], Counting()
     if model._append_attention:
         model._append_attention = counting
@@ -71,7 +86,6 @@ def test_together_is_as_alone(family: str, kernels: str, tmp_path: Path) -> None
         logits = model.decode([token(step, i) for i in there], [caches[i] for i in there], SOLO)
         for i, row in zip(there, logits.tolist(), strict=True):
             found[i].append(row)
-    at_once = kernels == "native" and model._together is Together
     num_plain = sum(type(layer) is KVCache for layer in caches[0])
     assert counting.num_calls == (NUM_STEPS * num_plain if at_once else 0)
     for i, prompt in enumerate(PROMPTS):

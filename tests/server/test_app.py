@@ -364,6 +364,7 @@ def test_dead_follower_changes_health_and_nothing_else(tmp_path: Path) -> None:
     with_app(tmp_path, test, num_ranks=2)
 
 
+@pytest.mark.fault
 def test_dead_group_is_503_everywhere_and_a_stream_ends_with_an_error(tmp_path: Path) -> None:
     async def test(client: httpx.AsyncClient, cluster: Cluster) -> None:
         asked = {**TEXT, "prompt": "@slow:0.01 @repeat:500 x", "stream": True, "max_tokens": 1000}

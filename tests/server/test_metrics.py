@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 from stub_group import LIMIT_S, group_of, until
@@ -135,6 +136,7 @@ def test_what_the_leader_and_the_group_say(tmp_path: Path) -> None:
     with_service(tmp_path, test)
 
 
+@pytest.mark.fault
 def test_metrics_while_loading_and_after_a_death(tmp_path: Path) -> None:
     told: list[tuple[int, ...]] = []
 
