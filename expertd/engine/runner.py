@@ -85,9 +85,8 @@ class Runner:
         self._files = files
         self._untold: list[Plan] = []
         self._num_untold = 0  # tokens
-        self._read_s = (
-            model.read_s
-        )  # what it takes to read a token again, as fast as it went at load or since
+        # What it takes to read a token again, as fast as it went at load or since.
+        self._read_s = model.read_s
         self.waited_s = 0.0  # for each other, before the last step
         self._copies = Copies(0 if isinstance(link, MlxLink) else link.slot_bytes)
         self._meter = Meter()
