@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # third the group is reduced to one rank, which has no link that could fail.
 MAX_FRUITLESS = 3
 BACK_OFF_S = 0.5
+ONE_MLX_GROUP = "MLX lets a process join one group only. To have all ranks again, start expertd again."
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +132,9 @@ class LocalCoordinator:
         if isinstance(event, EpochEnded):
             await self._back_off(event)
         if isinstance(event, RankReturned):
+            if self._is_spent():
+                _log.warning("%s, but not needed: %s", event.reason, ONE_MLX_GROUP)
+                return
             self._reduced = False
             self._cluster.end_epoch(event.reason)
         ranks = self._going_on()
@@ -156,7 +160,11 @@ class LocalCoordinator:
             await asyncio.sleep(BACK_OFF_S)
 
     def _going_on(self) -> "list[LocalRank]":
-        return self._cluster.living[: 1 if self._reduced else None]
+        return self._cluster.living[: 1 if self._reduced or self._is_spent() else None]
+
+    def _is_spent(self) -> bool:
+        """Whether a living rank has had its one group of MLX's, and can join no other."""
+        return any(rank.had_mlx_group for rank in self._cluster.living)
 
     def _layout(self, ranks: "list[LocalRank]") -> Layout:
         group = self._cluster.group

@@ -20,6 +20,9 @@ PULSE_SILENCE_S = 0.8
 LOOK_S = 0.1
 # A rank with nothing else to do opens a new epoch's mailbox in milliseconds.
 JOIN_S = 3.0
+# One that finishes a broken step over MLX's ring may never end: an exchange that is asked for after the ring found a
+# neighbour gone waits for ever (mlx 0.32.4), and a step has one for each layer.
+MLX_JOIN_S = 10.0
 # A look that was late by this much tells of ourselves being stopped, not of the ranks.
 LATE_S = 0.2
 # A rank says nothing while it reads a long prompt, so this must exceed the longest prefill.
@@ -58,6 +61,7 @@ class LocalRank:
 
     `dead` says how it ended ("died: ..."). `seats` are the epochs in which its pulse may beat: it keeps an old mailbox
     open until it has the next one, so that a rank busy with the rest of a broken step is not taken for a dead one.
+    `had_mlx_group` says that it has joined MLX's own engine, which a process does once.
     """
 
     def __init__(self, rank_id: int, process: ChildProcess, fd_channel: socket.socket) -> None:
@@ -66,6 +70,7 @@ class LocalRank:
         self.ready: Ready | None = None
         self.num_loaded = 0  # bytes of weights in its memory
         self.dead: str | None = None
+        self.had_mlx_group = False
         self.seats: list[Seat] = []
         self.pulse = Pulse()
         self.replies = Replies(process.send_nowait)
@@ -125,7 +130,9 @@ class LocalRank:
             # Without an older mailbox it has no step to finish, and no pulse by which a stopped one could be told.
             if not pulse and now - epoch.began > PULSE_SILENCE_S and self.process.is_stopped:
                 return f"was stopped before it joined epoch {epoch.layout.epoch}"
-            limit_s = join_timeout_s if pulse else min(join_timeout_s, JOIN_S)
+            limit_s = join_timeout_s
+            if not pulse or self.seats[0].epoch.link:
+                limit_s = min(join_timeout_s, MLX_JOIN_S if pulse else JOIN_S)
             if now - epoch.began > limit_s:
                 return f"did not join epoch {epoch.layout.epoch} within {limit_s:g} s"
         if self.replies and now - self.last_word > SILENCE_TIMEOUT_S:

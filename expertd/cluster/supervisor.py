@@ -487,6 +487,7 @@ class Cluster:
             elif all(r.ready for r in self._ranks) and len(self._ranks) == self.group.num_ranks:
                 self._all_ready.set()
         elif isinstance(message, Joined):
+            rank.had_mlx_group = True
             if self.running and message.epoch == self.epoch:
                 self._epochs[-1].link = message.link
         elif isinstance(message, Choice):

@@ -3,8 +3,9 @@
 For comparison, and where our own link cannot run. Not the default, because MLX's engine has neither deadlines nor
 liveness: a rank inside a collective waits for as long as its peers are silent, a follower waits for its next plan in
 one, and the ring's threads keep a core busy all that time. The ring raises when a neighbour's socket ends (mlx
-0.32.4). A peer that is stopped or two seats away, or a dead one under JACCL, is for the supervisor to find, which kills
-it and every rank that then does not come to the next epoch. Nor are two routers' choices compared. A process can join
+0.32.4), in that exchange: the next one of the same step waits for ever. A peer that is stopped or two seats away, or a
+dead one under JACCL, is for the supervisor to find, which kills it and every rank that then does not come to the next
+epoch within 10 s. Nor are two routers' choices compared. A process can join
 one group in its life: what is left of a broken one goes on over the mailbox, as one rank.
 """
 
@@ -27,6 +28,9 @@ FRAME_BYTES = 4096
 LENGTH_BYTES = 4
 # Of what a rank says of itself before the group is there: an address with its port, the name of a device.
 WORD_BYTES = 64
+ONE_GROUP = "A process can join one group of MLX's only: start the ranks again."
+
+_joined: set[str] = set()  # the back ends whose group this process has had
 
 # Gives every rank's bytes, in rank order, from this rank's; all are equally long. The way in which ranks meet.
 Gather = Callable[[bytes], Sequence[bytes]]
@@ -170,16 +174,19 @@ def _join(backend: str, rank: int, num_ranks: int, settings: dict[str, str], **m
         raise ConfigError(
             f"--link mlx: MLX's back end {backend} is not available here. Use `--link tcp`, or `--link auto`."
         )
+    if backend in _joined:
+        # MLX would give the same group again, though a dead one.
+        raise RemoteProtocolError(f"rank {rank}, --link mlx: {ONE_GROUP}")
     try:
         with _environment({"MLX_RANK": str(rank), **settings}):
             group = mx.distributed.init(strict=True, backend=backend, **more)
     except (RuntimeError, ValueError) as e:
         raise ClusterError(f"rank {rank}, --link mlx, back end {backend}: {_one_line(e)}") from e
+    _joined.add(backend)
     link = MlxLink(group, backend)
     if (link.rank, link.num_ranks) != (rank, num_ranks):
         raise RemoteProtocolError(
-            f"--link mlx: MLX made this rank {link.rank} of {link.num_ranks}, wanted {rank} of {num_ranks}. A process "
-            "can join one group only: start the ranks again."
+            f"--link mlx: MLX made this rank {link.rank} of {link.num_ranks}, wanted {rank} of {num_ranks}. {ONE_GROUP}"
         )
     return link
 

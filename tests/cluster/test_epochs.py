@@ -1,21 +1,24 @@
 """Epochs with stub ranks: who is in the next one, what a client sees of the change, and that nothing loops hot."""
 
 import asyncio
+import itertools
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 from stub_group import LIMIT_S, SOON_S, StubMailbox, begun, children, group_of, received, until
 
 from expertd.cluster import local, supervisor
-from expertd.cluster.epoch import Event, Layout, LocalCoordinator, RankDied
-from expertd.cluster.local import LATE_S, LOOK_S, PULSE_SILENCE_S, Pulse
+from expertd.cluster.epoch import Epoch, Event, Layout, LocalCoordinator, RankDied, RankReturned
+from expertd.cluster.local import LATE_S, LOOK_S, PULSE_SILENCE_S, Pulse, Seat
 from expertd.cluster.reply import Take
 from expertd.cluster.supervisor import Cluster
 from expertd.engine.messages import Done, Ended, Started, Submit, Token
@@ -193,6 +196,41 @@ def test_rank_that_does_not_join_is_given_up(tmp_path: Path) -> None:
             await until(lambda: cluster.epoch == 2)
             assert cluster.describe()["reason"] == "rank 1 did not join epoch 1 within 0.3 s"
             await until(lambda: len(children()) == 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("link", "limit_s"), [("", 60.0), ("mlx (ring)", local.MLX_JOIN_S)])
+def test_who_may_wait_in_mlx_for_ever_is_given_up_sooner(link: str, limit_s: float) -> None:
+    """Its old mailbox still beats: over our own link a long step ends by itself."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        rank = local.LocalRank(0, cast(Any, SimpleNamespace(send_nowait=None)), ours)
+        layouts = [Layout(n, 0, (0,), 1, "solo", (1,)) for n in (1, 2)]
+        old, new = Epoch(layouts[0], 1, "", link=link), Epoch(layouts[1], 2, "", began=100.0)
+        rank.seats = [Seat(old, 0, joined=True), Seat(new, 0)]
+        beats = itertools.count(1)
+
+        def ailment(now: float) -> str | None:
+            return rank.ailment(lambda fd: ((next(beats) if fd == 1 else 0,), 0), now, 60.0)
+
+        assert ailment(100 + limit_s - 0.1) is None
+        assert ailment(100 + limit_s + 0.1) == f"did not join epoch 2 within {limit_s:g} s"
+
+
+def test_who_has_had_its_group_of_mlx_goes_on_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another epoch over MLX could not begin; with fresh processes only it can."""
+
+    async def main() -> None:
+        async with open_group(tmp_path) as cluster:
+            cluster._ranks[0].had_mlx_group = True
+            await cluster.coordinator.changed(RankReturned(1, "rank 1 is back"))
+            assert cluster.epoch == 1 and "rank 1 is back, but not needed: MLX lets" in caplog.text
+            assert await text_of(cluster, "@ended:torn a b") == "a b "
+            await until(lambda: states(cluster) == ["running", "waiting"])
+            cluster._ranks[0].had_mlx_group = False
+            await cluster.coordinator.changed(RankReturned(1, "rank 1 is back"))
+            await until(lambda: states(cluster) == ["running", "running"])
 
     asyncio.run(main())
 
