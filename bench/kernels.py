@@ -2,10 +2,12 @@
 
 Method. One process per number of threads, pinned to as many cores. It measures the roof (roofline.py), then each
 matrix of the models in each format with 1, 4, 8 and 512 rows, then the roof again. Ours are called as C, MLX's as a
-graph of one operation, on the same weights. They take turns in five rounds, the order reversed every other one, so
-that noise and drift hit both; medians are given. Weights take at least 256 MiB or 8 times the last cache, in copies
-that the calls go through, so that each reads its own from memory. `native` rounds activations to 8 bits, `native-16`
-to 16. `error` is that of a few outputs beside float64, and a result of ours that is wrong has no speed.
+graph of one operation, on the same weights. They take turns in nine rounds, the order reversed every other one, so
+that noise and drift hit both; medians are given. With one row, reading takes its turn as well: a share of the
+read bandwidth is that of the best reading loop in the same round, and the rounds' median. Weights take at least 256 MiB
+or 8 times the last cache, in copies that the calls go through, so that each reads its own from memory. `native` rounds
+activations to 8 bits, `native-16` to 16. `error` is that of a few outputs beside float64, and a result of ours that is
+wrong has no speed.
 
 A point's roof is what the slower of two would take: reading its weights once at the best rate read from memory, and
 its operations at the best rate in registers (of 8-bit integers for quantized weights, of floats for others). GB/s are
@@ -108,14 +110,13 @@ def _measure_one(job: Job) -> dict[str, Any]:
 
 
 def _compare(found: dict[str, Any]) -> None:
-    """Add to each way how it stands to the roof, to the bandwidth alone, and to MLX's."""
+    """Add to each way how it stands to the roof and to MLX's."""
     roof = found["roof"]
     for row in found["rows"]:
         peak = roof["int8_gop_per_s" if row["format"].endswith("bits") else "float_gflop_per_s"]
         shortest_us = max(row["bytes"] / roof["read_gb_per_s"], row["operations"] / peak) / 1e3
         for way in row["ways"].values():
             way["of_roof"] = round(shortest_us / way["p50_us"], 4)
-            way["of_bandwidth"] = round(way["gb_per_s"] / roof["read_gb_per_s"], 4)
             if "mlx" in row["ways"]:
                 way["of_mlx"] = round(row["ways"]["mlx"]["p50_us"] / way["p50_us"], 2)
 

@@ -17,7 +17,7 @@ from typing import Any
 from expertd.bench.roofline import Roofline
 from expertd.topology.machine import settle
 
-ROUNDS = 5
+ROUNDS = 9
 MAX_CALLS = 200  # of one way at one point
 # MLX's slowest products take minutes. What earlier ones foretell to take longer than this is left out, one row's
 # product being worth more than that of several.
@@ -59,7 +59,8 @@ def measure(job: Job) -> dict[str, Any]:
         roof = Roofline(Path(folder), job.cores, job.num_threads, job.roof_bytes)
         roof.measure(job.roof_repeats)
         bench = _Bench(job)
-        rows = bench.rows()
+        with roof.reading() as read:
+            rows = bench.rows(read)
         roof.measure(job.roof_repeats)
     return {
         "threads": job.num_threads,
@@ -84,7 +85,7 @@ class _Bench:
         except (ImportError, OSError) as e:
             self.missing["native"] = f"our kernels are not there: {e}"
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self, read: Callable[[], float]) -> list[dict[str, Any]]:
         from expertd.bench.kernel_cases import Weights, cases_of, min_bytes, points
         from expertd.bench.shapes import Shape, find_shape
 
@@ -95,12 +96,15 @@ class _Bench:
         for number, (case, row_counts) in enumerate(todo, 1):
             _say(f"{number} of {len(todo)}: {case.matrix.name} of {case.models[0]}, {case.format}")
             weights = Weights(case, num_bytes)
-            rows += [self._row(weights, num_rows) for num_rows in row_counts]
+            rows += [self._row(weights, n, read if n == 1 else None) for n in row_counts]
         _say("")
         return rows
 
-    def _row(self, weights: Any, num_rows: int) -> dict[str, Any]:
-        """`ways` are the figures of each way to compute it, `skipped` says why one has none."""
+    def _row(self, weights: Any, num_rows: int, read: Callable[[], float] | None = None) -> dict[str, Any]:
+        """`ways` are the figures of each way to compute it, `skipped` says why one has none.
+
+        With `read` they stand beside what it gives in the same moments.
+        """
         from expertd.bench.kernel_calls import Mlx, Native, error_of
         from expertd.bench.kernel_cases import describe, make_calls, work_of
 
@@ -116,8 +120,8 @@ class _Bench:
             skipped["mlx"] = why
         else:
             callers["mlx"] = Mlx(weights, num_rows, calls)
-        times = _alternate({n: c.run for n, c in callers.items()}, self._budgets(), len(calls))
-        ways = {name: figures(taken, work) for name, taken in times.items()}
+        times, reads = _alternate({n: c.run for n, c in callers.items()}, self._budgets(), len(calls), read)
+        ways = {name: figures(taken, work, reads) for name, taken in times.items()}
         if "mlx" in ways:
             self._mlx_s[case.format] = ways["mlx"]["p50_us"] / 1e6 / work["operations"]
         for name, caller in callers.items():
@@ -141,26 +145,38 @@ class _Bench:
 
 
 def _alternate(
-    runs: dict[str, Callable[[int], None]], budgets: dict[str, float], num_calls: int
-) -> dict[str, list[float]]:
-    """Seconds of each call, by way. All take turns, the order reversed every other round; the first call of each tells
-    how many fit into its budget and counts only where that is all there is time for."""
+    runs: dict[str, Callable[[int], None]],
+    budgets: dict[str, float],
+    num_calls: int,
+    read: Callable[[], float] | None = None,
+) -> tuple[dict[str, list[list[float]]], list[float]]:
+    """Seconds of each call in each round, by way, and what was read then, bytes per second.
+
+    All take turns, the order reversed every other round; the first call of each tells how many fit into its budget and
+    counts only where that is all there is time for.
+    """
     first = {name: _time(run, 0) for name, run in runs.items()}
     if set(runs) - {"mlx"}:  # the first of ours also wakes threads and touches memory
         first.update({name: _time(run, 1 % num_calls) for name, run in runs.items() if name != "mlx"})
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[list[float]]] = {name: [[] for _ in range(ROUNDS)] for name in runs}
+    reads: list[float] = []
     counts = {
         name: min(MAX_CALLS // ROUNDS, int(budgets[name] / ROUNDS / max(s, 1e-7)))
         for name, s in first.items()
     }
     made = dict.fromkeys(runs, 2)
+    turns = ["read", *runs] if read else list(runs)
     for number in range(ROUNDS):
-        for name in list(runs) if number % 2 == 0 else reversed(list(runs)):
+        for name in turns if number % 2 == 0 else reversed(turns):
+            if name == "read":
+                assert read
+                reads.append(read())
+                continue
             # One that is too slow for its budget is called in the last round only, if at all.
             for _ in range(counts[name] or int(number == ROUNDS - 1 and first[name] < budgets[name] * 4)):
-                times[name].append(_time(runs[name], made[name] % num_calls))
+                times[name][number].append(_time(runs[name], made[name] % num_calls))
                 made[name] += 1
-    return {name: taken or [first[name]] for name, taken in times.items()}
+    return {name: taken if any(taken) else [[first[name]]] for name, taken in times.items()}, reads
 
 
 def _time(run: Callable[[int], None], number: int) -> float:
@@ -169,10 +185,11 @@ def _time(run: Callable[[int], None], number: int) -> float:
     return time.perf_counter() - begin
 
 
-def figures(taken: list[float], work: dict[str, Any]) -> dict[str, Any]:
-    """Of the seconds of each call."""
+def figures(rounds: list[list[float]], work: dict[str, Any], reads: list[float]) -> dict[str, Any]:
+    """Of the seconds of each call in each round, and of what was read in the rounds, if it was."""
+    taken = [seconds for calls in rounds for seconds in calls]
     middle = statistics.median(taken)
-    return {
+    found = {
         "samples": len(taken),
         "p50_us": round(middle * 1e6, 2),
         "min_us": round(min(taken) * 1e6, 2),
@@ -180,6 +197,13 @@ def figures(taken: list[float], work: dict[str, Any]) -> dict[str, Any]:
         "gb_per_s": round(work["bytes"] / middle / 1e9, 3),
         "gflop_per_s": round(work["operations"] / middle / 1e9, 3),
     }
+    if shares := [
+        work["bytes"] / statistics.median(calls) / rate
+        for calls, rate in zip(rounds, reads, strict=False)
+        if calls
+    ]:
+        found["of_bandwidth"] = round(statistics.median(shares), 4)
+    return found
 
 
 def _say(text: str) -> None:

@@ -5,10 +5,10 @@ since whatever disturbs a run makes it slower. The buffer lies in memory as mall
 weights lie in; the same in huge pages, where the system has them on request, is beside it and no part of the roof.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from expertd.bench.compiling import compile_library
 from expertd.errors import ClusterError
@@ -45,6 +45,13 @@ class Roofline:
                 self._run(kind, kind, repeats, buffer)
 
     @contextmanager
+    def reading(self) -> Iterator[Callable[[], float]]:
+        """What reads the memory once with every loop and gives the best rate, bytes per second. Raises ClusterError."""
+        with self._buffer(False) as buffer:
+            names = self._names("read")
+            yield lambda: max(self._rate("read", name, buffer) for name in names)
+
+    @contextmanager
     def _buffer(self, is_huge: bool) -> Iterator[Any]:
         buffer = self._lib.xr_buffer(self._num_bytes, is_huge)
         if buffer == self._ffi.NULL:
@@ -55,16 +62,21 @@ class Roofline:
             self._lib.xr_free(buffer, self._num_bytes)
 
     def _run(self, loops: str, kind: str, repeats: int, buffer: Any) -> None:
-        number, rate = KINDS.index(loops), self._ffi.new("double *")
-        names = self._ffi.string(self._lib.xr_loops(number)).decode().split()
-        for name in names * repeats:
-            code = self._lib.xr_run(
-                number, name.encode(), self._cpus, self._num_threads, buffer, self._num_bytes, SECONDS, rate
-            )
-            if code:
-                raise ClusterError(f"loop {name} of the roofline failed with code {code}")
-            best = self._best[kind]
-            best[name] = max(best.get(name, 0.0), rate[0])
+        best = self._best[kind]
+        for name in self._names(loops) * repeats:
+            best[name] = max(best.get(name, 0.0), self._rate(loops, name, buffer))
+
+    def _names(self, loops: str) -> list[str]:
+        return cast(bytes, self._ffi.string(self._lib.xr_loops(KINDS.index(loops)))).decode().split()
+
+    def _rate(self, loops: str, name: str, buffer: Any) -> float:
+        rate, number = self._ffi.new("double *"), KINDS.index(loops)
+        code = self._lib.xr_run(
+            number, name.encode(), self._cpus, self._num_threads, buffer, self._num_bytes, SECONDS, rate
+        )
+        if code:
+            raise ClusterError(f"loop {name} of the roofline failed with code {code}")
+        return float(rate[0])
 
     def report(self) -> dict[str, Any]:
         """The roof: GB/s read, and operations per second of 8-bit integers and of floats, in 10^9, with the loop that

@@ -1,5 +1,6 @@
 """The benchmark of the kernels: the roof, its cases, its figures, and what it refuses."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def test_every_point_has_figures_beside_the_roof(report: dict[str, Any]) -> None
             assert 0 < way["min_us"] <= way["p50_us"] <= way["max_us"] and way["samples"] >= 1
             wanted = pytest.approx(row["bytes"] / way["p50_us"] / 1e3, rel=0.01, abs=0.001)
             assert way["of_roof"] > 0 and way["gb_per_s"] == wanted
+            assert ("of_bandwidth" in way) == (row["rows"] == 1)
         for name in set(row["ways"]) - {"mlx"}:
             assert row["ways"][name]["error"] < kernels_side.MAX_ERROR
     ours = "expertd.native._kernels" in report["missing"].get("native", "expertd.native._kernels")
@@ -133,10 +135,22 @@ def test_errors_are_those_beside_float64(form: str, num_rows: int) -> None:
 def test_all_take_turns_within_their_budgets() -> None:
     called: list[str] = []
     runs = {name: lambda number, name=name: called.append(name) for name in ("native", "mlx")}  # type: ignore[misc]
-    times = kernels_side._alternate(runs, {"native": 0.1, "mlx": 0.0}, 7)
-    assert len(times["native"]) == kernels_side.MAX_CALLS and len(times["mlx"]) == 1
-    figures = kernels_side.figures([3e-3, 1e-3, 2e-3], {"bytes": 4_000_000, "operations": 8_000_000})
+    times, reads = kernels_side._alternate(
+        runs, {"native": 0.1, "mlx": 0.0}, 7, lambda: called.append("read") or 1.0
+    )  # type: ignore[func-returns-value]
+    num_rounds, num_calls = kernels_side.ROUNDS, kernels_side.MAX_CALLS // kernels_side.ROUNDS
+    assert [len(calls) for calls in times["native"]] == [num_calls] * num_rounds and len(times["mlx"]) == 1
+    rounds = [name for name, _ in itertools.groupby(called[3:])]  # after the first calls
+    assert rounds[:4] == ["read", "native", "read", "native"] and reads == [1.0] * num_rounds
+
+
+def test_figures_stand_beside_the_reading_of_their_round() -> None:
+    work = {"bytes": 4_000_000, "operations": 8_000_000}
+    figures = kernels_side.figures([[3e-3, 1e-3], [2e-3]], work, [])
     assert figures["p50_us"] == 2000 and figures["gb_per_s"] == 2.0 and figures["gflop_per_s"] == 4.0
+    assert "of_bandwidth" not in figures
+    slow_third = kernels_side.figures([[1e-3, 1e-3, 9e-3], [1e-3], [4e-3]], work, [8e9, 4e9, 2e9])
+    assert slow_third["of_bandwidth"] == 0.5  # of 0.5, 1 and 0.5
 
 
 def test_goal() -> None:
