@@ -19,6 +19,7 @@
 
 #include "avx512.h"
 #include "simd.h"
+#include "affine_avx512.h"
 
 /* Products. */
 
@@ -37,11 +38,6 @@ XD_INLINE __m256i load_some(const uint8_t *codes, int64_t left) {
 XD_INLINE __m256i plane(__m256i block, int bits, int p) {
   const __m256i mask = bits == 8 ? _mm256_set1_epi16(255) : _mm256_set1_epi8((char)((1 << bits) - 1));
   return _mm256_and_si256(_mm256_srli_epi16(block, p * bits), mask);
-}
-
-XD_INLINE __m512i plane512(__m512i block, int bits, int p) {
-  const __m512i mask = _mm512_set1_epi32(bits == 8 ? 0x00ff00ff : bits == 4 ? 0x0f0f0f0f : 0x03030303);
-  return _mm512_and_si512(_mm512_srli_epi16(block, (unsigned)(p * bits)), mask);
 }
 
 XD_INLINE __m256i add_products(__m256i sum, int bits, __m256i codes, const int8_t *q) {
@@ -127,6 +123,14 @@ XD_INLINE void rows(const xd_affine *a, int bits, int group_size, int two_digits
 }
 
 #include "affine_formats.inc.h"
+
+static void affine_rows(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                        const xd_row *row, float *y) {
+  const int done = xd_few_bits_rows_avx512(a, codes, scales, biases, num_out, row, y);
+  const int64_t skip = (int64_t)done * a->groups * (int64_t)xd_itemsize(a->dtype);
+  any_rows(a, codes + done * a->code_bytes, (const char *)scales + skip, (const char *)biases + skip, num_out - done, row,
+           y + done);
+}
 
 /* Panels. Group by group, word by word of the codes, plane by plane: 32 output rows. Then scales and biases
    [groups, XD_TILE_OUT], in the groups' natural order. */
@@ -328,7 +332,7 @@ const xd_isa *xd_isa_avx512(void) {
   static const xd_isa isa = {.name = "avx512",
                              .floats = &xd_floats_avx2,
                              .round_row = xd_round_row_avx2,
-                             .affine_rows = any_rows,
+                             .affine_rows = affine_rows,
                              .affine_pack = pack,
                              .affine_tile = any_tile};
   return is_able() ? &isa : NULL;

@@ -136,6 +136,9 @@ void xd_affine_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *s
    rows it has computed, the first of them; the others, or all of a format that it does not know, are left. */
 int xd_two_bits_rows_avx2(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
                           const xd_row *row, float *y);
+/* The same for codes of 2 and 4 bits in groups of 16 or 32 bytes (affine_avx512_rows.c). */
+int xd_few_bits_rows_avx512(const xd_affine *a, const uint8_t *codes, const void *scales, const void *biases, int num_out,
+                            const xd_row *row, float *y);
 
 /* NULL where the compiler or this processor lacks it. */
 const xd_isa *xd_isa_portable(void);
