@@ -122,6 +122,6 @@ static void tile(const xd_affine *a, const void *from, const xd_row *given, int 
 }
 
 const xd_isa *xd_isa_portable(void) {
-  static const xd_isa isa = {.name = "portable", .floats = &xd_floats_portable, .round_row = round_row, .affine_rows = rows, .affine_pack = pack, .affine_tile = tile};
+  static const xd_isa isa = {.name = "portable", .parts = 1, .floats = &xd_floats_portable, .round_row = round_row, .affine_rows = rows, .affine_pack = pack, .affine_tile = tile};
   return &isa;
 }

@@ -319,7 +319,7 @@ static void any_tile(const xd_affine *a, const void *panel, const xd_row *rows, 
 #include "target_end.h"
 
 const xd_isa *xd_isa_avx2(void) {
-  static const xd_isa isa = {.name = "avx2", .floats = &xd_floats_avx2,
+  static const xd_isa isa = {.name = "avx2", .parts = 1, .floats = &xd_floats_avx2,
                              .round_row = xd_round_row_avx2,
                              .affine_rows = xd_affine_rows_avx2,
                              .affine_few = any_few,

@@ -329,7 +329,7 @@ static int is_able(void) { /* GCC and clang ask the system as well: it must save
 }
 
 const xd_isa *xd_isa_avx512(void) {
-  static const xd_isa isa = {.name = "avx512",
+  static const xd_isa isa = {.name = "avx512", .parts = 4,
                              .floats = &xd_floats_avx2,
                              .round_row = xd_round_row_avx2,
                              .affine_rows = affine_rows,

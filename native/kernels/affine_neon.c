@@ -18,7 +18,7 @@ static int is_able(void) {
 #endif
 
 const xd_isa *xd_isa_neon(void) {
-  static const xd_isa isa = {.name = "neon",
+  static const xd_isa isa = {.name = "neon", .parts = 1,
                              .floats = &xd_floats_neon,
                              .round_row = round_row,
                              .affine_rows = any_rows,

@@ -22,7 +22,7 @@ static int is_able(void) {
 #endif
 
 const xd_isa *xd_isa_neon_i8mm(void) {
-  static const xd_isa isa = {.name = "neon-i8mm",
+  static const xd_isa isa = {.name = "neon-i8mm", .parts = 1,
                              .floats = &xd_floats_neon,
                              .round_row = round_row,
                              .affine_rows = any_rows,

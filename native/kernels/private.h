@@ -87,6 +87,7 @@ static inline float xd_q_max(const xd_affine *a) {
 
 typedef struct {
   const char *name;
+  int parts; /* in how many parts affine_rows reads a block, all at once */
   const xd_floats *floats;
   /* A row of x to integers; `numbers` is room for padded_groups * group_size of them, aligned to 32 bytes as is q. */
   void (*round_row)(const xd_affine *a, const float *x, int16_t *numbers, int8_t *q, float *d, float *da);

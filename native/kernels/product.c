@@ -15,7 +15,7 @@
    (bench/LOG.md). */
 enum { FEW_FROM = 4, PANEL_FROM = 13, PANEL_ALONE_FROM = 4 };
 _Static_assert(PANEL_ALONE_FROM <= FEW_FROM, "few_rows calls affine_few from FEW_FROM on");
-enum { BLOCK_OUT = 512, ALIGN = 64, ROWS_PER_TASK = 8 };
+enum { BLOCK_OUT = 2048, ALIGN = 64, ROWS_PER_TASK = 8 };
 enum { FIRST_CODES = 4096, FIRST_NUMBERS = 512 }; /* bytes: as far as affine_avx2_rows.c asks ahead, and their share */
 
 typedef struct {
@@ -213,15 +213,22 @@ static void many_rows(const job *j, int32_t expert, int64_t out, int64_t end, vo
   }
 }
 
-/* Ask for the first codes, scales and biases of a task, which nothing leads to: its expert lies anywhere. They wait in
-   the L2 cache while the task before is computed. */
+/* Ask for `num_bytes` from `first` on. They wait in the L2 cache. */
+static void ask(const void *first, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch((const void *)((uintptr_t)first + (uintptr_t)at), 0, 2);
+}
+
+/* Ask for the first codes, scales and biases of a task while the one before is computed: nothing leads to them, for its expert
+   lies anywhere. */
 static void ask_for(const job *j, int64_t index) {
   if (index >= (int64_t)j->num_active * j->num_blocks) return;
-  const weight_rows w = weight_at(j, j->active[index / j->num_blocks], index % j->num_blocks * j->block_out);
-  for (uintptr_t at = 0; at < FIRST_CODES; at += 64) __builtin_prefetch((const void *)((uintptr_t)w.codes + at), 0, 2);
-  for (uintptr_t at = 0; at < FIRST_NUMBERS; at += 64) {
-    __builtin_prefetch((const void *)((uintptr_t)w.scales + at), 0, 2);
-    __builtin_prefetch((const void *)((uintptr_t)w.biases + at), 0, 2);
+  const int64_t out = index % j->num_blocks * j->block_out, left = j->p->weight.num_out - out;
+  const int64_t num = left < j->block_out ? left : j->block_out, parts = j->cpu->isa->parts;
+  for (int64_t i = 0; i < parts; i++) {
+    const weight_rows w = weight_at(j, j->active[index / j->num_blocks], out + i * num / parts);
+    ask(w.codes, FIRST_CODES / parts);
+    ask(w.scales, FIRST_NUMBERS / parts);
+    ask(w.biases, FIRST_NUMBERS / parts);
   }
 }
 
@@ -242,7 +249,8 @@ static void multiply(const void *context, int64_t index, int thread) {
 
 /* Blocks of whole panels, at least four for each thread, so that none waits long for the last. */
 static void choose_blocks(job *j) {
-  int64_t tasks = 4 * (int64_t)xd_pool_num_threads(j->cpu->pool), num_out = j->p->weight.num_out;
+  const int threads = xd_pool_num_threads(j->cpu->pool);
+  int64_t tasks = threads == 1 ? 1 : 2 * (int64_t)threads, num_out = j->p->weight.num_out;
   int64_t per_expert = (tasks + j->num_active - 1) / j->num_active;
   int64_t block = xd_round_up((num_out + per_expert - 1) / per_expert, XD_TILE_OUT);
   j->block_out = (int)(block < BLOCK_OUT ? block : BLOCK_OUT);
