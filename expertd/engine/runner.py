@@ -145,8 +145,10 @@ class Runner:
         told = not self._is_alone(plan)
         if told:
             self._tell_all(plan)
-        elif self._is_far_ahead:  # now, not after the step: a failure would leave its tokens in the caches
-            self.rest()
+        else:
+            if self._is_far_ahead:  # now, not after the step: a failure would leave its tokens in the caches
+                self.rest()
+            self._read_known(plan)
         if plan.spare:
             plan = self._copy_spare(plan)
         start = time.monotonic()
@@ -216,6 +218,13 @@ class Runner:
         self._read_pending(pending)
         if not is_solo:
             self._tell(CatchUp([]))  # it is taken when the one before is done
+
+    def _read_known(self, plan: Plan) -> None:
+        """Rank 0, before a step that it takes alone: read what it lacks, which is not the step's work, and send the
+        others what only rank 0 has: they will redo the step."""
+        known = [i for i in plan.sequence_ids if i in self.caches and self.caches[i].pending]
+        self._copy_pending(known)
+        self._read_pending(known)
 
     def _take_untold(self, over: AbstractSet[int] = frozenset()) -> list[Plan]:
         """What the others are to be told, without the tokens of sequences that are `over`, if they know these."""

@@ -365,6 +365,23 @@ def test_only_a_few_frames_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (caches[1].num_pending, caches[2].num_pending) == (1, 16)  # and this step's own
 
 
+def test_what_a_rank_lacks_is_no_part_of_a_step_taken_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one machine would seem slow after steps of divided sequences. What others lack of rank 0's they are sent."""
+    monkeypatch.setattr(runner_module, "row_bytes", lambda layers: 100)
+    monkeypatch.setattr(runner_module, "pack_rows", lambda layers, start, stop: [])
+    leader, led, box = make(slot_bytes=1100)
+    halves = StepSplit("sequences", (0.5, 0.5))
+    leader.lead(Plan([1, 2], [[3, 4], [5, 6]], False, halves, [1, 2], [], homes=[0, 1]))
+    num_read = len(led.splits)
+    monkeypatch.setattr(
+        time, "monotonic", lambda: float(len(led.splits) - num_read)
+    )  # a second for each call
+    leader.lead(Plan([1, 2], [[7], [8]], True, SOLO, [], []))
+    assert led.caches == [[3, 4, 7], [5, 6, 8]]
+    assert [decode_plan(frame) for frame in box.sent[1:]] == [Rows(1, 0, 2, [])]
+    assert leader.waited_s == 1
+
+
 def test_ranks_meet_at_what_all_have() -> None:
     """The leader is a step ahead with one sequence and alone in having another; a third has left the leader."""
     leads: Caches = {}
