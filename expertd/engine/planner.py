@@ -36,7 +36,8 @@ from expertd.engine.messages import Choice
 
 WINDOW = 7
 ENOUGH = 4
-# Trials after which a split may be preferred that is not chosen yet.
+# Trials after which a split may be preferred that is not chosen yet: until each of four has ENOUGH, 16 streams answer
+# 18 tokens, and the next prompts would be read by every rank.
 FEW = 2
 # Two equal splits differ by about 1 % from one median of seven to the next on a quiet machine.
 MARGIN = 0.02

@@ -179,6 +179,44 @@ def test_solo_steps_are_told_before_the_next_that_takes_all(one_by_one: bool) ->
     assert len(followed.splits) == (len(ALONE) if one_by_one else 2) + 2
 
 
+@pytest.mark.parametrize(("paying", "num_copied"), [(9, 2), (2, 1), (0, 0)])
+def test_solo_steps_are_copied_where_that_is_faster(
+    paying: int, num_copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others then have what the steps left without computing anything; a link that turns out slow gets no more."""
+
+    def pack(layers: list[Any], start: int, stop: int) -> list[Any]:
+        return [("tokens", layers[0].tokens[start:stop], bytes(100))]
+
+    def put(layers: list[Any], start: int, count: int, packed: list[Any]) -> None:
+        layers[0].tokens += packed[0][1]
+
+    asked = iter([True] * paying + [False] * 9)
+    for name, function in (("row_bytes", lambda layers: 30), ("pack_rows", pack), ("put_rows", put)):
+        monkeypatch.setattr(runner_module, name, function)
+    monkeypatch.setattr(runner_module.Copies, "pay", lambda *_: next(asked))
+    monkeypatch.setattr(SequenceCache, "evaluate", lambda cache: None)
+    leader, led, box = make(slot_bytes=200)  # a frame for each sequence
+    together = Plan([3, 1], [[32], [12]], True, SPLIT, [], [])
+    for plan in [PLANS[0], *ALONE, together]:
+        leader.lead(plan)
+    rows = [
+        (r.rows_of, r.start, r.num_tokens)
+        for frame in map(decode_plan, box.sent)
+        if isinstance(frame, CatchUp)
+        for r in frame.rows
+    ]
+    assert rows == [(1, 3, 4), (3, 0, 2)][:num_copied]  # sequence 2 is over
+    follower, followed, other = make(frames=list(box.sent))
+    other.rank = 1
+    for _ in box.sent:
+        follower.follow()
+    assert led.caches == [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [30, 31, 32]]
+    assert [tokens for tokens in followed.caches if tokens] == [led.caches[0], led.caches[2]]
+    assert len(followed.splits) == 2 + (2 - num_copied)
+    assert not follower.num_behind([1, 3]) and len(follower.caches[1]) == 8
+
+
 def test_a_prompt_is_read_by_all_at_once_though_solo() -> None:
     leader, _, box = make()
     plan = Plan([1], [[5, 6, 7]], False, SOLO, [1], [])
