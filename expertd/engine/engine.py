@@ -273,8 +273,7 @@ class Engine:
         self._num_preempted += 1
 
     def _fill_chunk(self, new: list[Sequence]) -> list[Sequence]:
-        """The first of these, and those next to it as long as one chunk holds all that is to be read of them, but no more
-        than PROMPTS_A_STEP.
+        """The first of these and those next to it, PROMPTS_A_STEP in all, as long as a chunk holds what is to be read.
 
         Who begins like one of them waits: the next step finds that beginning in its cache (_fork).
         """
