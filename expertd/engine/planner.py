@@ -13,7 +13,8 @@ and than the present choice by as much. So a split that measured slower than sol
 
 Something must be measured before it can be chosen, and a trial of a slow split is time lost. Until every candidate has
 ENOUGH samples, two of three steps are trials: before one that follows solo the other ranks have to do what solo's step
-did, which takes as long as that (with one in two, sixteen streams began with twelve such waits). After that a trial has
+did, which takes as long as that where it cannot be copied (runner.py; with one in two, sixteen streams began with
+twelve such waits). What was faster in each of FEW trials is preferred meanwhile, by prompts. After that a trial has
 to be saved for: each step puts TRIAL_BUDGET of its time aside, and the candidate that was tried longest ago is tried
 again when its expected excess is there. So trials cost at most that part of the time however slow a link has become,
 and one that has become fast is noticed. But when a split that needs the link gets slower by ALARM, solo is tried at
