@@ -6,7 +6,7 @@ Method. One server for each row, all loaded and idle but the one that is asked; 
 other round. A rank has a core of its own and its supervisor those of its ranks, so one rank has one core in all, as
 mlx-lm's server has. Each request has another short prompt, is greedy, cannot end early (the end token is biased away)
 and is streamed; all are sent at once. The first round is not counted. Nothing is guessed (--no-speculate), and no
-prompt begins like another.
+prompt begins like another, nor like one of an earlier round: mlx-lm's server has the caches of its last prompts.
 
 With --inside there is no HTTP: the groups are opened by this process, on the core of rank 0, as on two machines of one
 core each. That is what two ranks do for many streams; with HTTP on the same two cores, server and client are in it too.
@@ -118,17 +118,17 @@ def _measure(rows: list[Row], folder: Path, num_streams: int, tokens: int, repea
     end = read_config(folder).get("eos_token_id")
     ends = end if isinstance(end, list) else [end]
     bias = {str(token): -100.0 for token in ends if token is not None}
-    requests = [
-        {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logit_bias": bias, "stream": True}
-        for prompt in _prompts(num_streams)
-    ]
+    request = {"max_tokens": tokens, "temperature": 0, "logit_bias": bias, "stream": True}
     with ExitStack() as stack:
         for row in rows:
             stack.enter_context(_running(row))
         models = {row.name: _wait_ready(row) for row in rows}
         for repeat in range(repeats + 1):
             for row in rows if repeat % 2 == 0 else reversed(rows):
-                asked = [{**request, "model": models[row.name]} for request in requests]
+                asked = [
+                    {**request, "prompt": prompt, "model": models[row.name]}
+                    for prompt in _prompts(num_streams, repeat)
+                ]
                 seconds, firsts = asyncio.run(_ask_all(row.port, asked))
                 if repeat:
                     row.tokens_per_s.append(num_streams * tokens / seconds)
@@ -158,7 +158,7 @@ async def _measure_inside(rows: list[Row], folder: Path, arguments: argparse.Nam
                         ),
                         i,
                     )
-                    for i, prompt in enumerate(_prompts(arguments.streams))
+                    for i, prompt in enumerate(_prompts(arguments.streams, repeat))
                 ]
                 firsts = await asyncio.gather(
                     *(_first_token(clusters[i % len(clusters)], submit, began) for submit, i in asked)
@@ -187,11 +187,10 @@ async def _first_token(cluster: Cluster, submit: Submit, began: float) -> float:
     return first
 
 
-def _prompts(number: int) -> list[str]:
-    return [
-        f"{SUBJECTS[i % len(SUBJECTS)]} {VERBS[i // len(SUBJECTS) % len(VERBS)]} the house number {i}, and"
-        for i in range(number)
-    ]
+def _prompts(number: int, repeat: int) -> list[str]:
+    """Those of a round."""
+    words = [(SUBJECTS[i % len(SUBJECTS)], VERBS[i // len(SUBJECTS) % len(VERBS)]) for i in range(number)]
+    return [f"{who} {repeat} {does} the house number {i}, and" for i, (who, does) in enumerate(words)]
 
 
 @contextlib.contextmanager

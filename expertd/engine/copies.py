@@ -6,12 +6,17 @@ keys and values: 20 us over Thunderbolt 5, about a millisecond to read, and as m
 """
 
 from collections import deque
+from collections.abc import Iterator
 from statistics import median
+
+from expertd.engine.plan import Rows
 
 # How many times as long reading has to take.
 TIMES_FASTER = 8
 # Of a slot, which holds a frame, for rows: types and shapes of 2 arrays in 100 layers need 3 KiB.
 FOR_ROWS = 15 / 16
+# Beside each array's rows: its type, shape and length.
+BESIDE_ROWS = 32
 # Frames beside one step, of all streams that other ranks lack: 1 ms over Thunderbolt 5.
 FRAMES_BESIDE = 4
 
@@ -28,6 +33,19 @@ class Copies:
     def frame_tokens(self, row_bytes: int) -> int:
         """How many tokens' rows a frame holds; 0 if none or if there are no rows."""
         return self._frame_bytes // row_bytes if row_bytes else 0
+
+    def frames_of(self, every: list[Rows]) -> Iterator[list[Rows]]:
+        """Rows of several sequences, none more than `frame_tokens`, as many in a frame as it holds."""
+        frame, free = list[Rows](), 0
+        for rows in every:
+            size = sum(len(data) + BESIDE_ROWS for _, _, data in rows.arrays)
+            if frame and size > free:
+                yield frame
+                frame = []
+            free = (free if frame else self._frame_bytes) - size
+            frame.append(rows)
+        if frame:
+            yield frame
 
     def pay(self, num_tokens: int, row_bytes: int, read_s: float) -> bool:
         """Whether so many tokens of a sequence should be copied, if a rank needs `read_s` to read one."""

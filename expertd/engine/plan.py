@@ -57,13 +57,31 @@ class WindowsPlan:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The keys and values of the next `num_tokens` pending tokens, from token `start` on, of a sequence whose home is
+    rank 0: the others put them into their caches instead of reading the tokens (model/rows.py)."""
+
+    rows_of: int
+    start: int
+    num_tokens: int
+    arrays: list[tuple[str, list[int], bytes]]
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+
+@dataclass(frozen=True)
 class CatchUp:
     """Decode steps that rank 0 has taken alone, in order, for the others to do what they leave in the caches; then each
-    rank reads what it lacks of the sequences `sequence_ids`, and carries out what is `following`: one plan, or none."""
+    rank reads what it lacks of the sequences `sequence_ids`, and carries out what is `following`: one plan, or none.
+
+    `copied`: what the steps leave in the caches comes as `rows`, in the frames after this one."""
 
     steps: list[Plan]
     sequence_ids: list[int] = field(default_factory=list)
     following: list[Plan] = field(default_factory=list)
+    copied: bool = False
+    rows: list[Rows] = field(default_factory=list)
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)
@@ -94,20 +112,6 @@ class Lacking:
     sequence_id: int
     tokens: list[list[int]]
     decode: list[bool]
-
-    def encode(self) -> bytes:
-        return msgspec.msgpack.encode(self)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The keys and values of the next `num_tokens` pending tokens, from token `start` on, of a sequence whose home is
-    rank 0: the others put them into their caches instead of reading the tokens (model/rows.py)."""
-
-    rows_of: int
-    start: int
-    num_tokens: int
-    arrays: list[tuple[str, list[int], bytes]]
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)

@@ -13,7 +13,8 @@ and than the present choice by as much. So a split that measured slower than sol
 
 Something must be measured before it can be chosen, and a trial of a slow split is time lost. Until every candidate has
 ENOUGH samples, two of three steps are trials: before one that follows solo the other ranks have to do what solo's step
-did, which takes as long as that (with one in two, sixteen streams began with twelve such waits). After that a trial has
+did, which takes as long as that where it cannot be copied (runner.py; with one in two, sixteen streams began with
+twelve such waits). What was faster in each of FEW trials is preferred meanwhile, by prompts. After that a trial has
 to be saved for: each step puts TRIAL_BUDGET of its time aside, and the candidate that was tried longest ago is tried
 again when its expected excess is there. So trials cost at most that part of the time however slow a link has become,
 and one that has become fast is noticed. But when a split that needs the link gets slower by ALARM, solo is tried at
@@ -36,6 +37,9 @@ from expertd.engine.messages import Choice
 
 WINDOW = 7
 ENOUGH = 4
+# Trials after which a split may be preferred that is not chosen yet: until each of four has ENOUGH, 16 streams answer
+# 18 tokens, and the next prompts would be read by every rank.
+FEW = 2
 # Two equal splits differ by about 1 % from one median of seven to the next on a quiet machine.
 MARGIN = 0.02
 TRIAL_BUDGET = 0.005
@@ -94,6 +98,15 @@ class _Record:
     @property
     def is_measured(self) -> bool:
         return self.is_paced and len(self.costs) == len(self.candidates)
+
+    @property
+    def preferred(self) -> str:
+        """The choice or, while not all is measured, what was faster in each of two trials or more: the fastest."""
+        if self.is_measured:
+            return self.choice
+        limit = 1 - MARGIN
+        fast = {name: median(t) for name, t in self._trials.items() if len(t) >= FEW and max(t) < limit}
+        return min(fast, key=fast.__getitem__, default=self.choice)
 
     def next_trial(self) -> str:
         """The candidate that the next step should try instead of the choice, "" for none."""
@@ -181,8 +194,8 @@ class Planner:
         return record.pace_s if record.is_paced else None
 
     def preferred(self, work: Work) -> str:
-        """The choice by now, without a trial."""
-        return self._fixed or self._record(work).choice
+        """What seems the best by now, without a trial."""
+        return self._fixed or self._record(work).preferred
 
     def took(self, work: Work, split: str, num_tokens: int, seconds: float, waited_s: float = 0.0) -> None:
         """Say what the step took, from its start to its end. `num_tokens` is what it really had.

@@ -9,7 +9,8 @@ keeps what it has and goes on with it as its home, and the others get the tokens
 Under `solo` nobody needs the other ranks, and a group must not be slower than rank 0 alone: on one host they would
 take memory bandwidth from it. So rank 0 takes decode steps without a word, and lets the others catch up when it has
 nothing to do, before the next step that is told, or when a new leader would have to read for RECOVER_S. They then read
-many tokens at once, which is cheap, or decode them where a chunk would leave other bits (Model.one_by_one). Of a
+many tokens at once, which is cheap, or decode them where a chunk would leave other bits (Model.one_by_one). Where a
+step waits for that, rank 0 sends what its own steps left instead, if that is faster (`_copy_steps`). Of a
 sequence that is over and that nobody will begin with, they are told nothing.
 
 Under `sequences` each sequence has a home, the rank that alone computes it. The others get its tokens with the plans
@@ -22,6 +23,7 @@ import functools
 import math
 import operator
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
@@ -145,8 +147,10 @@ class Runner:
         told = not self._is_alone(plan)
         if told:
             self._tell_all(plan)
-        elif self._is_far_ahead:  # now, not after the step: a failure would leave its tokens in the caches
-            self.rest()
+        else:
+            if self._is_far_ahead:  # now, not after the step: a failure would leave its tokens in the caches
+                self.rest()
+            self._read_known(plan)
         if plan.spare:
             plan = self._copy_spare(plan)
         start = time.monotonic()
@@ -208,6 +212,8 @@ class Runner:
         pending = [i for i in known if self.caches[i].pending]
         over = set(plan.released) - {source for _, source, _ in plan.forks}
         untold, is_solo = self._take_untold(over), plan.split.name == "solo"
+        if not is_solo and self._copy_steps(untold):
+            untold = []
         if not (pending or untold):
             if is_solo:
                 self._tell(plan)
@@ -216,6 +222,53 @@ class Runner:
         self._read_pending(pending)
         if not is_solo:
             self._tell(CatchUp([]))  # it is taken when the one before is done
+
+    def _copy_steps(self, steps: list[Plan]) -> bool:
+        """Rank 0: send the others what these steps left in the caches, if that pays: else they have to redo them."""
+        left = Counter[int]()
+        for step in steps:
+            left.update({i: len(t) for i, t in zip(step.sequence_ids, step.tokens, strict=True)})
+        held = [(i, self.caches[i], num) for i, num in left.items() if i in self.caches]
+        if not held or not all(cache.forgets for _, cache, _ in held):
+            return False
+        copies, size = self._copies, max(row_bytes(cache.layers) for _, cache, _ in held)
+        longest, total = max(num for *_, num in held), sum(num for *_, num in held)
+        if longest > copies.frame_tokens(size) or not copies.pay(total, size, self._read_s):
+            return False
+        self._tell(CatchUp(steps, copied=True))
+        rows = [
+            Rows(i, len(cache) - num, num, pack_rows(cache.layers, len(cache) - num, len(cache)))
+            for i, cache, num in held
+        ]
+        for frame in copies.frames_of(rows):
+            if not copies.pay(total, size, self._read_s):  # the link is slow: the others read the rest
+                self._tell(CatchUp([], [one.rows_of for one in rows]))
+                self._tell(CatchUp([]))  # it is taken when the one before is done
+                break
+            began = time.monotonic()
+            self._tell(CatchUp([], rows=frame))
+            copies.took(time.monotonic() - began)
+            rows, total = rows[len(frame) :], total - sum(one.num_tokens for one in frame)
+        return True
+
+    def _await_rows(self, steps: list[Plan]) -> None:
+        """Other ranks: note what rank 0 did alone, of which it sends the rows."""
+        self._read_pending([i for i in {i: 0 for s in steps for i in s.sequence_ids} if i in self.caches])
+        for step in steps:
+            self._prepare(step)
+            for sequence_id, tokens in zip(step.sequence_ids, step.tokens, strict=True):
+                cache = self.caches[sequence_id]
+                if not cache.pending:
+                    cache.share()
+                cache.home = 0
+                cache.add_pending([Piece(tokens, step.decode)])
+
+    def _read_known(self, plan: Plan) -> None:
+        """Rank 0, before a step that it takes alone: read what it lacks, which is not the step's work, and send the
+        others what only rank 0 has: they will redo the step."""
+        known = [i for i in plan.sequence_ids if i in self.caches and self.caches[i].pending]
+        self._copy_pending(known)
+        self._read_pending(known)
 
     def _take_untold(self, over: AbstractSet[int] = frozenset()) -> list[Plan]:
         """What the others are to be told, without the tokens of sequences that are `over`, if they know these."""
@@ -312,7 +365,12 @@ class Runner:
         elif isinstance(plan, Rows):
             self._take_rows(plan)
         elif isinstance(plan, CatchUp):
-            self._redo(plan.steps)
+            if plan.copied:
+                self._await_rows(plan.steps)
+            else:
+                self._redo(plan.steps)
+            for rows in plan.rows:
+                self._take_rows(rows)
             self._read_pending(plan.sequence_ids)
             for following in plan.following:
                 self._execute(following)

@@ -3,6 +3,7 @@
 import pytest
 
 from expertd.engine.copies import TIMES_FASTER, Copies
+from expertd.engine.plan import Rows
 
 SLOT = 1 << 20
 ROW = SLOT * 15 // 16 // 10  # ten tokens a frame
@@ -36,3 +37,11 @@ def test_a_link_that_became_slow() -> None:
     for seconds in (0.0001,) * 7 + (0.1,) * 4:
         copies.took(seconds)
     assert not copies.pay(100, ROW, READ_S)
+
+
+def test_a_frame_holds_what_fits_of_several_sequences() -> None:
+    sizes = (SLOT, 1000, SLOT // 2, SLOT // 4, SLOT // 4, 0)
+    every = [Rows(i, 0, 1, [("F32", [1, 1, 1, 1], bytes(size))]) for i, size in enumerate(sizes)]
+    found = [[rows.rows_of for rows in frame] for frame in Copies(SLOT).frames_of(every)]
+    assert found == [[0], [1, 2, 3], [4, 5]]
+    assert list(Copies(SLOT).frames_of([])) == []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from expertd.engine.planner import ENOUGH, Planner, Work
+from expertd.engine.planner import ENOUGH, FEW, Planner, Work
 
 SPLITS = ("solo", "experts", "tokens")
 ONE, CHUNK = Work("decode", 1), Work("prefill", 512)
@@ -127,6 +127,29 @@ def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() 
     first_two = [planner.choose(Work("decode", 16)) for _ in range(2)]
     assert first_two == ["tokens", "solo"]  # what is best for eight, and a trial
     assert "tokens" not in {planner.choose(ONE) for _ in range(20)}  # one row cannot be divided
+
+
+def test_what_was_faster_in_two_trials_is_preferred_while_others_are_measured() -> None:
+    """Short answers: prompts that come meanwhile need not be read by every rank."""
+    work, costs = Work("decode", 16), {"solo": 1.0, "experts": 1.0, "tokens": 1.0, "sequences": 0.6}
+    planner, taken, preferred = Planner("auto", tuple(costs), 2), Counter[str](), []
+    for _ in range(12):
+        split = planner.choose(work)
+        planner.took(work, split, 16, costs[split])
+        taken[split] += 1
+        preferred.append((taken["sequences"] >= FEW, planner.preferred(work)))
+    assert not planner.news()  # not all is measured
+    assert set(preferred) == {(False, "solo"), (True, "sequences")}
+
+
+def test_one_slow_trial_and_nothing_is_preferred() -> None:
+    work, trials = Work("decode", 16), iter([0.6, 1.1, 0.6])
+    planner = Planner("auto", ("solo", "sequences"), 2)
+    for _ in range(5):
+        split = planner.choose(work)
+        planner.took(work, split, 16, 1.0 if split == "solo" else next(trials))
+        assert planner.preferred(work) == "solo"
+    assert next(trials, None) is None
 
 
 def test_an_alarm_before_all_is_measured_keeps_nothing_from_being_measured() -> None:

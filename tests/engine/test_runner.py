@@ -179,6 +179,44 @@ def test_solo_steps_are_told_before_the_next_that_takes_all(one_by_one: bool) ->
     assert len(followed.splits) == (len(ALONE) if one_by_one else 2) + 2
 
 
+@pytest.mark.parametrize(("paying", "num_copied"), [(9, 2), (2, 1), (0, 0)])
+def test_solo_steps_are_copied_where_that_is_faster(
+    paying: int, num_copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others then have what the steps left without computing anything; a link that turns out slow gets no more."""
+
+    def pack(layers: list[Any], start: int, stop: int) -> list[Any]:
+        return [("tokens", layers[0].tokens[start:stop], bytes(100))]
+
+    def put(layers: list[Any], start: int, count: int, packed: list[Any]) -> None:
+        layers[0].tokens += packed[0][1]
+
+    asked = iter([True] * paying + [False] * 9)
+    for name, function in (("row_bytes", lambda layers: 30), ("pack_rows", pack), ("put_rows", put)):
+        monkeypatch.setattr(runner_module, name, function)
+    monkeypatch.setattr(runner_module.Copies, "pay", lambda *_: next(asked))
+    monkeypatch.setattr(SequenceCache, "evaluate", lambda cache: None)
+    leader, led, box = make(slot_bytes=200)  # a frame for each sequence
+    together = Plan([3, 1], [[32], [12]], True, SPLIT, [], [])
+    for plan in [PLANS[0], *ALONE, together]:
+        leader.lead(plan)
+    rows = [
+        (r.rows_of, r.start, r.num_tokens)
+        for frame in map(decode_plan, box.sent)
+        if isinstance(frame, CatchUp)
+        for r in frame.rows
+    ]
+    assert rows == [(1, 3, 4), (3, 0, 2)][:num_copied]  # sequence 2 is over
+    follower, followed, other = make(frames=list(box.sent))
+    other.rank = 1
+    for _ in box.sent:
+        follower.follow()
+    assert led.caches == [[5, 6, 7, 8, 9, 10, 11, 12], [20, 21], [30, 31, 32]]
+    assert [tokens for tokens in followed.caches if tokens] == [led.caches[0], led.caches[2]]
+    assert len(followed.splits) == 2 + (2 - num_copied)
+    assert not follower.num_behind([1, 3]) and len(follower.caches[1]) == 8
+
+
 def test_a_prompt_is_read_by_all_at_once_though_solo() -> None:
     leader, _, box = make()
     plan = Plan([1], [[5, 6, 7]], False, SOLO, [1], [])
@@ -363,6 +401,23 @@ def test_only_a_few_frames_beside_a_step(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows == [Rows(1, 0, 10, []), Rows(1, 10, 10, []), Rows(1, 20, 5, []), Rows(2, 0, 10, [])]
     assert isinstance(plan, Plan) and plan.spare == 0
     assert (caches[1].num_pending, caches[2].num_pending) == (1, 16)  # and this step's own
+
+
+def test_what_a_rank_lacks_is_no_part_of_a_step_taken_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one machine would seem slow after steps of divided sequences. What others lack of rank 0's they are sent."""
+    monkeypatch.setattr(runner_module, "row_bytes", lambda layers: 100)
+    monkeypatch.setattr(runner_module, "pack_rows", lambda layers, start, stop: [])
+    leader, led, box = make(slot_bytes=1100)
+    halves = StepSplit("sequences", (0.5, 0.5))
+    leader.lead(Plan([1, 2], [[3, 4], [5, 6]], False, halves, [1, 2], [], homes=[0, 1]))
+    num_read = len(led.splits)
+    monkeypatch.setattr(
+        time, "monotonic", lambda: float(len(led.splits) - num_read)
+    )  # a second for each call
+    leader.lead(Plan([1, 2], [[7], [8]], True, SOLO, [], []))
+    assert led.caches == [[3, 4, 7], [5, 6, 8]]
+    assert [decode_plan(frame) for frame in box.sent[1:]] == [Rows(1, 0, 2, [])]
+    assert leader.waited_s == 1
 
 
 def test_ranks_meet_at_what_all_have() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from expertd.engine.engine import PROMPTS_A_STEP
 from expertd.engine.messages import Cancel, Rejected, Started
 from tests.engine.scripted import END, Bench, break_off
 
@@ -43,6 +44,20 @@ def test_short_prompts_share_a_chunk() -> None:
         [19],
     ]  # the third waits for the second one's cache, and has then nothing to read
     assert bench.done("3333+").cached_tokens == 4
+
+
+def test_first_tokens_do_not_wait_for_all_prompts() -> None:
+    bench = Bench()
+    for number in range(PROMPTS_A_STEP + 2):
+        bench.ask(str(number), f"{number} is asked", "xy")
+    bench.finish()
+    steps = [(p.decode, len(p.tokens)) for p in bench.runner.plans]
+    assert steps[:4] == [
+        (False, PROMPTS_A_STEP),
+        (True, PROMPTS_A_STEP),
+        (False, 2),
+        (True, PROMPTS_A_STEP + 2),
+    ]
 
 
 def test_a_prompt_that_is_known_already_is_decoded_beside_others() -> None:

@@ -90,6 +90,7 @@ class Counting(Runner):
     def _tell(self, plan: Told) -> None:
         TOLD["copied"] += isinstance(plan, Rows)
         TOLD["read"] += isinstance(plan, CatchUp) and bool(plan.sequence_ids)
+        TOLD["steps copied"] += isinstance(plan, CatchUp) and plan.copied
         super()._tell(plan)
 
 
