@@ -17,12 +17,17 @@ typedef struct {
   vf *state;
   float (*y)[DOT_OUT]; /* from the first row and output of the tile */
   int64_t length;      /* of the chunk */
+  int64_t ahead;       /* bytes to the next 4 rows, which are asked for on the way; 0: not */
   int num_out, is_first, is_last;
 } dot_part;
 
 XD_TILE void dot_steps(const dot_part *p, int dtype, int num_x, vf *sums) {
+  const int64_t line = 64 / (int64_t)xd_itemsize(dtype);
   int64_t k = 0;
   for (; k + 8 <= p->length; k += 8) {
+    if (p->ahead && k % line == 0)
+      for (int i = 0; i < TILE_W; i++)
+        __builtin_prefetch((const char *)((uintptr_t)(p->w[i] + k * (int64_t)xd_itemsize(dtype)) + (uintptr_t)p->ahead));
     vf x[TILE_X];
     for (int r = 0; r < num_x; r++) x[r] = vf_load(p->x[r] + k);
     for (int i = 0; i < TILE_W; i++) {
@@ -85,6 +90,7 @@ static void dot_rows(const xd_dot *d, dot_part part, int64_t from, int n) {
     int r = d->num_rows * t / num_tiles, end = d->num_rows * (t + 1) / num_tiles;
     for (int i = 0; i < end - r; i++) part.x[i] = d->x[r + i] + from / DOT_CHUNK * d->x_chunk_stride;
     part.y = (float(*)[DOT_OUT])&d->y[r][n];
+    if (t) part.ahead = 0;
     DOT_TILES[d->dtype][end - r - 1](&part);
   }
 }
@@ -95,6 +101,7 @@ static dot_part dot_part_at(const xd_dot *d, int64_t from, int n) {
   dot_part part = {.is_first = from == 0, .is_last = from + DOT_CHUNK >= d->width};
   part.num_out = d->num_out - n < TILE_W ? d->num_out - n : TILE_W;
   part.length = part.is_last ? d->width - from : DOT_CHUNK;
+  part.ahead = TILE_W * d->width * (int64_t)size;
   for (int i = 0; i < TILE_W; i++) { /* beyond the last row, the last once more */
     int64_t row = n + (i < part.num_out ? i : part.num_out - 1);
     part.w[i] = (const char *)d->w + (size_t)(row * d->width + from) * size;
