@@ -1,44 +1,51 @@
 // segment.cpp: nodes that follow each other as one node of the MLX graph.
 //
-// Theory of operation. MLX evaluates a node in a microsecond or two: it looks for what the node needs, counts events, keeps
-// what its task reads alive by a task of its own. A decode step has 45 nodes a layer, most of which compute for less than
-// that or only change a shape. A Segment calls the same primitives in the same order with the same inputs, so the bits
-// stay, but it knows their order and how long each array is needed from the recording.
+// Theory of operation. A decode step has 45 nodes a layer. Half of them only change a shape, and MLX takes about a microsecond
+// to evaluate any: it looks for what a node needs, counts events, and keeps what a task reads alive by another task. A Segment
+// calls the same primitives in the same order with the same inputs, so the bits stay; the order, and how long each
+// array is needed, it knows from the recording. What our kernels have to do goes to the stream's thread in one message,
+// until a primitive of MLX's comes that sends something itself.
 
 #include "segment.h"
 
-#include "kernel_ops.h"
-
+#include <algorithm>
 #include <optional>
+#include <span>
+#include <string>
+#include <unordered_set>
+#include <utility>
+
+#include "kernel_ops.h"
 
 namespace xd {
 
 namespace {
 
-using Slots = std::vector<std::optional<mx::array>>;
+// A layer has about 36. MLX lets go of memory between two nodes, and waits there when too many tasks are open.
+constexpr size_t MAX_STEPS = 64;
 
-struct Input {
-  uint32_t slot;  // or CONSTANT and more
-  bool is_last;   // of the steps that need it
-};
+// What a primitive sends to the stream's thread when it is evaluated.
+enum class Sends { SOMETHING, COPY_IF_SPARSE, NOTHING };
 
-// What a primitive's eval_cpu sends to the stream's thread itself.
-enum class Sends { SOMETHING, NOTHING, COPY_IF_SPARSE };
-
-Sends what_sends(const mx::Primitive& primitive) {
-  static const std::unordered_map<std::string, Sends> known = {
-      {"Broadcast", Sends::NOTHING},     {"ExpandDims", Sends::NOTHING},        {"Slice", Sends::NOTHING},
-      {"Split", Sends::NOTHING},         {"Squeeze", Sends::NOTHING},           {"StopGradient", Sends::NOTHING},
-      {"Transpose", Sends::NOTHING},     {"Reshape", Sends::COPY_IF_SPARSE},    {"Flatten", Sends::COPY_IF_SPARSE},
+Sends what_is_sent(const mx::Primitive& primitive) {
+  static const std::unordered_map<std::string, Sends> views = {
+      {"Broadcast", Sends::NOTHING},      {"ExpandDims", Sends::NOTHING},     {"Slice", Sends::NOTHING},
+      {"Split", Sends::NOTHING},          {"Squeeze", Sends::NOTHING},        {"StopGradient", Sends::NOTHING},
+      {"Transpose", Sends::NOTHING},      {"Reshape", Sends::COPY_IF_SPARSE}, {"Flatten", Sends::COPY_IF_SPARSE},
       {"Unflatten", Sends::COPY_IF_SPARSE},
   };
-  const auto found = known.find(primitive.name());
-  return found == known.end() ? Sends::SOMETHING : found->second;
+  const auto found = views.find(primitive.name());
+  return found == views.end() ? Sends::SOMETHING : found->second;
 }
+
+struct Input {
+  uint32_t slot;  // or a constant's number, from CONSTANT on
+  bool is_last;   // of all that need this array
+};
 
 struct Step {
   std::shared_ptr<mx::Primitive> primitive;
-  KernelOp* kernel;  // the same, if it is one
+  KernelOp* kernel;  // the same, or nullptr if it is MLX's
   Sends sends;
   std::vector<Input> inputs;
   std::vector<uint32_t> outputs;
@@ -46,33 +53,93 @@ struct Step {
   std::vector<mx::Dtype> dtypes;
 };
 
-// What a Segment computes. Slots are the arrays in it: what it is given, then what its steps make.
+// The arrays of a segment lie in slots: first what it is given, then what each step makes.
 struct Steps {
   std::vector<Step> steps;
   size_t num_given = 0, num_slots = 0;
-  std::vector<uint32_t> results;  // the slots of the outputs
+  std::vector<uint32_t> results;
   Arrays constants;
+};
+
+// One evaluation of a segment.
+class Evaluation {
+ public:
+  Evaluation(const std::shared_ptr<const Steps>& steps, const mx::Stream& stream)
+      : steps_(steps), tasks_(stream), slots_(steps->num_slots) {}
+  Evaluation(const Evaluation&) = delete;
+
+  // What nobody has taken lives until all that was sent has been done; also if a primitive throws.
+  ~Evaluation() {
+    for (size_t slot = steps_->num_given; slot < slots_.size(); slot++)
+      if (slots_[slot]) tasks_.keep(std::move(*slots_[slot]));
+  }
+
+  void run(const Arrays& in, Arrays& out) {
+    for (size_t i = 0; i < in.size(); i++) slots_[i] = in[i];
+    for (size_t i = 0; i < out.size(); i++) slots_[steps_->results[i]] = out[i];
+    for (const Step& step : steps_->steps) take(step);
+    tasks_.add([steps = steps_]() {});  // constants live until then
+    tasks_.send();
+    for (uint32_t result : steps_->results) slots_[result].reset();  // MLX keeps these
+  }
+
+ private:
+  void take(const Step& step) {
+    inputs_.clear();
+    outputs_.clear();
+    for (const Input& input : step.inputs) inputs_.push_back(taken(input));
+    for (size_t i = 0; i < step.outputs.size(); i++) {
+      auto& slot = slots_[step.outputs[i]];
+      if (!slot) slot.emplace(step.shapes[i], step.dtypes[i], step.primitive, Arrays());
+      outputs_.push_back(*slot);
+    }
+    evaluate(step);
+    for (size_t i = 0; i < inputs_.size(); i++)
+      if (step.inputs[i].is_last && !lies_in_output(inputs_[i])) tasks_.keep(std::move(inputs_[i]));
+  }
+
+  // The last who needs an array holds it alone, and may write where it lies.
+  mx::array taken(const Input& input) {
+    if (input.slot >= CONSTANT) return steps_->constants[input.slot - CONSTANT];
+    if (!input.is_last) return *slots_[input.slot];
+    mx::array a = std::move(*slots_[input.slot]);
+    slots_[input.slot].reset();
+    return a;
+  }
+
+  void evaluate(const Step& step) {
+    if (step.kernel) {
+      step.kernel->add_to(tasks_, inputs_, outputs_[0]);
+      return;
+    }
+    if (step.sends == Sends::SOMETHING || (step.sends == Sends::COPY_IF_SPARSE && !inputs_[0].flags().row_contiguous))
+      tasks_.send();
+    step.primitive->eval_cpu(inputs_, outputs_);
+  }
+
+  bool lies_in_output(const mx::array& a) const {
+    for (const mx::array& output : outputs_)
+      if (output.data_shared_ptr() == a.data_shared_ptr()) return true;
+    return false;
+  }
+
+  const std::shared_ptr<const Steps> steps_;
+  Tasks tasks_;
+  std::vector<std::optional<mx::array>> slots_;
+  Arrays inputs_, outputs_;  // of the step that is taken
 };
 
 class Segment : public mx::Primitive {
  public:
-  Segment(const mx::Stream& stream, Steps steps) : mx::Primitive(stream), steps_(std::move(steps)) {}
+  Segment(const mx::Stream& stream, Steps steps)
+      : mx::Primitive(stream), steps_(std::make_shared<const Steps>(std::move(steps))) {}
 
   const char* name() const override {
     return "Segment";
   }
 
   void eval_cpu(const Arrays& in, Arrays& out) override {
-    Tasks tasks(stream());
-    Kept kept(tasks, steps_.num_slots);
-    Slots& slots = kept.slots;
-    for (size_t i = 0; i < in.size(); i++) slots[i] = in[i];
-    for (size_t i = 0; i < out.size(); i++) slots[steps_.results[i]] = out[i];
-    for (const Step& step : steps_.steps) take(step, slots, tasks);
-    tasks.send();
-    // MLX keeps these.
-    for (size_t i = 0; i < in.size(); i++) slots[i].reset();
-    for (uint32_t result : steps_.results) slots[result].reset();
+    Evaluation(steps_, stream()).run(in, out);
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -80,138 +147,94 @@ class Segment : public mx::Primitive {
   }
 
  private:
-  // Whatever is in a slot at the end lives until the tasks that were sent before have run.
-  struct Kept {
-    Tasks& tasks;
-    Slots slots;
-
-    Kept(Tasks& tasks, size_t num_slots) : tasks(tasks), slots(num_slots) {}
-    Kept(const Kept&) = delete;
-
-    ~Kept() {
-      for (auto& slot : slots)
-        if (slot) tasks.keep(std::move(*slot));
-    }
-  };
-
-  void take(const Step& step, Slots& slots, Tasks& tasks) const {
-    Arrays inputs, outputs;
-    inputs.reserve(step.inputs.size());
-    for (const Input& input : step.inputs) {
-      if (input.slot >= CONSTANT) {
-        inputs.push_back(steps_.constants[input.slot - CONSTANT]);
-      } else if (input.is_last) {  // nobody else holds it: the primitive may write where it lies
-        inputs.push_back(std::move(*slots[input.slot]));
-        slots[input.slot].reset();
-      } else {
-        inputs.push_back(*slots[input.slot]);
-      }
-    }
-    outputs.reserve(step.outputs.size());
-    for (size_t i = 0; i < step.outputs.size(); i++) {
-      auto& slot = slots[step.outputs[i]];
-      if (!slot) slot.emplace(step.shapes[i], step.dtypes[i], step.primitive, Arrays());
-      outputs.push_back(*slot);
-    }
-    if (step.kernel) {
-      step.kernel->add_to(tasks, inputs, outputs[0]);
-    } else {
-      if (step.sends == Sends::SOMETHING || (step.sends == Sends::COPY_IF_SPARSE && !inputs[0].flags().row_contiguous))
-        tasks.send();
-      step.primitive->eval_cpu(inputs, outputs);
-    }
-    for (size_t i = 0; i < inputs.size(); i++)
-      if (step.inputs[i].is_last && !is_in(inputs[i], outputs)) tasks.keep(std::move(inputs[i]));
-  }
-
-  // Does one of them lie in the memory of `a`?
-  static bool is_in(const mx::array& a, const Arrays& outputs) {
-    for (const mx::array& output : outputs)
-      if (output.data_shared_ptr() == a.data_shared_ptr()) return true;
-    return false;
-  }
-
-  const Steps steps_;
+  const std::shared_ptr<const Steps> steps_;
 };
 
-bool is_on_cpu(const Node& node) {
-  return node.primitive->device() == mx::Device::cpu;
-}
-
+// Makes one node of several.
 class Merging {
  public:
-  Merging(const Uses& uses, const Arrays& constants) : uses_(uses), constants_(constants) {}
-
-  // Nodes [begin, end) as one.
-  Node merge(const Node* begin, const Node* end) {
-    Node node;
-    for (const Node* each = begin; each != end; each++)
-      for (uint32_t input : each->inputs)
-        if (input < CONSTANT) inner_uses_[input]++;
-    for (const Node* each = begin; each != end; each++)
-      for (uint32_t output : each->outputs) made_.emplace(output, 0);
-    for (const Node* each = begin; each != end; each++)
-      for (uint32_t input : each->inputs)
-        if (input < CONSTANT && !made_.count(input) && slots_.emplace(input, slots_.size()).second)
-          node.inputs.push_back(input);
+  Merging(std::span<const Node> nodes, const Uses& uses, const Arrays& constants) : constants_(constants) {
+    std::unordered_set<uint32_t> made;
+    Uses inner;
+    for (const Node& node : nodes) {
+      for (uint32_t input : node.inputs)
+        if (input < CONSTANT && !made.count(input)) give(input);
+      for (uint32_t input : node.inputs) inner[input]++;
+      made.insert(node.outputs.begin(), node.outputs.end());
+    }
     steps_.num_given = slots_.size();
-    for (const Node* each = begin; each != end; each++) add(*each, node);
-    set_last();
+    for (const Node& node : nodes) add(node);
+    for (const Node& node : nodes)
+      for (size_t i = 0; i < node.outputs.size(); i++)
+        if (const auto all = uses.find(node.outputs[i]); all != uses.end() && all->second > inner[node.outputs[i]])
+          want(node, i);
     steps_.num_slots = slots_.size();
-    node.primitive = std::make_shared<Segment>(begin->primitive->stream(), std::move(steps_));
-    return node;
+    find_last_inputs();
+    merged_.primitive = std::make_shared<Segment>(nodes[0].primitive->stream(), std::move(steps_));
+  }
+
+  const Node& merged() const {
+    return merged_;
   }
 
  private:
-  void add(const Node& from, Node& node) {
-    auto* kernel = dynamic_cast<KernelOp*>(from.primitive.get());
-    Step step{from.primitive, kernel, what_sends(*from.primitive), {}, {}, from.shapes, from.dtypes};
-    for (uint32_t input : from.inputs) step.inputs.push_back({input < CONSTANT ? slots_.at(input) : constant(input), false});
-    for (size_t i = 0; i < from.outputs.size(); i++) {
-      const uint32_t output = from.outputs[i], slot = slots_.size();
-      slots_.emplace(output, slot);
-      step.outputs.push_back(slot);
-      const auto all = uses_.find(output);
-      if (all == uses_.end() || all->second == inner_uses_[output]) continue;
-      steps_.results.push_back(slot);
-      node.outputs.push_back(output);
-      node.shapes.push_back(from.shapes[i]);
-      node.dtypes.push_back(from.dtypes[i]);
+  void give(uint32_t number) {
+    if (slots_.emplace(number, slots_.size()).second) merged_.inputs.push_back(number);
+  }
+
+  void add(const Node& node) {
+    Step step{node.primitive, dynamic_cast<KernelOp*>(node.primitive.get()), what_is_sent(*node.primitive), {}, {},
+              node.shapes, node.dtypes};
+    for (uint32_t number : node.inputs) {
+      uint32_t slot = CONSTANT + steps_.constants.size();
+      if (number < CONSTANT)
+        slot = slots_.at(number);
+      else
+        steps_.constants.push_back(constants_[number - CONSTANT]);
+      step.inputs.push_back({slot, false});
+    }
+    for (uint32_t number : node.outputs) {
+      step.outputs.push_back(slots_.size());
+      slots_.emplace(number, slots_.size());
     }
     steps_.steps.push_back(std::move(step));
   }
 
-  uint32_t constant(uint32_t number) {
-    steps_.constants.push_back(constants_[number - CONSTANT]);
-    return CONSTANT + steps_.constants.size() - 1;
+  void want(const Node& node, size_t i) {
+    steps_.results.push_back(slots_.at(node.outputs[i]));
+    merged_.outputs.push_back(node.outputs[i]);
+    merged_.shapes.push_back(node.shapes[i]);
+    merged_.dtypes.push_back(node.dtypes[i]);
   }
 
-  // Which input is the last of its array; what the segment is given, and its results, are not its own.
-  void set_last() {
+  // What is given, and results, are others' as well.
+  void find_last_inputs() {
     std::vector<bool> is_needed(slots_.size(), false);
-    for (size_t slot = 0; slot < steps_.num_given; slot++) is_needed[slot] = true;
+    std::fill_n(is_needed.begin(), steps_.num_given, true);
     for (uint32_t result : steps_.results) is_needed[result] = true;
     for (auto step = steps_.steps.rbegin(); step != steps_.steps.rend(); ++step)
       for (auto input = step->inputs.rbegin(); input != step->inputs.rend(); ++input)
         if (input->slot < CONSTANT && !is_needed[input->slot]) input->is_last = is_needed[input->slot] = true;
   }
 
-  const Uses& uses_;
   const Arrays& constants_;
-  Uses inner_uses_;
-  std::unordered_map<uint32_t, uint32_t> slots_, made_;
+  std::unordered_map<uint32_t, uint32_t> slots_;  // by number
   Steps steps_;
+  Node merged_;
 };
+
+bool go_together(const Node& a, const Node& b) {
+  return a.primitive->device() == mx::Device::cpu && a.primitive->stream() == b.primitive->stream();
+}
 
 }  // namespace
 
 std::vector<Node> merged(const std::vector<Node>& nodes, const Uses& uses, const Arrays& constants) {
   std::vector<Node> found;
   for (size_t begin = 0, end; begin < nodes.size(); begin = end) {
-    for (end = begin + 1; end < nodes.size() && is_on_cpu(nodes[begin]) && is_on_cpu(nodes[end]) &&
-                          nodes[begin].primitive->stream() == nodes[end].primitive->stream();)
-      end++;
-    found.push_back(end == begin + 1 ? nodes[begin] : Merging(uses, constants).merge(&nodes[begin], &nodes[end]));
+    for (end = begin + 1; end < nodes.size() && end - begin < MAX_STEPS && go_together(nodes[begin], nodes[end]);) end++;
+    const bool is_alone = end == begin + 1;
+    found.push_back(is_alone ? nodes[begin] : Merging({&nodes[begin], end - begin}, uses, constants).merged());
   }
   return found;
 }
