@@ -5,6 +5,7 @@
 // the results, down to the placeholders and to arrays that are there already (weights), in an order in which inputs
 // come first. A Replay makes new arrays of the same primitives, as mx::compile does, but fuses nothing and bakes no
 // number in: the bits are those of the graph that was recorded. A node takes 0.2 us here and 2 to 3 in Python.
+// Nodes of a stage that the CPU computes are one node for MLX (segment.cpp).
 //
 // What the graph does not hold (a cache grows, a mask comes and goes) lies between two *stages*: each gives arrays to the
 // caller, who computes with them what he likes, lazily, and brings others for the next stage.
@@ -53,7 +54,7 @@ bool is_placeholder(const mx::array& a) {
 class Tape {
  public:
   // Each stage: the placeholders that it is given, and the arrays that are wanted of it.
-  Tape(const std::vector<std::pair<Arrays, Arrays>>& stages, bool merges) {
+  explicit Tape(const std::vector<std::pair<Arrays, Arrays>>& stages) {
     for (const auto& [given, wanted] : stages) {
       Stage& stage = stages_.emplace_back();
       for (const mx::array& a : given) {
@@ -64,7 +65,7 @@ class Tape {
       for (const mx::array& a : wanted) record(a, stage);
       for (const mx::array& a : wanted) stage.wanted.push_back(numbers_.at(a.id()));
     }
-    if (merges) merge();
+    merge();
     numbers_.clear();  // ids mean something only while the arrays live
   }
 
@@ -215,7 +216,7 @@ void bind_replay(nb::module_& m) {
   m.def("placeholder", &placeholder, nb::arg("shape"), nb::arg("dtype"),
         "An array that stands for another one while a graph is recorded; it cannot be evaluated.");
   nb::class_<Tape>(m, "Tape", "A recorded graph, in stages (native/replay.cpp).")
-      .def(nb::init<const std::vector<std::pair<Arrays, Arrays>>&, bool>(), nb::arg("stages"), nb::arg("merges") = true,
+      .def(nb::init<const std::vector<std::pair<Arrays, Arrays>>&>(), nb::arg("stages"),
            "Of each stage, the placeholders that it is given and the arrays that are wanted of it.")
       .def_prop_ro("num_nodes", &Tape::num_nodes);
   nb::class_<Replay>(m, "Replay", "One step of a Tape. It must be gone before its arrays are evaluated.")

@@ -1,10 +1,10 @@
 // segment.cpp: nodes that follow each other as one node of the MLX graph.
 //
-// Theory of operation. A decode step has 45 nodes a layer. Half of them only change a shape, and MLX takes about a microsecond
-// to evaluate any: it looks for what a node needs, counts events, and keeps what a task reads alive by another task. A Segment
-// calls the same primitives in the same order with the same inputs, so the bits stay; the order, and how long each
-// array is needed, it knows from the recording. What our kernels have to do goes to the stream's thread in one message,
-// until a primitive of MLX's comes that sends something itself.
+// Theory of operation. A decode step has 45 nodes a layer. Half of them only change a shape, and MLX takes a microsecond
+// or two to evaluate any: it looks for what a node needs, counts events, and keeps what a task reads alive by another
+// task. A Segment calls the same primitives in the same order with the same inputs, so the bits stay; the order, and how
+// long each array is needed, it knows from the recording. What our kernels have to do goes to the stream's thread in one
+// message, until a primitive of MLX's comes that sends something itself.
 
 #include "segment.h"
 
@@ -43,19 +43,25 @@ struct Input {
   bool is_last;   // of all that need this array
 };
 
+struct Output {
+  uint32_t slot;
+  mx::Shape shape;
+  mx::Dtype dtype;
+};
+
 struct Step {
   std::shared_ptr<mx::Primitive> primitive;
   KernelOp* kernel;  // the same, or nullptr if it is MLX's
   Sends sends;
-  std::vector<Input> inputs;
-  std::vector<uint32_t> outputs;
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
+  uint32_t num_inputs, num_outputs;
 };
 
-// The arrays of a segment lie in slots: first what it is given, then what each step makes.
+// The arrays of a segment lie in slots: first what it is given, then what each step makes. Inputs and outputs of all steps
+// are in two rows, because weights have driven all of this out of the processor's cache since the last time.
 struct Steps {
   std::vector<Step> steps;
+  std::vector<Input> inputs;
+  std::vector<Output> outputs;
   size_t num_given = 0, num_slots = 0;
   std::vector<uint32_t> results;
   Arrays constants;
@@ -77,25 +83,26 @@ class Evaluation {
   void run(const Arrays& in, Arrays& out) {
     for (size_t i = 0; i < in.size(); i++) slots_[i] = in[i];
     for (size_t i = 0; i < out.size(); i++) slots_[steps_->results[i]] = out[i];
-    for (const Step& step : steps_->steps) take(step);
+    const Input* inputs = steps_->inputs.data();
+    const Output* outputs = steps_->outputs.data();
+    for (const Step& step : steps_->steps) {
+      take(step, inputs, outputs);
+      inputs += step.num_inputs, outputs += step.num_outputs;
+    }
     tasks_.add([steps = steps_]() {});  // constants live until then
     tasks_.send();
     for (uint32_t result : steps_->results) slots_[result].reset();  // MLX keeps these
   }
 
  private:
-  void take(const Step& step) {
+  void take(const Step& step, const Input* inputs, const Output* outputs) {
     inputs_.clear();
     outputs_.clear();
-    for (const Input& input : step.inputs) inputs_.push_back(taken(input));
-    for (size_t i = 0; i < step.outputs.size(); i++) {
-      auto& slot = slots_[step.outputs[i]];
-      if (!slot) slot.emplace(step.shapes[i], step.dtypes[i], step.primitive, Arrays());
-      outputs_.push_back(*slot);
-    }
+    for (uint32_t i = 0; i < step.num_inputs; i++) inputs_.push_back(taken(inputs[i]));
+    for (uint32_t i = 0; i < step.num_outputs; i++) outputs_.push_back(made(outputs[i], step));
     evaluate(step);
-    for (size_t i = 0; i < inputs_.size(); i++)
-      if (step.inputs[i].is_last && !lies_in_output(inputs_[i])) tasks_.keep(std::move(inputs_[i]));
+    for (uint32_t i = 0; i < step.num_inputs; i++)
+      if (inputs[i].is_last && !lies_in_output(inputs_[i])) tasks_.keep(std::move(inputs_[i]));
   }
 
   // The last who needs an array holds it alone, and may write where it lies.
@@ -105,6 +112,13 @@ class Evaluation {
     mx::array a = std::move(*slots_[input.slot]);
     slots_[input.slot].reset();
     return a;
+  }
+
+  // An array without memory; a result is there already.
+  const mx::array& made(const Output& output, const Step& step) {
+    auto& slot = slots_[output.slot];
+    if (!slot) slot.emplace(output.shape, output.dtype, step.primitive, Arrays());
+    return *slot;
   }
 
   void evaluate(const Step& step) {
@@ -183,21 +197,22 @@ class Merging {
   }
 
   void add(const Node& node) {
-    Step step{node.primitive, dynamic_cast<KernelOp*>(node.primitive.get()), what_is_sent(*node.primitive), {}, {},
-              node.shapes, node.dtypes};
     for (uint32_t number : node.inputs) {
       uint32_t slot = CONSTANT + steps_.constants.size();
       if (number < CONSTANT)
         slot = slots_.at(number);
       else
         steps_.constants.push_back(constants_[number - CONSTANT]);
-      step.inputs.push_back({slot, false});
+      steps_.inputs.push_back({slot, false});
     }
-    for (uint32_t number : node.outputs) {
-      step.outputs.push_back(slots_.size());
-      slots_.emplace(number, slots_.size());
+    for (size_t i = 0; i < node.outputs.size(); i++) {
+      const uint32_t slot = slots_.size();
+      slots_.emplace(node.outputs[i], slot);
+      steps_.outputs.push_back({slot, node.shapes[i], node.dtypes[i]});
     }
-    steps_.steps.push_back(std::move(step));
+    const uint32_t num_inputs = node.inputs.size(), num_outputs = node.outputs.size();
+    steps_.steps.push_back({node.primitive, dynamic_cast<KernelOp*>(node.primitive.get()), what_is_sent(*node.primitive),
+                            num_inputs, num_outputs});
   }
 
   void want(const Node& node, size_t i) {
@@ -212,9 +227,8 @@ class Merging {
     std::vector<bool> is_needed(slots_.size(), false);
     std::fill_n(is_needed.begin(), steps_.num_given, true);
     for (uint32_t result : steps_.results) is_needed[result] = true;
-    for (auto step = steps_.steps.rbegin(); step != steps_.steps.rend(); ++step)
-      for (auto input = step->inputs.rbegin(); input != step->inputs.rend(); ++input)
-        if (input->slot < CONSTANT && !is_needed[input->slot]) input->is_last = is_needed[input->slot] = true;
+    for (auto input = steps_.inputs.rbegin(); input != steps_.inputs.rend(); ++input)
+      if (input->slot < CONSTANT && !is_needed[input->slot]) input->is_last = is_needed[input->slot] = true;
   }
 
   const Arrays& constants_;
