@@ -31,10 +31,17 @@ graph = Extension(
             "attention_ops",
             "cache_ops",
             "replay",
+            "segment",
             "nanobind_all",
         )
     ],
-    depends=["native/graph.h", "native/kernel_ops.h", "native/kernels/kernels.h", "native/kernels/ops.h"],
+    depends=[
+        "native/graph.h",
+        "native/kernel_ops.h",
+        "native/segment.h",
+        "native/kernels/kernels.h",
+        "native/kernels/ops.h",
+    ],
     language="c++",
     include_dirs=[
         str(MLX / "include"),

@@ -29,22 +29,22 @@ class Attention : public KernelOp {
     out.set_data(mx::allocator::malloc(out.nbytes()), size, strides, {true, rows, columns});
   }
 
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+  void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
     xd_attention a = attention_;
-    a.q = view(in[0], a.q_batch_stride, a.q_head_stride, a.q_row_stride, encoder);
-    a.k = view(in[1], a.k_batch_stride, a.k_head_stride, a.k_row_stride, encoder);
-    a.v = view(in[2], a.v_batch_stride, a.v_head_stride, a.v_row_stride, encoder);
-    a.y = view(out, a.y_batch_stride, a.y_head_stride, a.y_row_stride, encoder);
+    a.q = view(in[0], a.q_batch_stride, a.q_head_stride, a.q_row_stride, tasks);
+    a.k = view(in[1], a.k_batch_stride, a.k_head_stride, a.k_row_stride, tasks);
+    a.v = view(in[2], a.v_batch_stride, a.v_head_stride, a.v_row_stride, tasks);
+    a.y = view(out, a.y_batch_stride, a.y_head_stride, a.y_row_stride, tasks);
     if (a.mask_kind == XD_MASK_BOOL || a.mask_kind == XD_MASK_ADD) take_mask(in[3], a);
-    if (has_sinks_) a.sinks = dense(in.back(), encoder).data<void>();
-    a.scratch = scratch(kernels_.attention_scratch(kernels_.cpu, &a), encoder);
-    dispatch(kernels_.attention_run, a, encoder);
+    if (has_sinks_) a.sinks = dense(in.back(), tasks).data<void>();
+    a.scratch = scratch(kernels_.attention_scratch(kernels_.cpu, &a), tasks);
+    dispatch(kernels_.attention_run, a, tasks);
   }
 
  private:
   static void* view(const mx::array& a, int64_t& batch, int64_t& head, int64_t& row,
-                    mx::cpu::CommandEncoder& encoder) {
-    mx::array rows = with_contiguous_rows(a, encoder);
+                    Tasks& tasks) {
+    mx::array rows = with_contiguous_rows(a, tasks);
     batch = rows.strides(0);
     head = rows.strides(1);
     row = rows.strides(2);
@@ -108,9 +108,9 @@ class AppendAttention : public mx::Primitive {
 
   void eval_cpu(const std::vector<mx::array>& in, std::vector<mx::array>& out) override {
     let_go(in, out);
-    auto& encoder = mx::cpu::get_command_encoder(stream());
+    Tasks tasks(stream());
     const size_t n = lengths_.size();
-    const mx::array q = dense(in[0], encoder), k = dense(in[1], encoder), v = dense(in[2], encoder);
+    const mx::array q = dense(in[0], tasks), k = dense(in[1], tasks), v = dense(in[2], tasks);
     out[0].set_data(mx::allocator::malloc(out[0].nbytes()));
     std::vector<xd_attention> each(n, attention_);
     std::vector<Row> rows;
@@ -118,22 +118,23 @@ class AppendAttention : public mx::Primitive {
     for (size_t i = 0; i < n; i++) {
       xd_attention& a = each[i];
       a.keys = lengths_[i] + 1;
-      a.k = append(k, i, in[3 + i], out[1 + i], a.k_batch_stride, a.k_head_stride, a.k_row_stride, rows, encoder);
+      a.k = append(k, i, in[3 + i], out[1 + i], a.k_batch_stride, a.k_head_stride, a.k_row_stride, rows, tasks);
       a.v = append(v, i, in[3 + n + i], out[1 + n + i], a.v_batch_stride, a.v_head_stride, a.v_row_stride, rows,
-                   encoder);
+                   tasks);
       a.q = q.data<char>() + i * q.strides(0) * q.itemsize();
       a.y = out[0].data<char>() + i * out[0].strides(0) * out[0].itemsize();
       a.q_batch_stride = q.strides(0), a.q_head_stride = q.strides(1), a.q_row_stride = q.strides(2);
       a.y_batch_stride = out[0].strides(0), a.y_head_stride = out[0].strides(1), a.y_row_stride = out[0].strides(2);
-      if (has_sinks_) a.sinks = dense(in.back(), encoder).data<void>();
+      if (has_sinks_) a.sinks = dense(in.back(), tasks).data<void>();
       scratch_bytes = std::max(scratch_bytes, kernels_.attention_scratch(kernels_.cpu, &a));
     }
-    void* memory = scratch(scratch_bytes, encoder);  // of one after the other
+    void* memory = scratch(scratch_bytes, tasks);  // of one after the other
     for (xd_attention& a : each) a.scratch = memory;
-    encoder.dispatch([run = kernels_.attention_run, cpu = kernels_.cpu, each = std::move(each), rows = std::move(rows)]() {
+    tasks.add([run = kernels_.attention_run, cpu = kernels_.cpu, each = std::move(each), rows = std::move(rows)]() {
       for (const Row& row : rows) row.write();
       for (const xd_attention& a : each) run(cpu, &a);
     });
+    tasks.send();
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
@@ -162,13 +163,13 @@ class AppendAttention : public mx::Primitive {
 
   // Make `out` of `old` [1, heads, room, dim], with row `i` of `added` at its place; gives its data.
   void* append(const mx::array& added, size_t i, const mx::array& old, mx::array& out, int64_t& batch_stride,
-               int64_t& head_stride, int64_t& row_stride, std::vector<Row>& rows, mx::cpu::CommandEncoder& encoder) const {
+               int64_t& head_stride, int64_t& row_stride, std::vector<Row>& rows, Tasks& tasks) const {
     if (old.flags().row_contiguous && old.is_donatable()) {
       out.copy_shared_buffer(old);
     } else {
-      const mx::array from = dense(old, encoder);
+      const mx::array from = dense(old, tasks);
       out.set_data(mx::allocator::malloc(out.nbytes()));
-      encoder.dispatch([from = from.data<char>(), to = out.data<char>(), bytes = out.nbytes()]() {
+      tasks.add([from = from.data<char>(), to = out.data<char>(), bytes = out.nbytes()]() {
         std::memcpy(to, from, bytes);
       });
     }

@@ -47,23 +47,21 @@ class Exchange : public mx::Primitive {
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& all = outputs[0];
     all.set_data(mx::allocator::malloc(all.nbytes()));
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    const mx::array rows = dense(inputs[0], encoder);
-    encoder.set_input_array(rows);
-    encoder.set_output_array(all);
+    Tasks tasks(stream());
+    const mx::array rows = dense(inputs[0], tasks);
     const uint32_t* ids = nullptr;
     size_t num_ids = 0;
     if (inputs.size() > 1) {
-      const mx::array chosen = dense(inputs[1], encoder);
-      encoder.set_input_array(chosen);
+      const mx::array chosen = dense(inputs[1], tasks);
       ids = chosen.data<uint32_t>();
       num_ids = chosen.size();
     }
-    encoder.dispatch([function = function_, link = link_, tag = tag_, sizes = sizes_, ids, num_ids,
+    tasks.add([function = function_, link = link_, tag = tag_, sizes = sizes_, ids, num_ids,
                       mine = rows.data<char>(), out = all.data<char>(), out_bytes = all.nbytes()]() {
       uint64_t digest = ids ? digest_of(ids, num_ids) : 0;
       if (function(link, tag, digest, mine, sizes.data(), out) != 0) std::memset(out, 0, out_bytes);
     });
+    tasks.send();
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {

@@ -37,26 +37,26 @@ void copy_row(const char* from, char* to, int64_t count, int64_t stride, int64_t
 
 }  // namespace
 
-mx::array dense(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
+mx::array dense(const mx::array& a, Tasks& tasks) {
   if (a.flags().row_contiguous || a.size() == 0) return a;
   mx::array copy(a.shape(), a.dtype(), nullptr, {});
   copy.set_data(mx::allocator::malloc(copy.nbytes()));
-  encoder.add_temporary(copy);
+  tasks.keep(copy);
   const int64_t width = a.shape(-1), num_rows = a.size() / width;
-  encoder.dispatch([from = a.data<char>(), to = copy.data<char>(), rows = Rows(a), num_rows, width,
-                    stride = a.strides(-1), size = static_cast<int64_t>(a.itemsize())]() {
+  tasks.add([from = a.data<char>(), to = copy.data<char>(), rows = Rows(a), num_rows, width,
+             stride = a.strides(-1), size = static_cast<int64_t>(a.itemsize())]() {
     for (int64_t i = 0; i < num_rows; i++)
       copy_row(from + rows.offset(i) * size, to + i * width * size, width, stride, size);
   });
   return copy;
 }
 
-void* scratch(size_t bytes, mx::cpu::CommandEncoder& encoder) {
+void* scratch(size_t bytes, Tasks& tasks) {
   if (bytes == 0) return nullptr;
   const uintptr_t alignment = 64;
   mx::array memory({0}, mx::uint8, nullptr, {});
   memory.set_data(mx::allocator::malloc(bytes + alignment));
-  encoder.add_temporary(memory);
+  tasks.keep(memory);
   const auto start = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
   return reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment);
 }

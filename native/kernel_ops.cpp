@@ -39,9 +39,9 @@ class Product : public KernelOp {
   }
 
  protected:
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+  void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
     xd_product p = product_;
-    const auto pointer = [&](size_t i) { return dense(in[i], encoder).data<void>(); };
+    const auto pointer = [&](size_t i) { return dense(in[i], tasks).data<void>(); };
     size_t i = 0;
     p.x = pointer(i++);
     p.weight.data = pointer(i++);
@@ -51,8 +51,8 @@ class Product : public KernelOp {
     }
     if (gathers_) p.ids = static_cast<const uint32_t*>(pointer(i++));
     p.y = out.data<void>();
-    p.scratch = scratch(kernels_.product_scratch(kernels_.cpu, &p), encoder);
-    dispatch(kernels_.product_run, p, encoder);
+    p.scratch = scratch(kernels_.product_scratch(kernels_.cpu, &p), tasks);
+    dispatch(kernels_.product_run, p, tasks);
   }
 
  private:
@@ -173,10 +173,10 @@ std::optional<int64_t> row_stride(const mx::array& a) {
 }
 
 // Give the rows' address and set the distance between them.
-const void* rows_of(const mx::array& a, int64_t& stride, mx::cpu::CommandEncoder& encoder) {
+const void* rows_of(const mx::array& a, int64_t& stride, Tasks& tasks) {
   const auto found = row_stride(a);
   stride = found.value_or(a.shape(-1));
-  return (found ? a : dense(a, encoder)).data<void>();
+  return (found ? a : dense(a, tasks)).data<void>();
 }
 
 // mx.fast.rms_norm. Inputs: x, weight if any.
@@ -189,14 +189,14 @@ class Norm : public KernelOp {
   }
 
  protected:
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+  void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
     xd_norm n = norm_;
-    n.x = rows_of(in[0], n.x_stride, encoder);
-    if (in.size() > 1) n.weight = dense(in[1], encoder).data<void>();
+    n.x = rows_of(in[0], n.x_stride, tasks);
+    if (in.size() > 1) n.weight = dense(in[1], tasks).data<void>();
     n.y = out.data<void>();
     n.y_stride = n.width;
     n.num_rows = out.size() / n.width;
-    dispatch(kernels_.norm_run, n, encoder);
+    dispatch(kernels_.norm_run, n, tasks);
   }
 
  private:
@@ -229,22 +229,22 @@ class Rope : public KernelOp {
   }
 
  protected:
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+  void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
     xd_rope r = rope_;
     r.y = out.data<void>();
     r.y_token_stride = r.width;
     r.y_head_stride = r.y_token_stride * r.tokens;
     r.y_batch_stride = r.y_head_stride * r.heads;
     const bool has_strides = in[0].ndim() <= 4;
-    const mx::array x = has_strides ? with_contiguous_rows(in[0], encoder) : dense(in[0], encoder);
+    const mx::array x = has_strides ? with_contiguous_rows(in[0], tasks) : dense(in[0], tasks);
     r.x = x.data<void>();
     r.x_token_stride = x.strides(-2);
     r.x_head_stride = has_strides ? x.strides(1) : r.y_head_stride;
     r.x_batch_stride = x.strides(0);
-    if (has_freqs_) r.freqs = dense(in.back(), encoder).data<float>();
-    if (!offset_) r.offsets = dense(in[1], encoder).data<int32_t>();
-    r.scratch = scratch(kernels_.rope_scratch(kernels_.cpu, &r), encoder);
-    encoder.dispatch([run = kernels_.rope_run, cpu = kernels_.cpu, r, offset = offset_]() mutable {
+    if (has_freqs_) r.freqs = dense(in.back(), tasks).data<float>();
+    if (!offset_) r.offsets = dense(in[1], tasks).data<int32_t>();
+    r.scratch = scratch(kernels_.rope_scratch(kernels_.cpu, &r), tasks);
+    tasks.add([run = kernels_.rope_run, cpu = kernels_.cpu, r, offset = offset_]() mutable {
       if (offset) r.offsets = &*offset;
       run(cpu, &r);
     });
@@ -302,14 +302,14 @@ class Glu : public KernelOp {
   }
 
  protected:
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+  void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
     xd_glu g = glu_;
-    g.gate = rows_of(in[0], g.gate_stride, encoder);
-    if (in.size() > 1) g.up = rows_of(in[1], g.up_stride, encoder);
+    g.gate = rows_of(in[0], g.gate_stride, tasks);
+    if (in.size() > 1) g.up = rows_of(in[1], g.up_stride, tasks);
     g.y = out.data<void>();
     g.y_stride = g.width;
     g.num_rows = out.size() / g.width;
-    dispatch(kernels_.glu_run, g, encoder);
+    dispatch(kernels_.glu_run, g, tasks);
   }
 
  private:
@@ -359,9 +359,9 @@ class Experts : public KernelOp {
   }
 
  protected:
-  void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) override {
+  void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
     Parts p = parts_;
-    const auto pointer = [&](size_t i) { return dense(in[i], encoder).data<void>(); };
+    const auto pointer = [&](size_t i) { return dense(in[i], tasks).data<void>(); };
     const void* x = pointer(0);
     const auto* ids = static_cast<const uint32_t*>(pointer(1));
     size_t i = 2, bytes = 0;
@@ -374,12 +374,12 @@ class Experts : public KernelOp {
       bytes = std::max(bytes, kernels_.product_scratch(kernels_.cpu, product));
     }
     const size_t inner_bytes = p.glu.num_rows * p.glu.width * mx::size_of(dtype_of(p.glu.dtype));
-    p.up.y = scratch(inner_bytes, encoder);
-    p.gate.y = scratch(inner_bytes, encoder);
+    p.up.y = scratch(inner_bytes, tasks);
+    p.gate.y = scratch(inner_bytes, tasks);
     p.glu.up = p.up.y, p.glu.gate = p.glu.y = p.gate.y;
     p.down.x = p.glu.y, p.down.y = out.data<void>();
-    p.up.scratch = p.gate.scratch = p.down.scratch = scratch(bytes, encoder);  // of one after the other
-    encoder.dispatch([product = kernels_.product_run, glu = kernels_.glu_run, cpu = kernels_.cpu, p]() {
+    p.up.scratch = p.gate.scratch = p.down.scratch = scratch(bytes, tasks);  // of one after the other
+    tasks.add([product = kernels_.product_run, glu = kernels_.glu_run, cpu = kernels_.cpu, p]() {
       product(cpu, &p.up);
       product(cpu, &p.gate);
       glu(cpu, &p.glu);

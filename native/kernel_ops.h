@@ -83,8 +83,15 @@ class KernelOp : public mx::Primitive {
       : mx::Primitive(mx::default_stream(mx::Device::cpu)), kernels_(kernels) {}
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    allocate(outputs[0]);
-    if (outputs[0].size() != 0) run(inputs, outputs[0], mx::cpu::get_command_encoder(stream()));
+    Tasks tasks(stream());
+    add_to(tasks, inputs, outputs[0]);
+    tasks.send();
+  }
+
+  // Give `out` its memory and add what computes it.
+  void add_to(Tasks& tasks, const std::vector<mx::array>& inputs, mx::array& out) {
+    allocate(out);
+    if (out.size() != 0) run(inputs, out, tasks);
   }
 
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
@@ -95,18 +102,18 @@ class KernelOp : public mx::Primitive {
   virtual void allocate(mx::array& out) {
     out.set_data(mx::allocator::malloc(out.nbytes()));
   }
-  virtual void run(const std::vector<mx::array>& in, mx::array& out, mx::cpu::CommandEncoder& encoder) = 0;
+  virtual void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) = 0;
 
   template <typename Function, typename Arguments>
-  void dispatch(Function run, const Arguments& arguments, mx::cpu::CommandEncoder& encoder) {
-    encoder.dispatch([run, cpu = kernels_.cpu, arguments]() { run(cpu, &arguments); });
+  void dispatch(Function run, const Arguments& arguments, Tasks& tasks) {
+    tasks.add([run, cpu = kernels_.cpu, arguments]() { run(cpu, &arguments); });
   }
 
   const Kernels kernels_;
 };
 
-inline mx::array with_contiguous_rows(const mx::array& a, mx::cpu::CommandEncoder& encoder) {
-  return a.shape(-1) == 1 || a.strides(-1) == 1 ? a : dense(a, encoder);
+inline mx::array with_contiguous_rows(const mx::array& a, Tasks& tasks) {
+  return a.shape(-1) == 1 || a.strides(-1) == 1 ? a : dense(a, tasks);
 }
 
 // attention_ops.cpp

@@ -5,6 +5,7 @@
 // the results, down to the placeholders and to arrays that are there already (weights), in an order in which inputs
 // come first. A Replay makes new arrays of the same primitives, as mx::compile does, but fuses nothing and bakes no
 // number in: the bits are those of the graph that was recorded. A node takes 0.2 us here and 2 to 3 in Python.
+// Nodes of a stage that the CPU computes are one node for MLX (segment.cpp).
 //
 // What the graph does not hold (a cache grows, a mask comes and goes) lies between two *stages*: each gives arrays to the
 // caller, who computes with them what he likes, lazily, and brings others for the next stage.
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <unordered_map>
 #include <utility>
@@ -23,27 +25,20 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
-#include "graph.h"
+#include "segment.h"
 
 namespace xd {
 
 namespace {
 
-using Arrays = std::vector<mx::array>;
-
-// An array is known by a number: those of a step by the order in which they come to be, from 0 on, constants (which are
-// there before) from CONSTANT on.
-constexpr uint32_t CONSTANT = 1u << 31;
-
-struct Node {
-  std::shared_ptr<mx::Primitive> primitive;
-  std::vector<uint32_t> inputs;
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
+struct Given {
+  uint32_t number;
+  mx::Shape shape;
+  mx::Dtype dtype;
 };
 
 struct Stage {
-  std::vector<std::pair<mx::Shape, mx::Dtype>> given;
+  std::vector<Given> given;
   std::vector<Node> nodes;
   std::vector<uint32_t> wanted;
 };
@@ -64,12 +59,13 @@ class Tape {
       Stage& stage = stages_.emplace_back();
       for (const mx::array& a : given) {
         if (!is_placeholder(a)) throw std::invalid_argument("tape: what a stage is given must be placeholders");
-        stage.given.emplace_back(a.shape(), a.dtype());
         number(a);
+        stage.given.push_back({numbers_.at(a.id()), a.shape(), a.dtype()});
       }
       for (const mx::array& a : wanted) record(a, stage);
       for (const mx::array& a : wanted) stage.wanted.push_back(numbers_.at(a.id()));
     }
+    merge();
     numbers_.clear();  // ids mean something only while the arrays live
   }
 
@@ -87,7 +83,7 @@ class Tape {
   }
 
   // For the arrays of a step, empty between two: to ask malloc for so much took 35 us, in which it tidied up.
-  Arrays memory;
+  std::vector<std::optional<mx::array>> memory;
 
   size_t num_nodes() const {
     size_t sum = 0;
@@ -128,14 +124,25 @@ class Tape {
     }
     if (std::strcmp(a.primitive().name(), "RandomBits") == 0)
       throw std::invalid_argument("tape: random numbers would be the same at every step");
-    Node node{a.primitive_ptr(), {}, {}, {}};
+    Node node{a.primitive_ptr(), {}, {}, {}, {}};
     for (const mx::array& input : a.inputs()) node.inputs.push_back(numbers_.at(input.id()));
     for (const mx::array& output : a.outputs()) {
       number(output);
+      node.outputs.push_back(numbers_.at(output.id()));
       node.shapes.push_back(output.shape());
       node.dtypes.push_back(output.dtype());
     }
     stage.nodes.push_back(std::move(node));
+  }
+
+  void merge() {
+    Uses uses;
+    for (const Stage& stage : stages_) {
+      for (const Node& node : stage.nodes)
+        for (uint32_t input : node.inputs) uses[input]++;
+      for (uint32_t number : stage.wanted) uses[number]++;
+    }
+    for (Stage& stage : stages_) stage.nodes = merged(stage.nodes, uses, constants_);
   }
 
   std::vector<Stage> stages_;
@@ -150,7 +157,7 @@ class Replay {
  public:
   explicit Replay(Tape& tape) : tape_(tape) {
     arrays_.swap(tape.memory);
-    arrays_.reserve(tape.num_arrays());
+    arrays_.resize(tape.num_arrays());
   }
 
   Replay(const Replay&) = delete;
@@ -173,16 +180,16 @@ class Replay {
 
  private:
   const mx::array& at(uint32_t number) const {
-    return number < CONSTANT ? arrays_[number] : tape_.constant(number);
+    return number < CONSTANT ? *arrays_[number] : tape_.constant(number);
   }
 
   void take(const Arrays& given, const Stage& stage) {
     if (given.size() != stage.given.size()) throw std::invalid_argument("replay: a stage is given too few or too many");
     for (size_t i = 0; i < given.size(); i++) {
-      const auto& [shape, dtype] = stage.given[i];
+      const auto& [number, shape, dtype] = stage.given[i];
       if (given[i].shape() != shape || given[i].dtype() != dtype)
         throw std::invalid_argument("replay: an array has another shape or type than its placeholder");
-      arrays_.push_back(given[i]);
+      arrays_[number] = given[i];
     }
   }
 
@@ -191,15 +198,15 @@ class Replay {
     inputs.reserve(node.inputs.size());
     for (uint32_t number : node.inputs) inputs.push_back(at(number));
     if (node.shapes.size() == 1) {
-      arrays_.emplace_back(node.shapes[0], node.dtypes[0], node.primitive, std::move(inputs));
+      arrays_[node.outputs[0]].emplace(node.shapes[0], node.dtypes[0], node.primitive, std::move(inputs));
     } else {
-      for (mx::array& a : mx::array::make_arrays(node.shapes, node.dtypes, node.primitive, inputs))
-        arrays_.push_back(std::move(a));
+      Arrays outputs = mx::array::make_arrays(node.shapes, node.dtypes, node.primitive, inputs);
+      for (size_t i = 0; i < outputs.size(); i++) arrays_[node.outputs[i]] = std::move(outputs[i]);
     }
   }
 
   Tape& tape_;
-  Arrays arrays_;
+  std::vector<std::optional<mx::array>> arrays_;
   size_t next_ = 0;
 };
 
