@@ -11,14 +11,18 @@ took 1.3 times as long as solo.)
 Solo is always a candidate, the first choice of all, and wins ties: another split must be faster than solo by MARGIN,
 and than the present choice by as much. So a split that measured slower than solo is never chosen.
 
+The first trial after a step of the choice says nothing: with 16 streams of 1.5 ms it took 3.6 to 4.0 ms where the next
+took 1.8, for the other ranks had just been waiting, and then done what they lacked. So it is taken twice, and counts
+once.
+
 Something must be measured before it can be chosen, and a trial of a slow split is time lost. Until every candidate has
-ENOUGH samples, two of three steps are trials: before one that follows solo the other ranks have to do what solo's step
-did, which takes as long as that where it cannot be copied (runner.py; with one in two, sixteen streams began with
-twelve such waits). What was faster in each of FEW trials is preferred meanwhile, by prompts. After that a trial has
-to be saved for: each step puts TRIAL_BUDGET of its time aside, and the candidate that was tried longest ago is tried
-again when its expected excess is there. So trials cost at most that part of the time however slow a link has become,
-and one that has become fast is noticed. But when a split that needs the link gets slower by ALARM, solo is tried at
-once, ENOUGH times: never slower than one machine.
+ENOUGH samples, all that lack some are tried after each step of the choice, one after another: before the first of them
+the other ranks have to do what solo's step did, which takes as long as that where it cannot be copied (runner.py). What
+was faster in each of FEW trials is preferred meanwhile, by prompts. After that a trial has to be saved for: each step
+puts TRIAL_BUDGET of its time aside, and the candidate that was tried longest ago is tried again when its expected
+excess is there. So trials cost at most that part of the time however slow a link has become, and one that has become
+fast is noticed. But when a split that needs the link gets slower by ALARM, solo is tried at once, ENOUGH times: never
+slower than one machine.
 
 Only steps of real requests are measured. Trials of an idle engine were tried: a processor that has just been idle,
 with a server starting beside it, took 6 ms for a step that takes 2 ms in a stream, and the choices were wrong.
@@ -36,7 +40,9 @@ from typing import NamedTuple
 from expertd.engine.messages import Choice
 
 WINDOW = 7
-ENOUGH = 4
+ENOUGH = 5
+# The first of which only warms up.
+STEPS_A_TRIAL = 2
 # Trials after which a split may be preferred that is not chosen yet: until each of four has ENOUGH, 16 streams answer
 # 18 tokens, and the next prompts would be read by every rank.
 FEW = 2
@@ -72,6 +78,7 @@ class _Record:
     choice: str = "solo"
     savings: float = 0.0
     num_steps: int = 0
+    num_in_row: int = 0  # trials since the last step of the choice
     num_alarmed: int = 0  # trials of solo that need not be saved for
     announced: str = ""
     costs: dict[str, float] = field(init=False)
@@ -111,11 +118,14 @@ class _Record:
     def next_trial(self) -> str:
         """The candidate that the next step should try instead of the choice, "" for none."""
         if self.num_alarmed:
-            return "" if self.num_steps % 2 else "solo"
+            return "solo" if self.num_in_row < STEPS_A_TRIAL else ""
         if len(self.costs) < len(self.candidates):
-            return "" if self.num_steps % 3 == 1 else self._least_tried
+            num_unknown = len(self.candidates) - len(self.costs)
+            return self._least_tried if self._recent_s and self.num_in_row <= num_unknown else ""
         oldest = self._tried_long_ago
-        if not oldest or self.savings < self.costs[oldest] - 1:
+        if 0 < self.num_in_row < STEPS_A_TRIAL:
+            return oldest
+        if not oldest or self.savings < STEPS_A_TRIAL * (self.costs[oldest] - 1):
             return ""
         # A trial that costs nothing waits as well, so that the choice keeps being measured.
         return oldest if self.is_paced and self.num_steps - self._tried_at[oldest] > WINDOW else ""
@@ -128,6 +138,7 @@ class _Record:
 
     def add(self, name: str, seconds: float, waited_s: float) -> None:
         """Note what a step took. Part of its time is put aside for trials, or pays for the trial that it was."""
+        self.num_in_row = 0 if name == self.choice else self.num_in_row + 1
         if name == self.choice:
             if self.is_measured:
                 self.savings += TRIAL_BUDGET
@@ -136,8 +147,10 @@ class _Record:
                 self._watch_link()
         elif pace_s := self.pace_s:
             if self.is_measured and not (name == "solo" and self.num_alarmed):
-                dearest = max(self.costs.values()) - 1
+                dearest = STEPS_A_TRIAL * (max(self.costs.values()) - 1)
                 self.savings = min(self.savings, dearest) - max(0.0, (waited_s + seconds) / pace_s - 1)
+            if self.num_in_row < STEPS_A_TRIAL:
+                return
             if name == "solo" and self.num_alarmed:
                 self.num_alarmed -= 1
             trials = self._trials[name]
@@ -165,7 +178,7 @@ class _Record:
             if other not in (name, before):
                 self._trials[other] = deque((value / unit for value in self._trials[other]), maxlen=WINDOW)
         self.costs = {other: cost / unit for other, cost in self.costs.items()}
-        self.choice, self.savings, self.num_alarmed = name, self.savings / unit, 0
+        self.choice, self.savings, self.num_alarmed, self.num_in_row = name, self.savings / unit, 0, 0
         self._recent_s = deque([pace_s] * ENOUGH, maxlen=WINDOW)
         self._calm_pace_s = pace_s
         self._note_trial(before)

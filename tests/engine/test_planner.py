@@ -67,6 +67,20 @@ def test_a_split_that_became_slow_is_left_and_taken_again_when_it_is_fast() -> N
     assert [c.split for c in planner.news()] == ["experts", "solo", "experts"]
 
 
+def test_the_first_step_after_solo_does_not_count() -> None:
+    """The other ranks had just been waiting: what divides the work well takes longer than solo, once."""
+    before, costs = "solo", {"solo": 1.0, "experts": 1.3, "tokens": 1.2, "sequences": 0.6}
+
+    def cost(step: int, split: str) -> float:
+        nonlocal before
+        is_cold, before = split != before == "solo", split
+        return costs[split] + is_cold
+
+    planner = Planner("auto", tuple(costs), 2)
+    taken, _ = drive(planner, Work("decode", 16), cost, 1000)
+    assert [c.split for c in planner.news()] == ["sequences"] and taken["sequences"] > 950
+
+
 def test_a_link_that_breaks_down_is_left_within_twenty_steps() -> None:
     planner = Planner("auto", SPLITS, 2)
     drive(planner, ONE, lambda step, split: {"solo": 1.0, "experts": 0.5}[split], 300)
@@ -124,7 +138,10 @@ def test_work_is_compared_with_its_like_and_begins_with_its_neighbours_choice() 
     assert [w.num_tokens for w in works] == [1, 2, 4, 4, 8, 16]
     fast_tokens = {"solo": 3.0, "experts": 2.5, "tokens": 1.0}
     drive(planner, Work("decode", 8), lambda step, split: fast_tokens[split], 40)
-    first_two = [planner.choose(Work("decode", 16)) for _ in range(2)]
+    first_two = []
+    for _ in range(2):
+        first_two.append(planner.choose(Work("decode", 16)))
+        planner.took(Work("decode", 16), first_two[-1], 16, 1.0)
     assert first_two == ["tokens", "solo"]  # what is best for eight, and a trial
     assert "tokens" not in {planner.choose(ONE) for _ in range(20)}  # one row cannot be divided
 
