@@ -5,8 +5,8 @@
    16-bit numbers, which is what 8-bit codes meet. Sums of two digits: the high one's is shifted by 8, the low one's
    added.
 
-   Single rows (`rows`) go as in affine_avx2_rows.c, 32 bytes at a time: q's planes are that wide, and memory is the limit,
-   not arithmetic. Masked loads end a row.
+   Single rows: what decoding reads most has a loop of its own (affine_avx512_rows.c). All other formats go as in
+   affine_avx2_rows.c, 32 bytes at a time (`rows`): q's planes are that wide. Masked loads end a row.
 
    Panels (`pack`, `tile`): 32 output rows lie side by side in two vectors of 16 words, of four codes each; a word of
    digits is broadcast against both. With four rows of x that is 8 sums and 8 float sums of one lane, in 32 registers.
