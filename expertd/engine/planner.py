@@ -40,7 +40,7 @@ from typing import NamedTuple
 from expertd.engine.messages import Choice
 
 WINDOW = 7
-ENOUGH = 5
+ENOUGH = 4
 # The first of which only warms up.
 STEPS_A_TRIAL = 2
 # Trials after which a split may be preferred that is not chosen yet: until each of four has ENOUGH, 16 streams answer
@@ -155,8 +155,10 @@ class _Record:
                 self.num_alarmed -= 1
             trials = self._trials[name]
             trials.append(seconds / pace_s)
-            if len(trials) >= ENOUGH:
-                self.costs[name] = median(trials)
+            if (
+                len(trials) >= ENOUGH
+            ):  # the first of all records the step's graph, and takes half as long again
+                self.costs[name] = median(list(trials)[1:] if len(trials) == ENOUGH else trials)
             self._note_trial(name)
 
     def _watch_link(self) -> None:
