@@ -87,12 +87,12 @@ def test_followers_killed_and_stopped_in_mid_stream() -> None:
     async def main() -> None:
         async with open_group(3) as cluster:
             first = Listener(cluster, "first", sampling=SAMPLED)
-            await until(lambda: len(first.token_ids) == 8)
+            await until(lambda: len(first.token_ids) >= 8)
             signal_rank(cluster, 1, signal.SIGKILL)
             await first.task
             assert cluster.epoch == 2 and first.done and first.done.ranks == 2
             second = Listener(cluster, "second", sampling=SAMPLED)
-            await until(lambda: len(second.token_ids) == 8)
+            await until(lambda: len(second.token_ids) >= 8)
             signal_rank(cluster, 2, signal.SIGSTOP)
             await second.task
             assert cluster.describe()["reason"] == "rank 1 stopped answering: no pulse for 0.8 s"
@@ -119,7 +119,7 @@ def test_killed_in_prefill_and_the_leader_after_it() -> None:
             await asyncio.gather(first.task, waiting.task)
             assert first.done and first.done.prefill_tokens_per_s < 5000
             again = Listener(cluster, "again", LONG_PROMPT)
-            await until(lambda: len(again.token_ids) == 5)
+            await until(lambda: len(again.token_ids) >= 5)
             signal_rank(cluster, 0, signal.SIGKILL)
             await again.task
             assert again.done and (again.done.completion_tokens, again.done.ranks) == (NUM_TOKENS, 1)
