@@ -131,8 +131,10 @@ class LocalRank:
             if not pulse and now - epoch.began > PULSE_SILENCE_S and self.process.is_stopped:
                 return f"was stopped before it joined epoch {epoch.layout.epoch}"
             limit_s = join_timeout_s
-            if not pulse or self.seats[0].epoch.link:
-                limit_s = min(join_timeout_s, MLX_JOIN_S if pulse else JOIN_S)
+            if not pulse:
+                limit_s = min(limit_s, JOIN_S)
+            elif self.seats[0].epoch.link:
+                limit_s = min(limit_s, MLX_JOIN_S)
             if now - epoch.began > limit_s:
                 return f"did not join epoch {epoch.layout.epoch} within {limit_s:g} s"
         if self.replies and now - self.last_word > SILENCE_TIMEOUT_S:

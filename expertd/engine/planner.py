@@ -43,8 +43,8 @@ WINDOW = 7
 ENOUGH = 4
 # The first of which only warms up.
 STEPS_A_TRIAL = 2
-# Trials after which a split may be preferred that is not chosen yet: until each of four has ENOUGH, 16 streams answer
-# 18 tokens, and the next prompts would be read by every rank.
+# Trials after which a split may be preferred that is not chosen yet: until each of three has ENOUGH, 16 streams answer
+# 20 tokens, and the next prompts would be read by every rank.
 FEW = 2
 # Two equal splits differ by about 1 % from one median of seven to the next on a quiet machine.
 MARGIN = 0.02
@@ -155,9 +155,8 @@ class _Record:
                 self.num_alarmed -= 1
             trials = self._trials[name]
             trials.append(seconds / pace_s)
-            if (
-                len(trials) >= ENOUGH
-            ):  # the first of all records the step's graph, and takes half as long again
+            if len(trials) >= ENOUGH:
+                # The first of all records the step's graph, and takes half as long again.
                 self.costs[name] = median(list(trials)[1:] if len(trials) == ENOUGH else trials)
             self._note_trial(name)
 

@@ -5,8 +5,8 @@ liveness: a rank inside a collective waits for as long as its peers are silent, 
 one, and the ring's threads keep a core busy all that time. The ring raises when a neighbour's socket ends (mlx
 0.32.4), in that exchange: the next one of the same step waits for ever. A peer that is stopped or two seats away, or a
 dead one under JACCL, is for the supervisor to find, which kills it and every rank that then does not come to the next
-epoch within 10 s. Nor are two routers' choices compared. A process can join
-one group in its life: what is left of a broken one goes on over the mailbox, as one rank.
+epoch within 10 s. Nor are two routers' choices compared. A process can join one group in its life: what
+is left of a broken one goes on over the mailbox, as one rank.
 """
 
 import json
