@@ -45,15 +45,20 @@ class Heartbeat:
 
 
 class _Reader(asyncio.StreamReader):
-    """Knows when something last arrived, read or not."""
+    """Knows when something last arrived, read or not, and whether the peer has ended."""
 
     def __init__(self) -> None:
         super().__init__(limit=READ_BYTES)
         self.heard = asyncio.get_running_loop().time()
+        self.has_ended = False
 
     def feed_data(self, data: Any) -> None:
         self.heard = asyncio.get_running_loop().time()
         super().feed_data(data)
+
+    def feed_eof(self) -> None:
+        self.has_ended = True
+        super().feed_eof()
 
 
 class Channel:
@@ -131,8 +136,13 @@ class Channel:
     def _closed(self) -> str:
         return self._down or f"host {self.peer.name}: closed the connection"
 
+    def _is_over(self) -> bool:
+        """Nothing more can be sent. TLS has no half-open connections, and asyncio warns of each message that is written
+        after the peer's end: dozens, where a host was stopped meanwhile."""
+        return bool(self._down) or self._writer.is_closing() or self._reader.has_ended
+
     def _write(self, frame: bytes) -> None:
-        if self._down or self._writer.is_closing():
+        if self._is_over():
             raise LinkDown(self._closed())
         self._writer.write(frame)
         self._spoke = True
@@ -165,7 +175,7 @@ class Channel:
     async def _beat(self) -> None:
         loop, frame = asyncio.get_running_loop(), self._codec.encode(Heartbeat())
         last = loop.time()
-        while not self._down and not self._writer.is_closing():
+        while not self._is_over():
             await asyncio.sleep(HEARTBEAT_S)
             now = loop.time()
             # Late ourselves, or not reading because the owner is slow: then its silence says nothing.
@@ -175,11 +185,8 @@ class Channel:
                 return self.disconnect(f"nothing heard for {self._silence_s:g} s")
             last = now
             # What is still unsent will be heard as well; adding to it would only fill memory.
-            if (
-                not self._spoke
-                and not self._writer.is_closing()
-                and not self._writer.transport.get_write_buffer_size()
-            ):
+            unsent = self._writer.transport.get_write_buffer_size()
+            if not (self._spoke or unsent or self._is_over()):
                 self._writer.write(frame)
             self._spoke = False
 

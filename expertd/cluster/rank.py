@@ -111,7 +111,12 @@ class Control:
             _, writable, _ = select.select([], [self._sock], [], SEND_TIMEOUT_S)
             if not writable:
                 os._exit(1)
-            data = data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+            try:
+                data = data[self._sock.send(data, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                continue
+            except OSError:  # the supervisor is gone, as `_receive` may not have noticed yet
+                os._exit(0)
 
     def _read(self) -> None:
         while True:

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,6 +211,24 @@ def test_disconnect_ends_the_channels_of_one_host(a: Host, b: Host) -> None:
             assert str(at.ended[0]) == "host mini: was told to go"
 
     finish(work())
+
+
+def test_writing_to_a_peer_that_has_ended(a: Host, b: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """A host that was stopped meanwhile has a lot to say at once; asyncio warns of each message it drops."""
+
+    async def work(turns: int) -> None:
+        async with listening(a) as at, await join(b, at) as channel:
+            await ask(channel, 1)
+            at.server.disconnect(b.identity.host_id)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            with suppress(LinkDown):  # before its end has come, and long after it, all is well
+                for number in range(20):
+                    await channel.send(Ping(number))
+
+    for turns in range(12):
+        finish(work(turns))
+    assert "SSL connection is closed" not in logged(caplog.records)
 
 
 def test_damaged_list_of_hosts_leaves_open_channels_alone(

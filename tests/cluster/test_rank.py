@@ -240,3 +240,13 @@ def test_ranks_share_the_cores_of_evaluation(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1"
     module.share_cores(1)
     assert os.environ["OPENBLAS_NUM_THREADS"] == "1", "the user's own"
+
+
+def test_a_rank_whose_supervisor_died_ends_without_a_word() -> None:
+    """Its next message finds the socket closed, perhaps before the thread that reads has noticed."""
+    code = (
+        "import socket; from expertd.cluster.rank import Control; from expertd.engine.messages import Stats\n"
+        "ours, theirs = socket.socketpair(); theirs.close(); Control(ours).send(Stats()); raise SystemExit(3)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=30, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
