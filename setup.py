@@ -32,6 +32,8 @@ graph = Extension(
             "cache_ops",
             "replay",
             "segment",
+            "settled",
+            "twins",
             "nanobind_all",
         )
     ],
@@ -39,6 +41,10 @@ graph = Extension(
         "native/graph.h",
         "native/kernel_ops.h",
         "native/segment.h",
+        "native/arena.h",
+        "native/settled.h",
+        "native/steps.h",
+        "native/twins.h",
         "native/kernels/kernels.h",
         "native/kernels/ops.h",
     ],
@@ -55,7 +61,7 @@ graph = Extension(
     # the library is found because mlx.core, which loads it, is imported first.
     extra_link_args=[f"-Wl,-rpath,{ORIGIN}/../../mlx/lib"],
     define_macros=[("NB_DOMAIN", "mlx"), ("NDEBUG", None)],
-    extra_compile_args=["-std=c++20", "-O2", "-fvisibility=hidden", "-fno-strict-aliasing"],
+    extra_compile_args=["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-strict-aliasing"],
 )
 
 setup(

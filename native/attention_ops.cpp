@@ -22,11 +22,11 @@ class Attention : public KernelOp {
 
  protected:
   // The result lies as [batch, queries, heads, value_dim], as the product that reads it wants it.
-  void allocate(mx::array& out) override {
+  void allocate(mx::array& out, const Tasks& tasks) override {
     const int64_t heads = out.shape(1), queries = out.shape(2), dim = out.shape(3);
     const mx::Strides strides = {heads * queries * dim, dim, heads * dim, 1};
     const auto [size, rows, columns] = mx::check_contiguity(out.shape(), strides);
-    out.set_data(mx::allocator::malloc(out.nbytes()), size, strides, {true, rows, columns});
+    tasks.allocate(out, size, strides, {true, rows, columns});
   }
 
   void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) override {
@@ -37,7 +37,7 @@ class Attention : public KernelOp {
     a.y = view(out, a.y_batch_stride, a.y_head_stride, a.y_row_stride, tasks);
     if (a.mask_kind == XD_MASK_BOOL || a.mask_kind == XD_MASK_ADD) take_mask(in[3], a);
     if (has_sinks_) a.sinks = dense(in.back(), tasks).data<void>();
-    a.scratch = scratch(kernels_.attention_scratch(kernels_.cpu, &a), tasks);
+    a.scratch = tasks.scratch(kernels_.attention_scratch(kernels_.cpu, &a));
     dispatch(kernels_.attention_run, a, tasks);
   }
 
@@ -128,7 +128,7 @@ class AppendAttention : public mx::Primitive {
       if (has_sinks_) a.sinks = dense(in.back(), tasks).data<void>();
       scratch_bytes = std::max(scratch_bytes, kernels_.attention_scratch(kernels_.cpu, &a));
     }
-    void* memory = scratch(scratch_bytes, tasks);  // of one after the other
+    void* memory = tasks.scratch(scratch_bytes);  // of one after the other
     for (xd_attention& a : each) a.scratch = memory;
     tasks.add([run = kernels_.attention_run, cpu = kernels_.cpu, each = std::move(each), rows = std::move(rows)]() {
       for (const Row& row : rows) row.write();

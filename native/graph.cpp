@@ -2,6 +2,7 @@
 
 #include "graph.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "mlx/allocator.h"
@@ -35,30 +36,62 @@ void copy_row(const char* from, char* to, int64_t count, int64_t stride, int64_t
     for (int64_t i = 0; i < count; i++) std::memcpy(to + i * size, from + i * stride * size, size);
 }
 
+// As MLX sets them.
+mx::array::Flags flags_of_dense(const mx::array& a) {
+  const auto longest = a.ndim() ? *std::max_element(a.shape().begin(), a.shape().end()) : 1;
+  return {true, true, a.size() <= 1 || static_cast<int64_t>(a.size()) == longest};
+}
+
 }  // namespace
+
+void Tasks::allocate(mx::array& a) const {
+  allocate(a, a.size(), a.strides(), flags_of_dense(a));
+}
+
+void Tasks::allocate(mx::array& a, size_t data_size, mx::Strides strides, mx::array::Flags flags) const {
+  if (!arena_) {
+    a.set_data(mx::allocator::malloc(a.nbytes()), data_size, std::move(strides), flags);
+    return;
+  }
+  const auto [block, at] = arena_->arrays.take(a.nbytes());
+  a.copy_shared_buffer(block, strides, flags, data_size, static_cast<int64_t>(at / a.itemsize()));
+}
+
+void* Tasks::scratch(size_t bytes) {
+  if (bytes == 0) return nullptr;
+  if (arena_) {
+    const auto [block, at] = arena_->scratch.take(bytes);
+    return const_cast<char*>(block.data<char>()) + at;
+  }
+  const uintptr_t alignment = 64;
+  mx::array memory({0}, mx::uint8, nullptr, {});
+  memory.set_data(mx::allocator::malloc(bytes + alignment));
+  keep(memory);
+  const auto start = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
+  return reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment);
+}
+
+void copy_densely(const mx::array& a, char* to, Tasks& tasks) {
+  if (a.size() == 0) return;
+  if (a.flags().row_contiguous) {
+    tasks.add([from = a.data<char>(), to, bytes = a.nbytes()]() { std::memcpy(to, from, bytes); });
+    return;
+  }
+  const int64_t width = a.shape(-1), num_rows = a.size() / width;
+  tasks.add([from = a.data<char>(), to, rows = Rows(a), num_rows, width, stride = a.strides(-1),
+             size = static_cast<int64_t>(a.itemsize())]() {
+    for (int64_t i = 0; i < num_rows; i++)
+      copy_row(from + rows.offset(i) * size, to + i * width * size, width, stride, size);
+  });
+}
 
 mx::array dense(const mx::array& a, Tasks& tasks) {
   if (a.flags().row_contiguous || a.size() == 0) return a;
   mx::array copy(a.shape(), a.dtype(), nullptr, {});
-  copy.set_data(mx::allocator::malloc(copy.nbytes()));
+  tasks.allocate(copy);
   tasks.keep(copy);
-  const int64_t width = a.shape(-1), num_rows = a.size() / width;
-  tasks.add([from = a.data<char>(), to = copy.data<char>(), rows = Rows(a), num_rows, width,
-             stride = a.strides(-1), size = static_cast<int64_t>(a.itemsize())]() {
-    for (int64_t i = 0; i < num_rows; i++)
-      copy_row(from + rows.offset(i) * size, to + i * width * size, width, stride, size);
-  });
+  copy_densely(a, copy.data<char>(), tasks);
   return copy;
-}
-
-void* scratch(size_t bytes, Tasks& tasks) {
-  if (bytes == 0) return nullptr;
-  const uintptr_t alignment = 64;
-  mx::array memory({0}, mx::uint8, nullptr, {});
-  memory.set_data(mx::allocator::malloc(bytes + alignment));
-  tasks.keep(memory);
-  const auto start = reinterpret_cast<uintptr_t>(memory.buffer().raw_ptr());
-  return reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment);
 }
 
 }  // namespace xd

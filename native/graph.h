@@ -7,6 +7,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "arena.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
@@ -20,16 +21,31 @@ namespace mx = mlx::core;
 // queue's lock, and often the thread's sleep.
 class Tasks {
  public:
+  using Task = std::function<void()>;
+
   explicit Tasks(const mx::Stream& stream) : encoder_(mx::cpu::get_command_encoder(stream)) {}
 
-  template <typename Task>
-  void add(Task task) {
+  // Tasks that will be done again and again, and are taken instead of sent: their memory is the arena's.
+  Tasks(const mx::Stream& stream, Arena& arena) : encoder_(mx::cpu::get_command_encoder(stream)), arena_(&arena) {}
+
+  template <typename Added>
+  void add(Added task) {
     tasks_.emplace_back(std::move(task));
   }
 
+  // Give `a` memory, in which its elements lie densely in order, or as it is said.
+  void allocate(mx::array& a) const;
+  void allocate(mx::array& a, size_t data_size, mx::Strides strides, mx::array::Flags flags) const;
+
+  // Memory for the operation whose tasks are added next, aligned to 64 bytes; nullptr for 0 bytes.
+  void* scratch(size_t bytes);
+
   // Keep `a` until all that was added has been done.
   void keep(mx::array a) {
-    encoder_.add_temporary(std::move(a));
+    if (arena_)
+      kept_.push_back(std::move(a));
+    else
+      encoder_.add_temporary(std::move(a));
   }
 
   void send() {
@@ -40,17 +56,27 @@ class Tasks {
     tasks_.clear();
   }
 
+  std::vector<Task> take() {
+    return std::exchange(tasks_, {});
+  }
+
+  std::vector<mx::array> take_kept() {
+    return std::exchange(kept_, {});
+  }
+
  private:
   mx::cpu::CommandEncoder& encoder_;
-  std::vector<std::function<void()>> tasks_;
+  Arena* const arena_ = nullptr;
+  std::vector<Task> tasks_;
+  std::vector<mx::array> kept_;
 };
 
 // Give `a` itself when its elements lie densely in order, else a copy made on the stream, which outlives its users.
 // Not mx::contiguous: that is one more node (1 us), and it copies every view of a much larger buffer.
 mx::array dense(const mx::array& a, Tasks& tasks);
 
-// Memory for the tasks that are added next, aligned to 64 bytes; nullptr for 0 bytes.
-void* scratch(size_t bytes, Tasks& tasks);
+// Add what copies `a` to dense memory of its size.
+void copy_densely(const mx::array& a, char* to, Tasks& tasks);
 
 // What each file adds to the module.
 void bind_caches(nb::module_& m);

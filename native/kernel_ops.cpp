@@ -51,7 +51,7 @@ class Product : public KernelOp {
     }
     if (gathers_) p.ids = static_cast<const uint32_t*>(pointer(i++));
     p.y = out.data<void>();
-    p.scratch = scratch(kernels_.product_scratch(kernels_.cpu, &p), tasks);
+    p.scratch = tasks.scratch(kernels_.product_scratch(kernels_.cpu, &p));
     dispatch(kernels_.product_run, p, tasks);
   }
 
@@ -243,7 +243,7 @@ class Rope : public KernelOp {
     r.x_batch_stride = x.strides(0);
     if (has_freqs_) r.freqs = dense(in.back(), tasks).data<float>();
     if (!offset_) r.offsets = dense(in[1], tasks).data<int32_t>();
-    r.scratch = scratch(kernels_.rope_scratch(kernels_.cpu, &r), tasks);
+    r.scratch = tasks.scratch(kernels_.rope_scratch(kernels_.cpu, &r));
     tasks.add([run = kernels_.rope_run, cpu = kernels_.cpu, r, offset = offset_]() mutable {
       if (offset) r.offsets = &*offset;
       run(cpu, &r);
@@ -374,11 +374,11 @@ class Experts : public KernelOp {
       bytes = std::max(bytes, kernels_.product_scratch(kernels_.cpu, product));
     }
     const size_t inner_bytes = p.glu.num_rows * p.glu.width * mx::size_of(dtype_of(p.glu.dtype));
-    p.up.y = scratch(inner_bytes, tasks);
-    p.gate.y = scratch(inner_bytes, tasks);
+    p.up.y = tasks.scratch(inner_bytes);
+    p.gate.y = tasks.scratch(inner_bytes);
     p.glu.up = p.up.y, p.glu.gate = p.glu.y = p.gate.y;
     p.down.x = p.glu.y, p.down.y = out.data<void>();
-    p.up.scratch = p.gate.scratch = p.down.scratch = scratch(bytes, tasks);  // of one after the other
+    p.up.scratch = p.gate.scratch = p.down.scratch = tasks.scratch(bytes);  // of one after the other
     tasks.add([product = kernels_.product_run, glu = kernels_.glu_run, cpu = kernels_.cpu, p]() {
       product(cpu, &p.up);
       product(cpu, &p.gate);

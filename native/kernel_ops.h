@@ -90,7 +90,7 @@ class KernelOp : public mx::Primitive {
 
   // Give `out` its memory and add what computes it.
   void add_to(Tasks& tasks, const std::vector<mx::array>& inputs, mx::array& out) {
-    allocate(out);
+    allocate(out, tasks);
     if (out.size() != 0) run(inputs, out, tasks);
   }
 
@@ -99,8 +99,8 @@ class KernelOp : public mx::Primitive {
   }
 
  protected:
-  virtual void allocate(mx::array& out) {
-    out.set_data(mx::allocator::malloc(out.nbytes()));
+  virtual void allocate(mx::array& out, const Tasks& tasks) {
+    tasks.allocate(out);
   }
   virtual void run(const std::vector<mx::array>& in, mx::array& out, Tasks& tasks) = 0;
 

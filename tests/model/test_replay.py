@@ -1,6 +1,5 @@
 """Steps whose graph is built from a tape: the bits, the caches and the memory of those that Python builds."""
 
-import functools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from mlx_lm.models.cache import KVCache
 from expertd.link.mailbox import Mailbox
 from expertd.model import replay
 from expertd.model.caches import SequenceCache
-from expertd.model.kernels import Kernels
 from expertd.model.model import Model
 from expertd.model.replay import Recorder, Tape, Tapes
 from expertd.model.together import Together, ragged_attention
@@ -370,185 +368,10 @@ def test_operations_write_where_their_input_was() -> None:
     assert mx.get_peak_memory() - before < 3 << 20
 
 
-# Graphs.
-
-
-def test_a_tape_gives_what_was_recorded() -> None:
-    """Shared parts, several outputs of one operation, stages, constants, and outputs that are inputs."""
-    weight = mx.random.normal((4, 4))
-    mx.eval(weight)
-
-    def first(x: mx.array) -> list[mx.array]:
-        halves: Any = mx.split(x @ weight, 2, axis=1)
-        return [halves[1] + 1, halves[0] * halves[1], x]
-
-    def second(x: mx.array, parts: list[mx.array], y: mx.array) -> list[mx.array]:
-        return [mx.exp(y) + parts[0] + mx.arange(2), weight, parts[1].sum() + x]
-
-    x, y = placeholder([3, 4], mx.float32), placeholder([3, 2], mx.float32)
-    parts = first(x)
-    tape = _graph.Tape([([x], parts), ([y], second(x, parts, y))])
-    for _ in range(3):
-        given, other = mx.random.normal((3, 4)), mx.random.normal((3, 2))
-        step = _graph.Replay(tape)
-        found = step.next([given])
-        assert same(found, first(given))
-        assert same(step.next([other]), second(given, first(given), other))
-    with pytest.raises(ValueError, match="no stage is left"):
-        step.next([])
-
-
-# Nodes that follow each other are one node: native/segment.cpp.
-
-
-def random_operations(kernels: Kernels, rng: np.random.Generator) -> dict[str, Any]:
-    """Functions of two bfloat16 arrays [4, 64], with what a decode step has: our kernels', MLX's, and views that need a
-    copy later or none."""
-    weight = mx.array(rng.normal(size=(64, 64)) / 8).astype(mx.bfloat16)
-    scale = mx.array(rng.normal(size=64)).astype(mx.bfloat16)
-    mx.eval(weight, scale)
-
-    def route(a: mx.array, b: mx.array) -> mx.array:
-        """As a router does, with ties."""
-        scores = mx.softmax(mx.round(2 * a), axis=-1, precise=True)
-        ids = mx.stop_gradient(mx.argpartition(scores, kth=-8, axis=-1)[..., -8:])
-        chosen = mx.take_along_axis(scores, ids, axis=-1)
-        chosen = chosen / chosen.sum(axis=-1, keepdims=True)
-        rows = mx.take(weight, ids, axis=0)
-        return (rows * chosen[..., None]).sum(axis=-2) + b
-
-    def halves(a: mx.array, b: mx.array) -> mx.array:
-        first, _, last = mx.split(a, [8, 32], axis=1)
-        return mx.concatenate([last, b[:, 8:32], first], axis=1)
-
-    return {
-        "norm": lambda a, b: kernels.rms_norm(a, scale, 1e-6) + b,
-        "glu": lambda a, b: kernels.glu(a, b, "silu"),
-        "product": lambda a, b: kernels.plain_product(a, weight),
-        "turned": lambda a, b: kernels.rms_norm(a.T.reshape(4, 64), None, 1e-6),
-        "heads": lambda a, b: kernels.plain_product(a.reshape(4, 4, 16).transpose(1, 0, 2).reshape(4, 64), weight),
-        "backwards": lambda a, b: kernels.glu(a[:, ::-1], b, "gelu_tanh"),
-        "add": lambda a, b: a + b,
-        "scaled": lambda a, b: a * 0.5 - b,
-        "halves": halves,
-        "route": route,
-    }  # fmt: skip
-
-
-def random_stages(kernels: Kernels, seed: int) -> list[Any]:
-    """Functions from arrays [4, 64] to some that they computed: of 10 to 100 operations, many needed more than once."""
-    rng = np.random.default_rng(seed)
-    operations = list(random_operations(kernels, rng).values())
-    plan = [
-        [(operations[i], rng.integers(2**30, size=2)) for i in rng.integers(len(operations), size=count)]
-        for count in rng.integers(10, 100, size=2)
-    ]
-    wanted = rng.integers(2**30, size=(2, 3))
-
-    def stage(number: int, pool: list[mx.array]) -> list[mx.array]:
-        for operation, places in plan[number]:
-            # Half of the inputs are recent, so that there are chains whose memory is used again.
-            a, b = (pool[-1 - p // 2 % min(3 if p % 2 else 99, len(pool))] for p in places)
-            pool.append(operation(a, b))
-        return [pool[place % len(pool)] for place in wanted[number]] + pool[-1:]
-
-    return [functools.partial(stage, number) for number in range(2)]
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_merged_nodes_compute_what_they_do_alone(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    kernels = Kernels("", 1, 8)
-    first, second = random_stages(kernels, seed)
-    x, y = (placeholder([4, 64], mx.bfloat16) for _ in range(2))
-    pool = [x]
-    parts = first(pool)
-    tape = _graph.Tape([([x], parts), ([y], second([*pool, y]))])
-    found, wanted = [], []
-    for _ in range(3):
-        given = [mx.array(rng.normal(size=(4, 64))).astype(mx.bfloat16) for _ in range(2)]
-        mx.eval(given)
-        step = _graph.Replay(tape)
-        found += [*step.next(given[:1]), *step.next(given[1:])]
-        del step
-        mx.eval(found)
-        pool = given[:1]
-        wanted += [*first(pool), *second([*pool, given[1]])]
-    assert same(found, wanted)
-    assert not any(mx.isnan(a).any().item() for a in found)
-
-
-def test_a_stage_is_one_node(model: Model) -> None:
-    """As far as it is computed by one stream of the CPU, and not too long."""
-    other, x = mx.new_stream(mx.cpu), placeholder([4], mx.float32)
-
-    def chain(*streams: Any) -> mx.array:
-        y = x
-        for stream in streams:
-            y = mx.add(y, y, stream=stream)
-        return y
-
-    for streams, num_nodes in (
-        ([mx.cpu], 1), ([mx.cpu] * 64, 1), ([mx.cpu] * 65, 2), ([mx.cpu] * 3 + [other] * 2 + [mx.cpu], 3),
-    ):  # fmt: skip
-        tape = _graph.Tape([([x], [chain(*streams)])])
-        assert tape.num_nodes == num_nodes
-        (found,) = _graph.Replay(tape).next([mx.full(4, 2.0**-40)])
-        assert found.tolist() == [2.0 ** (len(streams) - 40)] * 4
+def test_a_layer_is_one_node(model: Model) -> None:
     model._decode([5], filled(model, 1), SOLO, None)
     (step,) = model._tapes._tapes.values()
     assert step and step._graph.num_nodes == 1 + len(model._model.layers)
-
-
-def test_memory_of_a_stage_is_let_go() -> None:
-    """What it needs in between is free afterwards; what it gives, and what it was given, stays what it is."""
-    x = placeholder([1 << 16], mx.float32)
-    tape, given = _graph.Tape([([x], [(x.reshape(2, -1).T.reshape(-1) + x) * 2])]), mx.ones(1 << 16)
-    mx.eval(given)
-    before = mx.get_active_memory()
-    (found,) = _graph.Replay(tape).next([given])
-    mx.eval(found)
-    mx.synchronize()
-    assert mx.get_active_memory() - before == found.nbytes
-    assert given.tolist() == [1] * (1 << 16) and found.tolist() == [4] * (1 << 16)
-
-
-def test_memory_is_nobody_elses_before_it_was_read() -> None:
-    """The thread that builds the tasks is ahead of the one that does them: here by three large products."""
-    weight, x = mx.full((512, 512), 2.0**-9), placeholder([512, 512], mx.float32)
-    mx.eval(weight)
-    slow, between = x @ weight @ weight @ weight, x + 1
-    tape = _graph.Tape([([x], [slow + between.sum(axis=0)])])
-    given = mx.ones((512, 512))
-    mx.eval(given)
-    (found,) = _graph.Replay(tape).next([given])
-    mx.async_eval(found)
-    others = [mx.array(np.full((512, 512), 7, np.float32)) for _ in range(8)]
-    mx.eval(found)
-    assert mx.all(found == 1025).item() and all(mx.all(each == 7).item() for each in others)
-
-
-def test_wrong_tapes_are_refused() -> None:
-    x, y = placeholder([3], mx.float32), placeholder([3], mx.float32)
-    for stages, message in (
-        ([([x], [x + y])], "a placeholder is needed before it is given"),
-        ([([x], [x + y]), ([y], [y])], "a placeholder is needed before it is given"),
-        ([([mx.ones(3)], [x])], "what a stage is given must be placeholders"),
-        ([([x], [x + mx.random.normal((3,))])], "random numbers"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            _graph.Tape(stages)
-    tape = _graph.Tape([([x], [x + 1])])
-    for given, message in (
-        ([], "too few or too many"),
-        ([mx.ones(3)] * 2, "too few or too many"),
-        ([mx.ones(4)], "another shape or type"),
-        ([mx.ones(3, mx.float16)], "another shape or type"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            _graph.Replay(tape).next(given)
-    with pytest.raises(RuntimeError, match="without a primitive"):
-        mx.eval(x + 1)
 
 
 # Ranks.
