@@ -8,7 +8,6 @@
 #include "segment.h"
 
 #include <algorithm>
-#include <optional>
 #include <span>
 #include <string>
 #include <unordered_set>
