@@ -1,6 +1,7 @@
 // arena.h: memory that stays where it is, for what is computed again and again (settled.cpp).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <utility>

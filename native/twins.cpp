@@ -1,10 +1,10 @@
 // twins.cpp: sums, products and quotients of arrays, as MLX's CPU backend computes them.
 //
-// Theory of operation. Between two of our kernels MLX adds a residual, weighs experts, divides by a sum. That is a
-// microsecond of work each; but MLX makes a message to the stream's thread of it, with copies of the arrays, which takes
-// four, and more while weights stream through the processor's cache (bench/LOG.md). A twin computes the same as one of
-// several tasks of one message. It uses MLX's number types and the order of MLX's loops, so that the bits are the same: a
-// step that Python builds, of MLX's nodes, agrees with one that is built again. tests/model/test_replay.py compares them.
+// Theory of operation. Between two of our kernels MLX adds a residual, weighs experts, divides by a sum, each in a message of
+// its own to the stream's thread. A twin computes the same as one of several tasks of one message, which is done again at
+// each step (settled.cpp); bound anew each time it gains nothing (bench/LOG.md). It uses MLX's number types and the order of
+// MLX's loops, so that the bits are the same: a step that Python builds, of MLX's nodes, agrees with one that is built
+// again. tests/model/test_tape.py compares them.
 
 #include "twins.h"
 
