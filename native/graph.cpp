@@ -71,6 +71,18 @@ void* Tasks::scratch(size_t bytes) {
   return reinterpret_cast<void*>((start + alignment - 1) / alignment * alignment);
 }
 
+std::optional<int64_t> row_stride(const mx::array& a, int64_t alone) {
+  std::optional<int64_t> stride;
+  int64_t next = 0;
+  for (int axis = static_cast<int>(a.ndim()) - 2; axis >= 0; axis--) {
+    if (a.shape(axis) == 1) continue;
+    if (stride && a.strides(axis) != next) return std::nullopt;
+    if (!stride) stride = a.strides(axis);
+    next = a.strides(axis) * a.shape(axis);
+  }
+  return stride.value_or(alone);
+}
+
 void copy_densely(const mx::array& a, char* to, Tasks& tasks) {
   if (a.size() == 0) return;
   if (a.flags().row_contiguous) {

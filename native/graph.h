@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -42,10 +43,7 @@ class Tasks {
 
   // Keep `a` until all that was added has been done.
   void keep(mx::array a) {
-    if (arena_)
-      kept_.push_back(std::move(a));
-    else
-      encoder_.add_temporary(std::move(a));
+    if (!arena_) encoder_.add_temporary(std::move(a));  // an arena's memory stays
   }
 
   void send() {
@@ -60,20 +58,18 @@ class Tasks {
     return std::exchange(tasks_, {});
   }
 
-  std::vector<mx::array> take_kept() {
-    return std::exchange(kept_, {});
-  }
-
  private:
   mx::cpu::CommandEncoder& encoder_;
   Arena* const arena_ = nullptr;
   std::vector<Task> tasks_;
-  std::vector<mx::array> kept_;
 };
 
 // Give `a` itself when its elements lie densely in order, else a copy made on the stream, which outlives its users.
 // Not mx::contiguous: that is one more node (1 us), and it copies every view of a much larger buffer.
 mx::array dense(const mx::array& a, Tasks& tasks);
+
+// The distance from row to row, whatever the axes of `a` but the last are; none if it is not the same everywhere, `alone` for one row.
+std::optional<int64_t> row_stride(const mx::array& a, int64_t alone);
 
 // Add what copies `a` to dense memory of its size.
 void copy_densely(const mx::array& a, char* to, Tasks& tasks);

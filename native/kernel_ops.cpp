@@ -158,23 +158,10 @@ mx::array plain_product(const Kernels& kernels, const mx::array& x, const mx::ar
 
 // Arrays whose last axis is contiguous, and those whose other axes are besides one sequence of rows.
 
-// The distance from row to row; none if it is not the same everywhere.
-std::optional<int64_t> row_stride(const mx::array& a) {
-  if (a.shape(-1) != 1 && a.strides(-1) != 1) return std::nullopt;
-  std::optional<int64_t> stride;
-  int64_t next = 0;
-  for (int axis = static_cast<int>(a.ndim()) - 2; axis >= 0; axis--) {
-    if (a.shape(axis) == 1) continue;
-    if (stride && a.strides(axis) != next) return std::nullopt;
-    if (!stride) stride = a.strides(axis);
-    next = a.strides(axis) * a.shape(axis);
-  }
-  return stride.value_or(a.shape(-1));
-}
-
 // Give the rows' address and set the distance between them.
 const void* rows_of(const mx::array& a, int64_t& stride, Tasks& tasks) {
-  const auto found = row_stride(a);
+  const bool is_contiguous = a.shape(-1) == 1 || a.strides(-1) == 1;
+  const auto found = is_contiguous ? row_stride(a, a.shape(-1)) : std::nullopt;
   stride = found.value_or(a.shape(-1));
   return (found ? a : dense(a, tasks)).data<void>();
 }

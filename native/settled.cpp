@@ -56,7 +56,6 @@ Settled::Settled(const std::shared_ptr<const Steps>& steps, const Arrays& given,
     if (!settle(step, inputs, outputs)) add_live(step, inputs, outputs);
     inputs += step.num_inputs, outputs += step.num_outputs;
   }
-  kept_ = building_.take_kept();
 }
 
 // Large arrays; those whose copy would lie otherwise, since MLX's products round as their inputs lie; and what large results

@@ -44,7 +44,6 @@ class Settled : public std::enable_shared_from_this<Settled> {
   std::vector<bool> must_live_;                  // by slot
   std::vector<std::optional<mx::array>> fixed_;  // by slot; the others are live
   std::vector<Part> parts_;
-  Arrays kept_;
 };
 
 }  // namespace xd

@@ -22,17 +22,10 @@ struct Rows {
 };
 
 std::optional<Rows> rows_of(const mx::array& a) {
-  const int last = static_cast<int>(a.ndim()) - 1;
-  if (last < 0) return std::nullopt;
-  std::optional<int64_t> row;
-  int64_t expected = 0;
-  for (int axis = last - 1; axis >= 0; axis--) {
-    if (a.shape(axis) == 1) continue;
-    if (row && a.strides(axis) != expected) return std::nullopt;
-    if (!row) row = a.strides(axis);
-    expected = a.strides(axis) * a.shape(axis);
-  }
-  return Rows{row.value_or(0), a.shape(last) == 1 ? 0 : a.strides(last)};
+  if (a.ndim() == 0) return std::nullopt;
+  const auto row = row_stride(a, 0);
+  if (!row) return std::nullopt;
+  return Rows{*row, a.shape(-1) == 1 ? 0 : a.strides(-1)};
 }
 
 template <typename T>

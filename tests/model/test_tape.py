@@ -11,12 +11,7 @@ import pytest
 from expertd.model.kernels import Kernels
 from expertd.native import _graph
 from expertd.native._graph import placeholder
-
-
-def same(found: list[mx.array], wanted: list[mx.array]) -> bool:
-    return len(found) == len(wanted) and all(
-        mx.array_equal(*pair).item() for pair in zip(found, wanted, strict=True)
-    )
+from tests.model.test_replay import same
 
 
 def test_a_tape_gives_what_was_recorded() -> None:
