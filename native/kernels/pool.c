@@ -7,7 +7,10 @@
 
    A thread without work looks for SPIN_NS, giving its processor away between looks after the first few, then sleeps until
    the next job. Longer spinning would take the processor from MLX's main thread, which builds what comes next; sleeping at once
-   would cost a wake-up of 20 to 50 us at each of the hundred products of a token. */
+   would cost a wake-up of 20 to 50 us at each of the hundred products of a token.
+
+   Linux may wake a thread on the processor of the one that shares the job out, and leaves it there for 10 ms, although another
+   is idle: a spinning thread that yields looks as if it had just run. So threads that sleep are kept off that processor. */
 
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -42,6 +45,7 @@ struct xd_pool {
   pthread_cond_t wake;
   int num_threads;
   int num_started;
+  int kept_off; /* the processor that the other threads may not use; -1 before the first wake-up */
   worker workers[];
 };
 
@@ -103,6 +107,21 @@ static void *work(void *argument) {
   return NULL;
 }
 
+/* Keep the other threads off the processor that we are on, where there is more than one for us. */
+static void keep_off(xd_pool *pool) {
+#if defined(__linux__)
+  const int here = sched_getcpu();
+  cpu_set_t others;
+  if (here == pool->kept_off || here < 0 || here >= CPU_SETSIZE || sched_getaffinity(0, sizeof others, &others)) return;
+  CPU_CLR((size_t)here, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  for (int i = 1; i <= pool->num_started; i++) pthread_setaffinity_np(pool->workers[i].thread, sizeof others, &others);
+  pool->kept_off = here;
+#else
+  (void)pool;
+#endif
+}
+
 static void wake_all(xd_pool *pool) {
   pthread_mutex_lock(&pool->mutex);
   pthread_cond_broadcast(&pool->wake);
@@ -117,7 +136,10 @@ void xd_pool_run(xd_pool *pool, xd_task task, const void *job, int64_t num_tasks
   pool->task = task, pool->job = job;
   atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
   atomic_store(&pool->word, (uint64_t)num_tasks << INDEX_BITS);
-  if (atomic_load(&pool->sleepers)) wake_all(pool);
+  if (atomic_load(&pool->sleepers)) {
+    keep_off(pool);
+    wake_all(pool);
+  }
   take_tasks(pool, 0);
   for (int i = 0; atomic_load_explicit(&pool->done, memory_order_acquire) < num_tasks; i++) {
     if (i < BUSY_LOOKS)
@@ -154,6 +176,7 @@ xd_pool *xd_pool_open(int num_threads, char *err, size_t err_bytes) {
   }
   memset(pool, 0, bytes);
   pool->num_threads = num_threads;
+  pool->kept_off = -1;
   pthread_mutex_init(&pool->mutex, NULL);
   pthread_cond_init(&pool->wake, NULL);
   int code = start_threads(pool);

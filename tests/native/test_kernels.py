@@ -3,6 +3,7 @@
 import mmap
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,6 +205,37 @@ def test_threads_end_with_their_cpu() -> None:
         w = make_weight(2, 64)
         product(cpu, w, make_rows(5, w.codes.shape[2]), None, 8)
     assert count() == before
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/task") or len(os.sched_getaffinity(0)) < 2,
+    reason="needs Linux and two processors",
+)
+def test_threads_wake_on_another_processor() -> None:
+    """Where the caller is, a thread would wait for 10 ms while another processor is idle."""
+    allowed, before = os.sched_getaffinity(0), set(os.listdir("/proc/self/task"))
+    pair = set(sorted(allowed)[:2])
+    w = make_weight(2, 64)
+    x = make_rows(17, w.codes.shape[2])  # three tasks
+
+    def is_kept_off(here: int, thread: int) -> bool:
+        os.sched_setaffinity(0, {here})  # there now, and likely to stay
+        os.sched_setaffinity(0, pair)
+        end = time.monotonic() + 0.002
+        while time.monotonic() < end:  # the thread falls asleep
+            pass
+        product(cpu, w, x, None, 8)
+        return os.sched_getaffinity(thread) == pair - {here}
+
+    try:
+        os.sched_setaffinity(0, pair)
+        with opened(num_threads=2) as cpu:
+            (thread,) = set(os.listdir("/proc/self/task")) - before
+            for here in sorted(pair):
+                assert any(is_kept_off(here, int(thread)) for _ in range(100)), here
+            assert os.sched_getaffinity(0) == pair
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def test_pools_beside_each_other() -> None:
