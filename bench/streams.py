@@ -129,7 +129,12 @@ def _measure(rows: list[Row], folder: Path, num_streams: int, tokens: int, repea
                     {**request, "prompt": prompt, "model": models[row.name]}
                     for prompt in _prompts(num_streams, repeat)
                 ]
-                seconds, firsts = asyncio.run(_ask_all(row.port, asked))
+                try:
+                    seconds, firsts = asyncio.run(_ask_all(row.port, asked))
+                except httpx2.TransportError as e:
+                    raise ClusterError(
+                        f"{row.name} broke off ({str(e) or type(e).__name__}). Try again."
+                    ) from None
                 if repeat:
                     row.tokens_per_s.append(num_streams * tokens / seconds)
                     row.first_token_s += firsts
